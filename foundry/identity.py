@@ -1,0 +1,178 @@
+"""What makes a cartridge that cartridge: its header, its bytes and the digest over both.
+
+Nothing here needs torch, so that stores and gateways can verify what they carry.
+BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) is imported at first use: the model side runs without it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from foundry.errors import DigestMismatch, InvalidArgument, ShapeMismatch
+
+FORMAT = "foundry-cartridge/1"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class CartridgeHeader:
+    """Everything besides the tensor bytes that decides what a cartridge does to a model.
+
+    `num_tokens` is p: positions 0..p-1 are the cartridge's, the conversation starts at p. The first `num_frozen`
+    of them are never trained. `rope` is the model's rotary configuration; keys are stored after RoPE.
+    """
+
+    model_fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_tokens: int
+    num_frozen: int
+    dtype: str
+    rope: Mapping[str, Any]
+    position_offset: int = 0
+    format: str = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise InvalidArgument(f"cartridge format {self.format!r} is not {FORMAT!r}", field="format")
+        if self.dtype not in DTYPE_BYTES:
+            raise InvalidArgument(f"cartridge dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}", field="dtype")
+        for name in ("num_layers", "num_kv_heads", "head_dim", "num_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"cartridge {name} is {getattr(self, name)}, must be at least 1", field=name)
+        if not 0 <= self.num_frozen <= self.num_tokens:
+            raise InvalidArgument(
+                f"cartridge num_frozen is {self.num_frozen}, must be within 0..{self.num_tokens}", field="num_frozen"
+            )
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's key and value."""
+        return 2 * self.num_kv_heads * self.num_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    def canonical(self) -> bytes:
+        """The header as the digest sees it: JSON, sorted keys, no spaces, UTF-8."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CartridgeHeader:
+        known = {field.name for field in fields(cls)}
+        if unknown := set(values) - known:
+            raise InvalidArgument(f"cartridge header has unknown fields {sorted(unknown)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InvalidArgument(f"cartridge header is incomplete: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class CartridgeBytes:
+    """A cartridge as it is stored and sent: header and raw tensor bytes in layer order, key before value."""
+
+    header: CartridgeHeader
+    data: Buffer
+
+    def __post_init__(self) -> None:
+        if len(self.data) != self.header.num_bytes:
+            raise ShapeMismatch(f"cartridge has {len(self.data)} tensor bytes, its header says {self.header.num_bytes}")
+
+    def digest(self) -> str:
+        return digest_of(self.header, [self.data])
+
+    def verify(self, digest: str) -> None:
+        """Raises DigestMismatch unless these are the bytes that `digest` names."""
+        if (found := self.digest()) != digest:
+            raise DigestMismatch(f"cartridge bytes hash to {found}, expected {digest}")
+
+    def file_prologue(self) -> bytes:
+        """What precedes `data` in the safetensors file (https://github.com/huggingface/safetensors#format).
+
+        The library sorts tensors by name; ours stand in layer order: the file's data section is the hashed bytes.
+        """
+        header = self.header
+        shape = [header.num_kv_heads, header.num_tokens, header.head_dim]
+        half = header.layer_bytes // 2
+        entries: dict[str, Any] = {"__metadata__": {"foundry": header.canonical().decode()}}
+        for layer in range(header.num_layers):
+            for part, name in enumerate(("key", "value")):
+                begin = layer * header.layer_bytes + part * half
+                entries[f"layers.{layer}.{name}"] = {
+                    "dtype": _SAFETENSORS_DTYPES[header.dtype],
+                    "shape": shape,
+                    "data_offsets": [begin, begin + half],
+                }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def file_parts(self) -> Iterator[Buffer]:
+        """The safetensors file, in order, without copying the tensor bytes."""
+        yield self.file_prologue()
+        yield self.data
+
+    @classmethod
+    def from_file(cls, content: Buffer) -> CartridgeBytes:
+        """Read a file written by `file_parts`. Raises InvalidArgument or ShapeMismatch on anything else."""
+        view = memoryview(content)
+        if len(view) < 8 or (length := struct.unpack("<Q", view[:8])[0]) > len(view) - 8:
+            raise InvalidArgument("cartridge file is cut short: its safetensors header is incomplete")
+        try:
+            entries = json.loads(bytes(view[8 : 8 + length]))
+            header = CartridgeHeader.from_dict(json.loads(entries["__metadata__"]["foundry"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
+        cartridge = cls(header, view[8 + length :])
+        if bytes(view[: 8 + length]) != cartridge.file_prologue():
+            raise InvalidArgument("cartridge file lists its tensors in another order or shape than its header says")
+        return cartridge
+
+
+def digest_of(header: CartridgeHeader, chunks: Sequence[Buffer] | Iterator[Buffer]) -> str:
+    """BLAKE3 over the canonical header and the tensor bytes, given in order in any cut."""
+    from blake3 import blake3
+
+    hasher = blake3(header.canonical(), max_threads=blake3.AUTO)
+    for chunk in chunks:
+        hasher.update(chunk)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def check_digest(digest: str, *, field: str = "digest") -> str:
+    """Raises InvalidArgument unless `digest` is spelt as a digest."""
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidArgument(f"{digest!r} is not a digest: expected 'blake3:' and 64 hex digits", field=field)
+    return digest
+
+
+def content_digest(content: Buffer) -> str:
+    """Digest of a document or any other plain bytes."""
+    from blake3 import blake3
+
+    return f"blake3:{blake3(content).hexdigest()}"
+
+
+def ids_digest(ids: Sequence[int]) -> str:
+    """Digest of token ids, as little-endian uint32: names a teacher's context."""
+    return content_digest(struct.pack(f"<{len(ids)}I", *ids))
+
+
+def ids_checksum(ids: Sequence[int], begin: int, end: int) -> str:
+    """Binds a score to its item: BLAKE3 over the item's ids and the scored range [begin, end).
+
+    The range is hashed too, so that scores moved by one position do not pass for the right ones.
+    """
+    return content_digest(struct.pack(f"<II{len(ids)}I", begin, end, *ids))

@@ -1,0 +1,71 @@
+"""Client side: a channel whose calls need a deadline and raise FoundryError."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from foundry.errors import DeadlineExceeded
+from foundry.rpc.limits import CHANNEL_OPTIONS
+from foundry.rpc.status import from_rpc_error
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """An insecure channel to `host:port`; every call must pass `timeout` (seconds)."""
+    interceptors = [_RequireDeadline(), _RequireDeadlineStream(), _RequireDeadlineBidirectional()]
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+
+
+@contextmanager
+def typed_errors(peer: str) -> Iterator[None]:
+    """Within it, a failed call raises the FoundryError that the server meant. `peer` names the server in messages."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, peer) from error
+
+
+async def wait_until_serving(channel: grpc.aio.Channel, peer: str, *, timeout_seconds: float) -> None:
+    """Return when the peer's health service says SERVING. Raises DeadlineExceeded."""
+    with typed_errors(peer):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(  # type: ignore[attr-defined]
+            health_pb2.HealthCheckRequest(), timeout=timeout_seconds, wait_for_ready=True
+        )
+        async for answer in watch:
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                watch.cancel()
+                return
+    raise DeadlineExceeded(f"{peer} was not ready within {timeout_seconds:.0f} s")
+
+
+def _check(details: grpc.aio.ClientCallDetails) -> None:
+    if details.timeout is None:
+        raise ValueError(f"call to {details.method!r} without a deadline: pass timeout=")
+
+
+class _RequireDeadline(grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(
+        self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        _check(details)
+        return await continuation(details, request)
+
+
+class _RequireDeadlineStream(grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(
+        self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        _check(details)
+        return await continuation(details, request)
+
+
+class _RequireDeadlineBidirectional(grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(
+        self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        _check(details)
+        return await continuation(details, request_iterator)

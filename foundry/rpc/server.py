@@ -1,0 +1,115 @@
+"""Server side: one gRPC server with health, reflection and typed errors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from foundry import telemetry
+from foundry.errors import FoundryError, PortTaken
+from foundry.rpc.limits import SERVER_OPTIONS
+from foundry.rpc.status import to_status
+
+log = structlog.get_logger(__name__)
+
+
+class Server:
+    """Listens at once, says NOT_SERVING until `set_serving`, ends calls within a grace period on `stop`."""
+
+    def __init__(self, address: str, services: Sequence[ServiceDescriptor]) -> None:
+        """Raises PortTaken. Register the servicers on `.grpc` before `start`; `port` is the one bound."""
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[_TypedErrors()])
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self._names = ["", *(service.full_name for service in services)]
+        listed = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(listed, self.grpc)
+        try:
+            self.port = self.grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortTaken(f"cannot listen on {address}: is another server running there?") from error
+
+    async def start(self) -> None:
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.grpc.start()
+
+    async def set_serving(self) -> None:
+        await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_seconds: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace_seconds)
+
+    async def _set(self, status: int) -> None:
+        for name in self._names:
+            await self._health.set(name, status)
+
+
+class _TypedErrors(grpc.aio.ServerInterceptor):
+    """Turns a FoundryError into its status, counts and times every call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(details)
+        method = details.method.rsplit("/", 1)[-1]
+        if handler is None or not details.method.startswith("/foundry."):
+            return handler
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        if handler.response_streaming:
+            behaviour = _stream(handler.unary_stream or handler.stream_stream, method)
+        else:
+            behaviour = _unary(handler.unary_unary or handler.stream_unary, method)
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _unary(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        began = time.perf_counter()
+        code = "OK"
+        try:
+            return await behaviour(request, context)
+        except FoundryError as error:
+            code = error.grpc_code
+            await _abort(context, method, error)
+        finally:
+            telemetry.observe_rpc(method, code, time.perf_counter() - began)
+
+    return call
+
+
+def _stream(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        began = time.perf_counter()
+        code = "OK"
+        try:
+            async for answer in behaviour(request, context):
+                yield answer
+        except FoundryError as error:
+            code = error.grpc_code
+            await _abort(context, method, error)
+        finally:
+            telemetry.observe_rpc(method, code, time.perf_counter() - began)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: FoundryError) -> None:
+    log.warning("rpc failed", method=method, reason=error.reason, error=error.message)
+    status = to_status(error)
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(status.code, status.details)

@@ -1,0 +1,104 @@
+"""Splitting a chat template into a context (the document) and a turn (everything after it).
+
+Student and teacher must see the same ids after their prefix. For a template T:
+    context = T([system(document)])
+    turn    = T([system(document), user, ...], generation prompt) minus that context
+so the student reads `cartridge + turn`, the teacher `context + turn`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
+from foundry.identity import content_digest
+
+Messages = Sequence[Mapping[str, str]]
+# Two unlike documents: what their contexts share at the end is the template's closing.
+_PROBES = ("Alpha.", "Omega one two three")
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, split and checked. Raises TemplateUnsupported if it has no clean split."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise TemplateUnsupported("the model's tokenizer has no chat template")
+        self._tokenizer = tokenizer
+        # The tokenizer itself is in the model's fingerprint; this names how it is used.
+        self.digest = content_digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode())
+        self.closing = self._closing()
+        self.turn([{"role": "user", "content": "?"}])
+
+    def context(self, document: str, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of the system turn that holds the document.
+
+        Raises DocumentUnreadable if it is empty or holds control bytes, DocumentTooLong if it exceeds `max_tokens`.
+        """
+        if not document.strip():
+            raise DocumentUnreadable("the document is empty", field="document")
+        if "\0" in document:
+            raise DocumentUnreadable("the document is binary: it contains NUL characters", field="document")
+        ids = self._render([_system(document)], generation_prompt=False)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise DocumentTooLong(
+                f"the document takes {len(ids)} tokens with its template, the context has {max_tokens}: shorten it",
+                field="document",
+            )
+        return ids
+
+    def turn(self, messages: Messages) -> list[int]:
+        """Token ids that follow the context for a conversation, up to where the answer begins.
+
+        They do not depend on the document. Raises InvalidArgument for messages that the template refuses and
+        TemplateUnsupported if the longer rendering does not start with the shorter, token by token.
+        """
+        if not messages:
+            raise InvalidArgument("messages is empty", field="messages")
+        context = self._render([_system(_PROBES[0])], generation_prompt=False)
+        whole = self._render([_system(_PROBES[0]), *messages], generation_prompt=True)
+        if whole[: len(context)] != context:
+            raise TemplateUnsupported(
+                "the chat template does not render a conversation as a continuation of its system turn"
+            )
+        if len(whole) == len(context):
+            raise TemplateUnsupported("the chat template renders no turn after the system turn")
+        return whole[len(context) :]
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Token ids of a plain conversation, with no cartridge before it."""
+        if not messages:
+            raise InvalidArgument("messages is empty", field="messages")
+        return self._render(messages, generation_prompt=True)
+
+    def _closing(self) -> list[int]:
+        first, second = (self._render([_system(probe)], generation_prompt=False) for probe in _PROBES)
+        shared = 0
+        while shared < min(len(first), len(second)) and first[-1 - shared] == second[-1 - shared]:
+            shared += 1
+        if shared == min(len(first), len(second)):
+            raise TemplateUnsupported("the chat template ignores the system message, where the document would stand")
+        return first[len(first) - shared :]
+
+    def _render(self, messages: Messages, *, generation_prompt: bool) -> list[int]:
+        try:
+            rendered: Any = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=True,
+                return_dict=False,
+            )
+        except TemplateError as error:
+            raise InvalidArgument(
+                f"the model's chat template refuses these messages: {error}", field="messages"
+            ) from error
+        return list(rendered)
+
+
+def _system(document: str) -> dict[str, str]:
+    return {"role": "system", "content": document}

@@ -1,0 +1,1 @@
+"""The teacher: what the frozen model would have predicted with the whole document in its context."""

@@ -1,0 +1,48 @@
+"""python -m services.teacher.main: parse, build, serve, close."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+import torch
+
+from foundry import telemetry
+from foundry.lm import FrozenLM
+from foundry.rpc.server import Server
+from foundry.v1 import teacher_pb2, teacher_pb2_grpc
+from services.teacher.servicer import TeacherServicer
+from services.teacher.settings import TeacherSettings
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: TeacherSettings) -> None:
+    # Before the model is loaded, so that a port that is taken is known at once.
+    server = Server(settings.listen, [teacher_pb2.DESCRIPTOR.services_by_name["Teacher"]])
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    servicer = TeacherServicer(lm, settings)
+    teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, server.grpc)
+    telemetry.serve_metrics(settings.metrics_port)
+    await server.start()
+    await server.set_serving()
+    log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
+    await stopping.wait()
+    await server.stop(settings.grace_seconds)
+    servicer.close()
+
+
+def main() -> None:
+    settings = TeacherSettings.parse()
+    telemetry.configure_logs("teacher", settings.log_level)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

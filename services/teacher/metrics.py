@@ -1,0 +1,18 @@
+"""What the teacher reports on /metrics."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SCORED_TOKENS = Counter("foundry_teacher_scored_tokens", "Positions scored.")
+SCORE_SECONDS = Histogram(
+    "foundry_teacher_micro_batch_seconds",
+    "Time of one micro-batch's forward.",
+    buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+)
+PREFILL_SECONDS = Histogram(
+    "foundry_teacher_prefill_seconds",
+    "Time to compute a document's KV.",
+    buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+CONTEXT_BYTES = Gauge("foundry_teacher_context_bytes", "Memory that the documents' KV takes.")
+CONTEXT_EVICTIONS = Counter("foundry_teacher_context_evictions", "Documents whose KV was dropped for another's.")
+PENDING = Gauge("foundry_teacher_pending_requests", "Calls that wait for the device or use it.")

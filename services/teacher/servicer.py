@@ -1,0 +1,193 @@
+"""The Teacher service: checks what comes in, runs it on the one device thread, sends it back in parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from foundry.errors import FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
+from foundry.identity import ids_checksum
+from foundry.lm import FrozenLM
+from foundry.rpc import tensors
+from foundry.rpc.limits import PART_BYTES
+from foundry.template import ChatTemplate
+from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.teacher import metrics
+from services.teacher.contexts import Contexts
+from services.teacher.scorer import Item, Scores, Want, check_item, micro_batches, score
+from services.teacher.settings import TeacherSettings
+
+MAX_TOPK = 1024
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+# Field of ScoreResponse by field of Scores.
+_MESSAGE_FIELDS = {
+    "chosen_N": "chosen",
+    "topk_ids_NK": "topk_ids",
+    "topk_logprobs_NK": "topk_logprobs",
+    "tail_logprob_N": "tail_logprob",
+    "candidates_NC": "candidates",
+    "hidden_NE": "hidden",
+}
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
+    """Contexts and scores of one frozen model."""
+
+    def __init__(self, lm: FrozenLM, settings: TeacherSettings) -> None:
+        self._lm = lm
+        self._template = ChatTemplate(lm.tokenizer)
+        self._contexts = Contexts(lm, settings.context_budget_bytes)
+        self._max_context_tokens = lm.spec.max_tokens - settings.reserve_tokens
+        self._micro_batch_tokens = settings.micro_batch_tokens
+        self._max_pending = settings.max_pending_requests
+        self._pending = 0
+        # One thread: the device does one forward at a time, and the contexts need no lock.
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+
+    async def PutContext(
+        self, request: teacher_pb2.PutContextRequest, context: Context
+    ) -> teacher_pb2.PutContextResponse:
+        self._check_fingerprint(request.model_fingerprint)
+        match request.WhichOneof("context"):
+            case "document":
+                ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+            case "token_ids":
+                ids = self._checked_context(list(request.token_ids.ids))
+            case _:
+                raise InvalidArgument("set token_ids or document", field="context")
+        digest, already_resident = await self._run(lambda: self._contexts.put(ids))
+        return teacher_pb2.PutContextResponse(
+            context_digest=digest, num_tokens=len(ids), already_resident=already_resident, identity=self._identity()
+        )
+
+    async def Score(
+        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Context
+    ) -> AsyncIterator[teacher_pb2.ScoreResponse]:
+        async for request in request_iterator:
+            items = self._checked_items(request)
+            want = self._checked_want(request.want)
+            index = 0
+            for batch in micro_batches(items, self._micro_batch_tokens):
+                for scores in await self._run(partial(self._score, batch, want)):
+                    for part in self._parts(request, index, scores):
+                        yield part
+                    index += 1
+
+    async def Contexts(self, request: teacher_pb2.ContextsRequest, context: Context) -> teacher_pb2.ContextsResponse:
+        listing = await self._run(self._contexts.listing)
+        return teacher_pb2.ContextsResponse(
+            model_fingerprint=self._lm.spec.fingerprint,
+            template_digest=self._template.digest,
+            max_context_tokens=self._max_context_tokens,
+            contexts=[
+                teacher_pb2.Context(context_digest=digest, num_tokens=num_tokens, num_bytes=num_bytes)
+                for digest, num_tokens, num_bytes in listing
+            ],
+        )
+
+    def close(self) -> None:
+        self._device.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        if self._pending >= self._max_pending:
+            raise ResourceExhausted(f"{self._pending} calls are waiting for the teacher", retry_after_seconds=1.0)
+        self._pending += 1
+        metrics.PENDING.set(self._pending)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._device, work)
+        finally:
+            self._pending -= 1
+            metrics.PENDING.set(self._pending)
+
+    def _score(self, items: Sequence[Item], want: Want) -> list[Scores]:
+        # Looked up here, on the device thread, so that no eviction comes between look-up and use.
+        contexts = [self._contexts.get(item.context_digest) for item in items]
+        with metrics.SCORE_SECONDS.time():
+            scores = score(self._lm, items, contexts, want)
+        metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
+        return scores
+
+    def _parts(self, request: teacher_pb2.ScoreRequest, index: int, scores: Scores) -> list[teacher_pb2.ScoreResponse]:
+        """One item's scores as messages of at most PART_BYTES."""
+        item = request.items[index]
+        present = {
+            _MESSAGE_FIELDS[field.name]: value
+            for field in fields(scores)
+            if (value := getattr(scores, field.name)) is not None
+        }
+        num_rows = len(item.token_ids.ids) - item.score_from
+        row_bytes = sum(tensor.nbytes // num_rows for tensor in present.values())
+        step = max(1, PART_BYTES // max(1, row_bytes))
+        parts = []
+        for row in range(0, num_rows, step):
+            begin, end = item.score_from + row, item.score_from + min(row + step, num_rows)
+            parts.append(
+                teacher_pb2.ScoreResponse(
+                    request_id=request.request_id,
+                    item=index,
+                    begin=begin,
+                    end=end,
+                    ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
+                    context_digest=item.context_digest,
+                    identity=self._identity(),
+                    **{name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()},
+                )
+            )
+        return parts
+
+    def _checked_context(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise InvalidArgument("token_ids is empty", field="token_ids")
+        if len(ids) > self._max_context_tokens:
+            raise InvalidArgument(
+                f"the context has {len(ids)} tokens, the teacher takes {self._max_context_tokens}", field="token_ids"
+            )
+        if max(ids) >= self._lm.spec.vocab_size:
+            raise InvalidArgument(
+                f"token id {max(ids)} is outside the vocabulary of {self._lm.spec.vocab_size}", field="token_ids"
+            )
+        return ids
+
+    def _checked_items(self, request: teacher_pb2.ScoreRequest) -> list[Item]:
+        self._check_fingerprint(request.model_fingerprint)
+        if request.template_digest != self._template.digest:
+            raise IdentityMismatch(
+                f"the ids were made with template {request.template_digest or '(none)'}, "
+                f"the teacher's is {self._template.digest}"
+            )
+        if not request.items:
+            raise InvalidArgument("items is empty", field="items")
+        items = [Item(item.context_digest, list(item.token_ids.ids), item.score_from) for item in request.items]
+        for index, item in enumerate(items):
+            check_item(index, item, self._lm.spec.vocab_size)
+        return items
+
+    def _checked_want(self, want: teacher_pb2.Want) -> Want:
+        vocab_size = self._lm.spec.vocab_size
+        if want.topk > min(MAX_TOPK, vocab_size - 1):
+            raise InvalidArgument(
+                f"want.topk is {want.topk}, at most {min(MAX_TOPK, vocab_size - 1)}", field="want.topk"
+            )
+        if any(candidate >= vocab_size for candidate in want.candidates):
+            raise InvalidArgument("want.candidates has ids outside the vocabulary", field="want.candidates")
+        wanted = Want(want.chosen, want.topk, list(want.candidates), want.hidden)
+        if not wanted.logits and not wanted.hidden:
+            raise InvalidArgument("want asks for nothing", field="want")
+        return wanted
+
+    def _check_fingerprint(self, fingerprint: str) -> None:
+        if fingerprint != self._lm.spec.fingerprint:
+            raise FingerprintMismatch(
+                f"the caller means model {fingerprint or '(none)'}, the teacher serves {self._lm.spec.fingerprint}"
+            )
+
+    def _identity(self) -> common_pb2.Identity:
+        return common_pb2.Identity(model_fingerprint=self._lm.spec.fingerprint, template_digest=self._template.digest)

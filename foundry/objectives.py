@@ -9,9 +9,8 @@ Shape suffixes: N scored tokens, E hidden size, V vocabulary, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from foundry.errors import InvalidArgument
 
-# Per-token loss [n] from the student's logprobs [n, V] and the teacher's logits or top-k for the same rows.
-DenseLoss = Callable[[Tensor, Tensor], Tensor]
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "topk"]
 # Float32 values of one [tile, V] matrix: 8 Mi is 32 MiB, of which an exact KL holds about six at a time.
 TILE_ELEMENTS = 8 * 1024 * 1024
 
@@ -29,17 +27,15 @@ TILE_ELEMENTS = 8 * 1024 * 1024
 class Objective:
     """Which loss, and its parameter. Raises InvalidArgument for one that makes no sense."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "topk"]
+    kind: Kind
     # jsd only, the teacher's weight in the mixture: 0 < beta < 1.
     beta: float = 0.5
     # topk only: how many of the teacher's most likely tokens are matched one by one.
     k: int = 20
 
     def __post_init__(self) -> None:
-        if self.kind not in ("forward_kl", "reverse_kl", "jsd", "topk"):
-            raise InvalidArgument(
-                f"objective {self.kind!r} is not forward_kl, reverse_kl, jsd or topk", field="objective"
-            )
+        if self.kind not in get_args(Kind):
+            raise InvalidArgument(f"objective {self.kind!r} is not one of {get_args(Kind)}", field="objective")
         if self.kind == "jsd" and not 0 < self.beta < 1:
             raise InvalidArgument(f"jsd beta is {self.beta}: it must lie between 0 and 1", field="beta")
         if self.kind == "topk" and self.k < 1:
@@ -49,6 +45,11 @@ class Objective:
     def needs_hidden(self) -> bool:
         """Whether the teacher has to send hidden states; otherwise its top k suffice."""
         return self.kind != "topk"
+
+
+def objective_named(kind: str, *, beta: float, k: int) -> Objective:
+    """The objective that a run's settings name. Raises InvalidArgument."""
+    return Objective(cast(Kind, kind), beta, k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,26 +129,24 @@ def distill(
     rows = max(1, tile_elements // head_VE.shape[0])
     hidden_NE = student_hidden_NE.detach()
     grad_NE = torch.empty_like(hidden_NE) if student_hidden_NE.requires_grad else None
-    losses, chosen, entropies = [], [], []
+    # Written in place: small results allocated between the tiles would leave holes that no later tile fits into.
+    token_loss_N, chosen_N, entropy_N = torch.empty(3, num_tokens, device=hidden_NE.device)
     for begin in range(0, num_tokens, rows):
         tile = slice(begin, begin + rows)
         tile_hidden = hidden_NE[tile].requires_grad_(grad_NE is not None)
         with torch.set_grad_enabled(grad_NE is not None):
             logprobs = F.log_softmax(F.linear(tile_hidden, head_VE).float(), dim=-1)
-            loss_N = _tile_loss(objective, logprobs, teacher, tile, head_VE)
+            loss = _tile_loss(objective, logprobs, teacher, tile, head_VE)
         if grad_NE is not None:
-            (grad_NE[tile],) = torch.autograd.grad(loss_N.sum(), tile_hidden)
+            (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
         with torch.no_grad():
-            losses.append(loss_N.detach())
-            chosen.append(logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1))
-            entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-    token_loss_N = torch.cat(losses)
-    loss = token_loss_N.mean()
+            token_loss_N[tile] = loss
+            chosen_N[tile] = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
+            entropy_N[tile] = -(logprobs.exp() * logprobs).sum(-1)
+    mean = token_loss_N.mean()
     if grad_NE is not None:
-        loss = _WithGradient.apply(  # type: ignore[no-untyped-call]
-            student_hidden_NE, loss, grad_NE / num_tokens
-        )
-    return Distilled(loss, token_loss_N, torch.cat(chosen).detach(), torch.cat(entropies))
+        mean = _WithGradient.apply(student_hidden_NE, mean, grad_NE / num_tokens)  # type: ignore[no-untyped-call]
+    return Distilled(mean, token_loss_N, chosen_N, entropy_N)
 
 
 def _tile_loss(objective: Objective, logprobs: Tensor, teacher: Tensor | TopK, tile: slice, head_VE: Tensor) -> Tensor:

@@ -1,0 +1,31 @@
+"""The entry point `foundry`: one module per group of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from foundry.cli import cartridges, chat, doctor, runs, stack, train
+from foundry.cli.terminal import Group
+
+app = typer.Typer(
+    cls=Group,
+    name="foundry",
+    help="Train KV-cache prefixes (cartridges) that stand in for long documents, and serve them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(stack.up)
+app.command()(stack.down)
+app.command()(stack.status)
+app.command()(train.train)
+app.add_typer(runs.app, name="runs")
+app.command()(chat.chat)
+app.command()(chat.ask)
+app.add_typer(cartridges.app, name="cartridges")
+app.command()(doctor.doctor)
+
+
+if __name__ == "__main__":
+    app()

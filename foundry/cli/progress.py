@@ -1,0 +1,104 @@
+"""A run as one watches it: its events, live on a terminal, one line each anywhere else.
+
+    with RunView(name, console) as view:
+        for event in events:
+            view.show(event)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+STAGES = ("rollout", "teacher", "update", "publish")
+# The time to go is estimated from this many steps: lengths of answers change while a cartridge learns.
+_RECENT_STEPS = 8
+
+
+class RunView:
+    def __init__(self, name: str, console: Console) -> None:
+        self._name, self._console = name, console
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task(name, total=None, left="")
+        self._detail = Text()
+        self._stage = ""
+        self._heldout: list[float] = []
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+            self._refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Events of kinds that this version does not know are passed over."""
+        match event.get("type"):
+            case "state":
+                self._bar.update(self._task, description=f"{self._name} ({event['state']})")
+                self._line(f"{event['state']}")
+            case "progress":
+                self._progress(event)
+            case "heldout":
+                self._heldout.append(event["kl"])
+                self._detail = Text(self._heldout_text())
+                self._line(f"step {event['step']}: held-out KL {event['kl']:.3f}")
+            case "step":
+                self._step(event)
+            case "end":
+                self._line(f"{event['state']}")
+        self._refresh()
+
+    def _progress(self, event: Mapping[str, Any]) -> None:
+        done, total = event["done"], event["total"]
+        self._bar.update(self._task, description=f"{self._name}: {event['stage']}", completed=done, total=total, left="")
+        if event["stage"] != self._stage or done == total:
+            self._line(f"{event['stage']} {done}/{total}")
+        self._stage = event["stage"]
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        step, num_steps, seconds = event["step"], event["num_steps"], event["seconds"]
+        self._recent.append(seconds["total"])
+        remaining = (num_steps - step) * sum(self._recent) / len(self._recent)
+        left = f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
+        stages = "  ".join(f"{stage} {seconds[stage]:.1f}" for stage in STAGES if stage in seconds)
+        loss = f"{event.get('objective', 'loss')} {event['loss']:.3f}"
+        text = f"{loss}  version {event['version']}  {seconds['total']:.1f} s/step ({stages})"
+        self._bar.update(self._task, description=self._name, completed=step, total=num_steps, left=left)
+        self._detail = Text("  ".join(part for part in (self._heldout_text(), text) if part))
+        self._line(f"step {step}/{num_steps}: {text}  {left}")
+
+    def _heldout_text(self) -> str:
+        if not self._heldout:
+            return ""
+        first, last = self._heldout[0], self._heldout[-1]
+        return f"held-out KL {first:.3f}" + (f" → {last:.3f}" if len(self._heldout) > 1 else "")
+
+    def _line(self, text: str) -> None:
+        if self._live is None:
+            self._console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(Group(self._bar, self._detail))

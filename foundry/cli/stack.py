@@ -1,0 +1,82 @@
+"""foundry up, down, status: the local stack."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foundry.cli.terminal import Json, note, print_json, print_table
+
+
+def up(
+    model: Annotated[
+        str | None, typer.Option(help="demo, a local directory or a hub id. Default: what is running, else demo.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The gateway's port. Default: free from 8000.")] = None,
+) -> None:
+    """Start the local stack in the background and print the gateway's address."""
+    from foundry.local.stack import LocalStack
+
+    state = LocalStack(model=model, port=port, say=note).up()
+    note(f"The stack is ready with the model {state.model}; 'foundry down' stops it.")
+    print(state.gateway_url)
+
+
+def down() -> None:
+    """Stop the local stack. Cartridges, documents and runs stay."""
+    from foundry.local.stack import LocalStack
+
+    note("The stack is stopped." if LocalStack(say=note).down() else "No stack was running.")
+
+
+def status(as_json: Json = False) -> None:
+    """Show what runs and whether it answers. Exits with status 1 unless all of it does."""
+    import asyncio
+
+    from foundry.local.health import look
+    from foundry.local.home import Home
+
+    home = Home()
+    state = home.running()
+    if state is None:
+        if as_json:
+            print_json({"running": False, "home": str(home.path)})
+        note(f"No stack is running in {home.path}; 'foundry up' starts one.")
+        raise typer.Exit(1)
+    serving = asyncio.run(look(state))
+    if as_json:
+        # The URL of Valkey stays out: it holds its password.
+        services = {name: {**asdict(service), "serving": serving[name]} for name, service in state.services.items()}
+        print_json(
+            {
+                "running": True,
+                "home": str(home.path),
+                "state": state.state,
+                "pid": state.pid,
+                "model": state.model,
+                "model_directory": state.model_directory,
+                "gateway_url": state.gateway_url,
+                "services": services,
+            }
+        )
+    else:
+        print(f"{state.gateway_url}  model {state.model}  home {home.path}  {state.state}")
+        rows = [
+            [name, "serving" if serving[name] else "not serving", service.address, service.pid, service.restarts]
+            + [_resident_megabytes(service.pid), service.log]
+            for name, service in state.services.items()
+        ]
+        print_table(["service", "state", "address", "pid", "restarts", "MB", "log"], rows, empty="Nothing has started.")
+    if state.state != "ready" or not all(serving.values()):
+        raise typer.Exit(1)
+
+
+def _resident_megabytes(pid: int) -> str:
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return "-"
+    return str(int(fields[1]) * 4096 // 10**6)

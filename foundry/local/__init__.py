@@ -1,0 +1,1 @@
+"""The whole system on one machine: model, private Valkey, services, one supervisor."""

@@ -1,0 +1,215 @@
+"""`LocalStack`: start and stop the local stack from Python; `foundry up` and `foundry down` are this.
+
+with LocalStack(model="demo") as stack:
+    print(stack.url)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
+from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
+from foundry.local.home import Home, StackState
+
+# Longer than the grace periods of all services one after the other.
+_STOP_SECONDS = 90.0
+
+
+class LocalStack:
+    """The stack of one FOUNDRY_HOME.
+
+    `model` is 'demo', a directory or a hub id; None takes what is running, else the demo model. `port` is the
+    gateway's; None takes the first free one from 8000. `say` gets one line for each stage.
+    """
+
+    def __init__(
+        self, home: Path | None = None, model: str | None = None, port: int | None = None, say: Say = say_on_stderr
+    ) -> None:
+        self.home = Home(home)
+        self._model, self._port, self._say = model, port, say
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ours = False
+
+    @property
+    def url(self) -> str:
+        """The gateway's address. Raises Unavailable if the stack is not running."""
+        state = self.home.running()
+        if state is None:
+            raise Unavailable(f"no stack is running in {self.home.path}; start it with 'foundry up'")
+        return state.gateway_url
+
+    def up(self, *, tied: bool = False) -> StackState:
+        """Start the stack, unless it is running, and return when it is ready. It outlives this process unless `tied`.
+
+        Raises Conflict if it is running with another model or port, PortTaken, ModelNotFound, or Unavailable with the
+        end of the log of the service that did not start. Interrupted, it leaves no process behind.
+        """
+        self.home.create()
+        with _exclusive(self.home.up_lock, self._say):
+            running = self.home.running()
+            if running is not None and running.state != "ready":
+                # It is stopping: nobody who could start it holds the lock that we hold.
+                _wait_gone(running)
+                running = None
+            if running is not None:
+                self._check_same(running)
+                return running
+            model = self._model or DEMO
+            return self._start(model, resolve_model(model, self._say), tied=tied)
+
+    def down(self) -> bool:
+        """Stop the stack and return when its processes are gone. False if none was running."""
+        state = self.home.running()
+        if state is not None:
+            _stop(state)
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+        if self.home.running() is None:
+            self.home.state_file.unlink(missing_ok=True)
+        return state is not None
+
+    def __enter__(self) -> Self:
+        """Up for the length of the block, even if this process is killed. A stack that was running before stays."""
+        self._ours = self.home.running() is None
+        self.up(tied=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            self.down()
+
+    def _start(self, model: str, directory: Path, *, tied: bool) -> StackState:
+        command = [sys.executable, "-m", "foundry.local.supervisor", "--home", str(self.home.path)]
+        command += ["--model", model, "--model-directory", str(directory)]
+        command += ["--port", str(self._port)] if self._port is not None else []
+        command += ["--tied"] if tied else []
+        for name in ("supervisor", "gateway", "trainer", "rollout", "teacher", "valkey"):
+            with contextlib.suppress(FileNotFoundError):
+                self.home.log_file(name).rename(self.home.logs / f"{name}.log.1")
+        self._say(f"Starting the stack with {model} ...")
+        with self.home.log_file("supervisor").open("ab") as log_file:
+            # A session of its own: Ctrl-C in this terminal is for us, and closing it does not end the stack.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                cwd=self.home.path,
+                start_new_session=True,
+            )
+        assert process.stdin is not None, "asked for a pipe"
+        assert process.stdout is not None, "asked for a pipe"
+        try:
+            self._wait_ready(process.stdout)
+        except BaseException:
+            # The lifeline: the supervisor stops what it has started and ends.
+            process.stdin.close()
+            _reap(process)
+            raise
+        finally:
+            process.stdout.close()
+        # Tied, our end stays open for as long as we live; the supervisor stops when it closes.
+        if not tied:
+            process.stdin.close()
+        self._process = process
+        state = self.home.running()
+        if state is None:
+            raise Unavailable(f"the stack stopped as soon as it was ready; see {self.home.log_file('supervisor')}")
+        return state
+
+    def _wait_ready(self, events: IO[bytes]) -> None:
+        for line in events:
+            event = json.loads(line)
+            if event["event"] == "started":
+                self._say(f"  {event['name']} is ready ({event['seconds']} s)")
+            elif event["event"] == "failed":
+                raise BY_REASON.get(event["reason"], FoundryError)(event["message"])
+            elif event["event"] == "ready":
+                return
+        raise Unavailable(f"the supervisor ended while starting; its log is {self.home.log_file('supervisor')}")
+
+    def _check_same(self, running: StackState) -> None:
+        """Raises Conflict unless the running stack is the one that was asked for."""
+        if self._model is not None and self._model != running.model:
+            meant = demo_model_directory() if self._model == DEMO else Path(self._model).expanduser().absolute()
+            if str(meant) != running.model_directory:
+                raise Conflict(
+                    f"the stack in {self.home.path} is running with the model {running.model}; run 'foundry down' "
+                    f"first, or start another one beside it: FOUNDRY_HOME=DIRECTORY foundry up --model {self._model}",
+                    field="model",
+                )
+        if self._port is not None and not running.gateway_url.endswith(f":{self._port}"):
+            raise Conflict(
+                f"the stack in {self.home.path} is running at {running.gateway_url}; run 'foundry down' first to move "
+                "it to another port",
+                field="port",
+            )
+
+
+@contextlib.contextmanager
+def _exclusive(lock: Path, say: Say) -> Iterator[None]:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another 'foundry up' is at work; waiting for it ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stop(state: StackState) -> None:
+    """SIGTERM to the supervisor; SIGKILL if it does not end in time, with which its children die too."""
+    try:
+        descriptor = os.pidfd_open(state.pid)
+    except ProcessLookupError:
+        return
+    try:
+        # The descriptor holds on to the process; the check makes sure that it is the one that we mean.
+        if state.alive():
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+            if not _ends(descriptor, _STOP_SECONDS):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                _ends(descriptor, _STOP_SECONDS)
+    finally:
+        os.close(descriptor)
+
+
+def _wait_gone(state: StackState) -> None:
+    try:
+        descriptor = os.pidfd_open(state.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if state.alive() and not _ends(descriptor, _STOP_SECONDS):
+            raise Conflict(f"a stack with pid {state.pid} is stopping and does not end; run 'foundry down'")
+    finally:
+        os.close(descriptor)
+
+
+def _ends(descriptor: int, timeout_seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_seconds * 1000))
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

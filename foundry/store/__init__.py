@@ -1,0 +1,38 @@
+"""The store: versioned cartridges, documents and runs, in object storage and Redis. No torch in here."""
+
+from foundry.store.checkpoints import Checkpoints
+from foundry.store.documents import DocumentInfo, DocumentStore
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.names import CartridgeId, Reference, check_name, check_tag
+from foundry.store.objects import Objects
+from foundry.store.pointers import Published
+from foundry.store.run_spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpec, SelfStudyPrompts
+from foundry.store.runs import ClaimedRun, Desired, RunRecord, RunState, RunStore
+from foundry.store.settings import StoreSettings
+from foundry.store.store import CartridgeStore
+
+__all__ = [
+    "OBJECTIVES",
+    "CartridgeId",
+    "CartridgeStore",
+    "Checkpoints",
+    "ClaimedRun",
+    "Desired",
+    "DocumentInfo",
+    "DocumentPrompts",
+    "DocumentStore",
+    "Manifest",
+    "ManifestDraft",
+    "Objects",
+    "Prompts",
+    "Published",
+    "Reference",
+    "RunRecord",
+    "RunSpec",
+    "RunState",
+    "RunStore",
+    "SelfStudyPrompts",
+    "StoreSettings",
+    "check_name",
+    "check_tag",
+]

@@ -1,0 +1,142 @@
+"""The connection to Redis (or Valkey): scripts, typed errors, and noticing that Redis was emptied or replaced.
+
+`foundry:epoch` holds the run id of the server for which pointers were last restored. A server that restarted (empty or
+with an old snapshot) or a replica that took over has another run id; then every checked script answers `empty` and
+changes nothing until `on_empty` has restored the pointers from object storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TimeoutError,
+)
+
+from foundry.errors import StoreFull, StoreUnavailable
+
+# Redis hands scripts nothing else that tells one life of a server from the next.
+_EPOCH = """
+local server_run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+local restored = redis.call('GET', 'foundry:epoch') == server_run
+"""
+_CHECKED = _EPOCH + "if not restored then return {'empty'} end\n"
+_READ = "return {'ok', redis.call(unpack(ARGV))}"
+
+_CONNECTIONS = 64
+_WAITING_CONNECTIONS = 10_000
+
+Reply = list[Any]
+
+
+class Connection:
+    """One pool of connections. Errors of the server become StoreUnavailable or StoreFull."""
+
+    def __init__(self, url: str, *, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        options: dict[str, Any] = {
+            "socket_timeout": timeout_seconds,
+            "socket_connect_timeout": timeout_seconds,
+            # No retries here: callers retry whole operations, with their own budget.
+            "retry": Retry(NoBackoff(), 0),
+        }
+        # Commands wait for a free connection; a pool of the other kind refuses them.
+        self.redis = Redis.from_pool(
+            BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=timeout_seconds, **options)
+        )
+        # Whoever waits for an event holds a connection meanwhile, and must not take it from those who work.
+        self._waiting = Redis.from_url(url, max_connections=_WAITING_CONNECTIONS, **options)
+        self.on_empty: Callable[[], Awaitable[object]] = _nothing_restores
+        self._scripts: dict[tuple[str, bool], AsyncScript] = {}
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+        await self._waiting.aclose()
+
+    async def run(self, script: str, *args: str | int) -> Reply:
+        """Run a script on restored pointers. The reply's first item is its status, a str; bytes are decoded."""
+        for _ in range(2):
+            reply = await self._eval(script, args, checked=True)
+            if reply[0] != "empty":
+                return reply
+            await self.on_empty()
+        raise StoreUnavailable("Redis was emptied again while its pointers were being restored")
+
+    async def run_restoring(self, script: str, *args: str | int) -> Reply:
+        """Run a script that restores pointers: it sees `restored` and `server_run` and decides by itself."""
+        return await self._eval(script, args, checked=False)
+
+    async def read(self, command: str, *args: str | int) -> Any:
+        """One reading command on restored pointers."""
+        return (await self.run(_READ, command, *args))[1]
+
+    async def read_stream(self, key: str, after: str, *, block: bool) -> list[tuple[str, dict[str, str]]]:
+        """Entries of a stream after the id `after`; a blocking read waits a while for the first one."""
+        # Shorter than the socket's own patience.
+        block_ms = max(1, int(self.timeout_seconds * 500)) if block else None
+        redis = self._waiting if block else self.redis
+        with redis_errors():
+            streams: Any = await redis.xread({key: after}, count=1000, block=block_ms)
+        return [
+            (entry_id.decode(), {name.decode(): value.decode() for name, value in fields.items()})
+            for _, entries in streams
+            for entry_id, fields in entries
+        ]
+
+    async def wait_for_token(self, key: str, seconds: float) -> None:
+        """Take one item off a list, or give up after `seconds`, at most half the socket's patience."""
+        with redis_errors():
+            # To Redis 0 means for ever.
+            await self._waiting.blpop([key], timeout=max(0.01, min(seconds, self.timeout_seconds / 2)))
+
+    async def _eval(self, script: str, args: tuple[str | int, ...], *, checked: bool) -> Reply:
+        known = self._scripts.get((script, checked))
+        if known is None:
+            text = (_CHECKED if checked else _EPOCH) + script
+            known = self._scripts[script, checked] = self.redis.register_script(text)
+        with redis_errors():
+            return cast(Reply, _decoded(await known(args=list(args))))
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Raises StoreUnavailable or StoreFull for what Redis or the way to it refuses; other replies are our bugs."""
+    try:
+        yield
+    except OutOfMemoryError as error:
+        raise StoreFull(f"Redis is full: {error}") from error
+    except (
+        # Wrong passwords are ConnectionErrors too.
+        ConnectionError,
+        TimeoutError,
+        OSError,
+        BusyLoadingError,
+        MasterDownError,
+        ReadOnlyError,
+        NoPermissionError,
+    ) as error:
+        raise StoreUnavailable(f"Redis can't be used: {error}") from error
+
+
+def _decoded(reply: Any) -> Any:
+    if isinstance(reply, bytes):
+        return reply.decode()
+    if isinstance(reply, list):
+        return [_decoded(item) for item in reply]
+    return reply
+
+
+async def _nothing_restores() -> None:
+    raise StoreUnavailable("Redis is empty and this connection can't restore it")

@@ -1,0 +1,217 @@
+"""Durable truth about cartridges: what object storage holds, where, and how it is read and written.
+
+    blobs/blake3/<hex>.safetensors              tensors, by content
+    cartridges/<name>/<version:010d>.json       a manifest; or a tombstone where a publisher was replaced
+    cartridges/<name>/tags/<tag>.json           {"version": n}
+    counters/<name>/<limit:016d>                numbers up to the highest limit may have been handed out
+
+The limits outlive everything else, so that no number is used twice even if Redis and all versions are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable
+
+import structlog
+
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
+from foundry.identity import CartridgeBytes
+from foundry.store.manifest import Manifest
+from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.objects import Objects
+
+log = structlog.get_logger(__name__)
+
+# Numbers handed out per write of a limit: what a loss of Redis may skip.
+LIMIT_STEP = 100
+_MAX_READS = 16
+_TOMBSTONE = {"withdrawn": True}
+_MANIFEST_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
+_TAG_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
+_LIMIT_KEY = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
+
+
+class Durable:
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._reads = asyncio.Semaphore(_MAX_READS)
+
+    # Bytes
+
+    async def put_blob(self, digest: str, stored: CartridgeBytes) -> None:
+        # Also over a blob that stands: the bytes are the same, unless it is corrupt, and then this repairs it.
+        await self._objects.put(_blob_key(digest), stored.file_parts())
+
+    async def get_blob(self, digest: str) -> CartridgeBytes | None:
+        """The blob, unverified; None if there is none. Raises DigestMismatch if it is no cartridge file at all."""
+        try:
+            content = await self._objects.get(_blob_key(digest))
+        except NotFound:
+            return None
+        try:
+            return CartridgeBytes.from_file(content)
+        except (InvalidArgument, ShapeMismatch) as error:
+            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
+
+    # Manifests
+
+    async def put_manifest(self, manifest: Manifest) -> Manifest:
+        """Write the manifest unless there is one; the one that stands is returned.
+
+        Raises Conflict if another digest has the number, Fenced if the number was withdrawn from this publisher.
+        """
+        key = _manifest_key(manifest.name, manifest.version)
+        if await self._objects.put_if_absent(key, manifest.to_json().encode()):
+            return manifest
+        standing = _manifest_at(bytes(await self._objects.get(key)))
+        if standing is None:
+            raise Fenced(f"{manifest.id} was withdrawn when another run or attempt took the name over")
+        if standing.digest != manifest.digest:
+            raise Conflict(
+                f"{manifest.id} exists with digest {standing.digest}, not {manifest.digest}", field="version"
+            )
+        return standing
+
+    async def withdraw(self, name: str, version: int) -> None:
+        """Put a tombstone where a replaced publisher left a manifest, or would yet write one."""
+        await self._objects.put(_manifest_key(name, version), [json.dumps(_TOMBSTONE).encode()])
+
+    async def manifest(self, name: str, version: int) -> Manifest:
+        try:
+            found = _manifest_at(bytes(await self._objects.get(_manifest_key(name, version))))
+        except NotFound:
+            found = None
+        if found is None:
+            raise CartridgeNotFound(f"there is no durable cartridge {name}@{version}", field="version")
+        return found
+
+    async def manifests(self, name: str) -> list[Manifest]:
+        keys = await self._objects.keys_here(f"cartridges/{name}")
+        return await self._read_manifests(key for key in keys if _MANIFEST_KEY.fullmatch(key))
+
+    async def delete_manifest(self, name: str, version: int) -> bool:
+        """False if there was none."""
+        key = _manifest_key(name, version)
+        # Asked first, because s3 deletes what does not exist without a word.
+        if not await self._objects.exists(key):
+            return False
+        await self._objects.delete(key)
+        return True
+
+    async def resolve(self, reference: Reference) -> CartridgeId:
+        """What the reference means by object storage alone: `latest` is the highest durable version."""
+        name, selector = reference.name, reference.selector
+        if isinstance(selector, int):
+            return (await self.manifest(name, selector)).id
+        if reference.immutable:
+            found = [manifest.id for manifest in await self.manifests(name) if manifest.digest == selector]
+            if found:
+                return found[0]
+        elif selector == LATEST:
+            for version in reversed(await self._versions(name)):
+                try:
+                    return (await self.manifest(name, version)).id
+                except CartridgeNotFound:
+                    continue  # a tombstone
+        else:
+            tags = await self.tags(name)
+            if selector in tags:
+                return (await self.manifest(name, tags[selector])).id
+        raise CartridgeNotFound(f"there is no durable cartridge {reference}", field="model")
+
+    # Tags
+
+    async def put_tag(self, name: str, tag: str, version: int) -> None:
+        await self._objects.put(_tag_key(name, tag), [json.dumps({"version": version}).encode()])
+
+    async def delete_tag(self, name: str, tag: str) -> None:
+        await self._objects.delete(_tag_key(name, tag))
+
+    async def tags(self, name: str) -> dict[str, int]:
+        keys = await self._objects.keys_here(f"cartridges/{name}/tags")
+        found = [match["tag"] for key in keys if (match := _TAG_KEY.fullmatch(key)) and match["name"] == name]
+        versions = await asyncio.gather(*(self._read_tag(name, tag) for tag in found))
+        return dict(zip(found, versions, strict=True))
+
+    # Names
+
+    async def names(self) -> list[str]:
+        """Names that have at least one durable version or a tombstone."""
+        keys = await self._objects.keys("cartridges")
+        return sorted({match["name"] for key in keys if (match := _MANIFEST_KEY.fullmatch(key))})
+
+    async def delete_name(self, name: str) -> bool:
+        """Delete manifests and tags; False if there were none. Limits stay."""
+        keys = [key for key in await self._objects.keys_here(f"cartridges/{name}") if _MANIFEST_KEY.fullmatch(key)]
+        # Tags first: a tag must not outlive its version.
+        tags = [key for key in await self._objects.keys_here(f"cartridges/{name}/tags") if _TAG_KEY.fullmatch(key)]
+        for key in [*tags, *keys]:
+            await self._objects.delete(key)
+        return bool(keys)
+
+    # Numbers
+
+    async def raise_limit(self, name: str, counter: int) -> int:
+        """Allow numbers beyond `counter`. Each limit is an object of its own: a late writer can't lower it."""
+        limit = (counter // LIMIT_STEP + 1) * LIMIT_STEP
+        await self._objects.put_if_absent(_limit_key(name, limit), b"")
+        if counter >= LIMIT_STEP:
+            await self._objects.delete(_limit_key(name, limit - LIMIT_STEP))
+        return limit
+
+    async def limits(self) -> dict[str, int]:
+        """The highest limit of every name that ever was."""
+        limits: dict[str, int] = {}
+        for key in await self._objects.keys("counters"):
+            if match := _LIMIT_KEY.fullmatch(key):
+                limits[match["name"]] = max(limits.get(match["name"], 0), int(match["limit"]))
+        return limits
+
+    async def _versions(self, name: str) -> list[int]:
+        keys = await self._objects.keys_here(f"cartridges/{name}")
+        return sorted(int(match["version"]) for key in keys if (match := _MANIFEST_KEY.fullmatch(key)))
+
+    async def _read_manifests(self, keys: Iterable[str]) -> list[Manifest]:
+        found = await asyncio.gather(*(self._read_manifest(key) for key in keys))
+        return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.version)
+
+    async def _read_manifest(self, key: str) -> Manifest | None:
+        async with self._reads:
+            try:
+                return _manifest_at(bytes(await self._objects.get(key)))
+            except NotFound:
+                return None  # deleted since it was listed
+            except InvalidArgument as error:
+                # One unreadable file must not take the other versions with it.
+                log.error("manifest_unreadable", key=key, error=str(error))
+                return None
+
+    async def _read_tag(self, name: str, tag: str) -> int:
+        async with self._reads:
+            return int(json.loads(bytes(await self._objects.get(_tag_key(name, tag))))["version"])
+
+
+def _manifest_at(content: bytes) -> Manifest | None:
+    """None for a tombstone."""
+    if content == json.dumps(_TOMBSTONE).encode():
+        return None
+    return Manifest.from_json(content)
+
+
+def _blob_key(digest: str) -> str:
+    return f"blobs/blake3/{digest.removeprefix('blake3:')}.safetensors"
+
+
+def _manifest_key(name: str, version: int) -> str:
+    return f"cartridges/{name}/{version:010d}.json"
+
+
+def _tag_key(name: str, tag: str) -> str:
+    return f"cartridges/{name}/tags/{tag}.json"
+
+
+def _limit_key(name: str, limit: int) -> str:
+    return f"counters/{name}/{limit:016d}"

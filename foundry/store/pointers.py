@@ -1,0 +1,202 @@
+"""Pointers in Redis: which versions a name has, who may publish, what `latest` and the tags mean.
+
+Every method is one atomic script. All raise StoreUnavailable when Redis can't be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import Enum
+
+from foundry.errors import CartridgeNotFound, Conflict, Fenced
+from foundry.store import scripts
+from foundry.store.connection import Connection, Reply
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.names import LATEST, CartridgeId, Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A version number that only this publisher may fill; `committed` if it did so before."""
+
+    version: int
+    committed: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached:
+    """No number may be handed out beyond `counter` until object storage has a higher limit."""
+
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version became visible. A hint to prefetch: losing one costs time, never correctness."""
+
+    event_id: str
+    cartridge: CartridgeId
+    run: str
+    step: int
+
+
+class Commit(Enum):
+    """How a commit ended; but for DONE nothing changed."""
+
+    DONE = "ok"
+    RESERVATION_LOST = "unreserved"
+    BYTES_LOST = "incomplete"
+
+
+class Pointers:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def acquire(self, name: str, run: str, attempt: int) -> list[int]:
+        """Become the owner. The reply: versions that earlier owners reserved and may have left manifests for."""
+        reply = await self._connection.run(scripts.ACQUIRE, name, run, attempt)
+        _refuse_fenced(reply, name, run, attempt)
+        if reply[0] == "conflict":
+            raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
+        return [int(version) for version in reply[1]]
+
+    async def forget_pending(self, name: str, versions: list[int]) -> None:
+        await self._connection.run(scripts.FORGET_PENDING, name, *versions)
+
+    async def release(self, name: str, run: str, attempt: int) -> None:
+        reply = await self._connection.run(scripts.RELEASE, name, run, attempt)
+        _refuse_fenced(reply, name, run, attempt)
+
+    async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached:
+        """The same run, step and digest get the same number again. Raises Fenced unless the caller is the owner."""
+        reply = await self._connection.run(
+            scripts.RESERVE, draft.name, draft.run, draft.attempt, draft.step, digest, int(durable)
+        )
+        _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
+        if reply[0] == "limit":
+            return LimitReached(int(reply[1]))
+        return Reservation(int(reply[1]), _manifest(reply[2]) if reply[0] == "committed" else None)
+
+    async def raise_limit(self, name: str, limit: int) -> None:
+        await self._connection.run(scripts.RAISE_LIMIT, name, limit)
+
+    async def commit(self, manifest: Manifest, *, durable: bool, keep_hot: int, event_stream_length: int) -> Commit:
+        """Make the version visible, move `latest` forward, announce it, trim older hot bytes.
+
+        Raises Fenced unless the caller is the owner.
+        """
+        reply = await self._connection.run(
+            scripts.COMMIT,
+            manifest.name,
+            manifest.run,
+            manifest.attempt,
+            manifest.step,
+            manifest.digest,
+            int(durable),
+            manifest.version,
+            manifest.to_json(),
+            keep_hot,
+            event_stream_length,
+        )
+        _refuse_fenced(reply, manifest.name, manifest.run, manifest.attempt)
+        return Commit(reply[0])
+
+    async def lookup(self, reference: Reference) -> CartridgeId:
+        selector = reference.selector
+        if isinstance(selector, int):
+            kind = "version"
+        elif reference.immutable:
+            kind = "digest"
+        else:
+            kind = "latest" if selector == LATEST else "tag"
+        reply = await self._connection.run(scripts.LOOKUP, reference.name, kind, selector)
+        if reply[0] == "missing":
+            raise CartridgeNotFound(f"there is no cartridge {reference}", field="model")
+        return CartridgeId(reference.name, int(reply[1]), reply[2])
+
+    async def names(self) -> list[str]:
+        return sorted(await self._connection.read("SMEMBERS", "foundry:names"))
+
+    async def manifest(self, name: str, version: int) -> Manifest:
+        value = await self._connection.read("HGET", f"foundry:versions:{name}", version)
+        if value is None:
+            raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+        return _manifest(value)
+
+    async def manifests(self, name: str) -> list[Manifest]:
+        values = await self._connection.read("HVALS", f"foundry:versions:{name}")
+        return sorted((_manifest(value) for value in values), key=lambda manifest: manifest.version)
+
+    async def durable(self, name: str) -> set[int]:
+        return {int(version) for version in await self._connection.read("SMEMBERS", f"foundry:durable:{name}")}
+
+    async def tags(self, name: str) -> dict[str, int]:
+        flat = await self._connection.read("HGETALL", f"foundry:tags:{name}")
+        return {tag: int(version) for tag, version in zip(flat[::2], flat[1::2], strict=True)}
+
+    async def mark_durable(self, name: str, version: int) -> bool:
+        """False if the version is gone."""
+        return bool((await self._connection.run(scripts.MARK_DURABLE, name, version))[0] == "ok")
+
+    async def tag(self, name: str, tag: str, version: int) -> None:
+        if (await self._connection.run(scripts.TAG, name, tag, version))[0] == "missing":
+            raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+
+    async def untag(self, name: str, tag: str) -> None:
+        if (await self._connection.run(scripts.UNTAG, name, tag))[0] == "missing":
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+
+    async def delete_version(self, name: str, version: int) -> bool:
+        """False if Redis has no such version. Raises Conflict while something points to it."""
+        reply = await self._connection.run(scripts.DELETE_VERSION, name, version)
+        if reply[0] == "conflict":
+            raise Conflict(f"{name}@{version} is what {name}@{reply[1]} means: move that first", field="version")
+        return bool(reply[0] == "ok")
+
+    async def delete_name(self, name: str) -> bool:
+        """False if Redis has no such name. Raises Conflict while a run trains it."""
+        reply = await self._connection.run(scripts.DELETE_NAME, name)
+        if reply[0] == "conflict":
+            raise Conflict(f"cartridge {name} is being trained by run {reply[1]}: cancel that first", field="name")
+        return bool(reply[0] == "ok")
+
+    async def lease(self, digest: str, holder: str, seconds: float) -> None:
+        await self._connection.run(scripts.LEASE, digest, holder, int(seconds * 1000))
+
+    async def unlease(self, digest: str, holder: str) -> None:
+        await self._connection.run(scripts.UNLEASE, digest, holder)
+
+    async def leases(self, digest: str) -> list[str]:
+        return list((await self._connection.run(scripts.LEASES, digest))[1])
+
+    async def drop_bytes(self, digest: str) -> None:
+        await self._connection.run(scripts.DROP_BYTES, digest)
+
+    async def events(self, after: str) -> AsyncIterator[Published]:
+        if after == "$":
+            # Pinned now: "$" in every read would skip what is published between two reads.
+            newest = await self._connection.read("XREVRANGE", "foundry:events", "+", "-", "COUNT", 1)
+            after = newest[0][0] if newest else "0-0"
+        while True:
+            for event_id, fields in await self._connection.read_stream("foundry:events", after, block=True):
+                after = event_id
+                cartridge = CartridgeId(fields["name"], int(fields["version"]), fields["digest"])
+                yield Published(event_id, cartridge, fields["run"], int(fields["step"]))
+
+
+def versions_value(manifest: Manifest) -> str:
+    """A manifest as the hash `foundry:versions:<name>` holds it."""
+    return f"{manifest.digest} {manifest.to_json()}"
+
+
+def _manifest(value: str) -> Manifest:
+    return Manifest.from_json(value.split(" ", 1)[1])
+
+
+def _refuse_fenced(reply: Reply, name: str, run: str, attempt: int) -> None:
+    if reply[0] != "fenced":
+        return
+    if not reply[1]:
+        raise Fenced(f"run {run} attempt {attempt} does not hold cartridge {name}: nobody does, acquire it first")
+    raise Fenced(f"run {run} attempt {attempt} does not hold cartridge {name}: run {reply[1]} attempt {reply[2]} does")

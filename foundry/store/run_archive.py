@@ -1,0 +1,123 @@
+"""Durable truth about runs. All but `desired.json` is written once, so that no late writer can undo a newer one.
+
+runs/<id>/run.json                 {spec, name, created_ms}
+runs/<id>/attempts/<n:06d>         one for each time a worker took the run up
+runs/<id>/desired.json             {"desired": "pause" | "cancel" | ""}, the last that was asked for
+runs/<id>/events.jsonl             {id, event} a line, written when the run ends
+runs/<id>/result.json              {state, error, result, finished_ms}: the run is over
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from foundry.errors import NotFound, RunNotFound
+from foundry.store.objects import Objects
+
+_MAX_READS = 16
+_RUN_KEY = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedRun:
+    """`final` is None while the run is not over."""
+
+    run_id: str
+    spec: str
+    name: str
+    created_ms: int
+    attempt: int
+    desired: str
+    final: FinalState | None
+
+
+@dataclass(frozen=True, slots=True)
+class FinalState:
+    state: str
+    error: str | None
+    result: dict[str, Any] | None
+    finished_ms: int
+
+
+class RunArchive:
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._reads = asyncio.Semaphore(_MAX_READS)
+
+    async def create(self, run_id: str, *, spec: str, name: str, created_ms: int) -> None:
+        content = json.dumps({"spec": spec, "name": name, "created_ms": created_ms})
+        await self._objects.put_if_absent(f"runs/{run_id}/run.json", content.encode())
+
+    async def forget(self, run_id: str) -> None:
+        """Undo `create`."""
+        await self._objects.delete(f"runs/{run_id}/run.json")
+
+    async def begin_attempt(self, run_id: str, attempt: int) -> None:
+        await self._objects.put_if_absent(f"runs/{run_id}/attempts/{attempt:06d}", b"")
+
+    async def desire(self, run_id: str, desired: str) -> None:
+        await self._objects.put(f"runs/{run_id}/desired.json", [json.dumps({"desired": desired}).encode()])
+
+    async def finish(self, run_id: str, final: FinalState, events: list[tuple[str, dict[str, Any]]]) -> None:
+        lines = "".join(json.dumps({"id": event_id, "event": event}) + "\n" for event_id, event in events)
+        await self._objects.put_if_absent(f"runs/{run_id}/events.jsonl", lines.encode())
+        content = json.dumps(
+            {
+                "state": final.state,
+                "error": final.error,
+                "result": final.result,
+                "finished_ms": final.finished_ms,
+            }
+        )
+        await self._objects.put_if_absent(f"runs/{run_id}/result.json", content.encode())
+
+    async def events(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """What happened in a run that is over; nothing for any other."""
+        try:
+            lines = bytes(await self._objects.get(f"runs/{run_id}/events.jsonl")).decode().splitlines()
+        except NotFound:
+            return []
+        return [(entry["id"], entry["event"]) for entry in map(json.loads, lines)]
+
+    async def runs(self) -> list[ArchivedRun]:
+        """All runs, oldest first."""
+        # One listing tells which of the small objects exist.
+        keys = set(await self._objects.keys("runs"))
+        found = [match["run"] for key in keys if (match := _RUN_KEY.fullmatch(key))]
+        runs = await asyncio.gather(*(self._read(run_id, keys) for run_id in found))
+        return sorted(runs, key=lambda run: (run.created_ms, run.run_id))
+
+    async def run(self, run_id: str) -> ArchivedRun:
+        """Raises RunNotFound."""
+        keys = set(await self._objects.keys(f"runs/{run_id}"))
+        if f"runs/{run_id}/run.json" not in keys:
+            raise RunNotFound(f"there is no run {run_id}", field="run_id")
+        return await self._read(run_id, keys)
+
+    async def _read(self, run_id: str, keys: set[str]) -> ArchivedRun:
+        prefix = f"runs/{run_id}"
+        begun = json.loads(await self._get(f"{prefix}/run.json"))
+        desired = ""
+        if f"{prefix}/desired.json" in keys:
+            desired = json.loads(await self._get(f"{prefix}/desired.json"))["desired"]
+        final = None
+        if f"{prefix}/result.json" in keys:
+            final = FinalState(**json.loads(await self._get(f"{prefix}/result.json")))
+        attempts = [int(key.rsplit("/", 1)[1]) for key in keys if key.startswith(f"{prefix}/attempts/")]
+        return ArchivedRun(
+            run_id=run_id,
+            spec=begun["spec"],
+            name=begun["name"],
+            created_ms=begun["created_ms"],
+            attempt=max(attempts, default=0),
+            desired=desired,
+            final=final,
+        )
+
+    async def _get(self, key: str) -> bytes:
+        async with self._reads:
+            return bytes(await self._objects.get(key))

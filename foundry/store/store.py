@@ -1,0 +1,359 @@
+"""The store of cartridges: versions that never change, pointers that only fenced owners move.
+
+Object storage holds the truth (durable.py), Redis the pointers (pointers.py) and the bytes of the newest versions
+(hot.py). While Redis is reachable it knows every version; when it is not, object storage answers for the durable ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+
+import structlog
+
+from foundry.errors import CartridgeNotFound, DigestMismatch, InvalidArgument, StoreUnavailable
+from foundry.identity import CartridgeBytes, check_digest
+from foundry.store import rebuild
+from foundry.store.connection import Connection
+from foundry.store.documents import DocumentStore
+from foundry.store.durable import Durable
+from foundry.store.hot import HotBytes
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
+from foundry.store.objects import Objects
+from foundry.store.pointers import Commit, LimitReached, Pointers, Published, Reservation
+from foundry.store.runs import RunStore
+from foundry.store.settings import StoreSettings
+
+log = structlog.get_logger(__name__)
+
+_LAST_KNOWN_REFERENCES = 1024
+_PUBLISH_ATTEMPTS = 3
+_LEASE_WHILE_COPYING_SECONDS = 600.0
+
+
+class CartridgeStore:
+    """All methods raise StoreUnavailable when what they need can't be reached, and StoreFull when it takes no more."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.settings = settings
+        self.objects = Objects.open(settings.objects_url, retry_seconds=settings.objects_retry_seconds)
+        self._connection = Connection(
+            settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds
+        )
+        self._connection.on_empty = self.rebuild
+        self._pointers = Pointers(self._connection)
+        self._durable = Durable(self.objects)
+        self._hot = HotBytes(self._connection)
+        self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
+        self.runs = RunStore(self._connection, self.objects, settings)
+        # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
+        self._last_known: OrderedDict[Reference, tuple[CartridgeId, float]] = OrderedDict()
+        self._fetches: dict[str, asyncio.Task[CartridgeBytes]] = {}
+        self._rebuild: asyncio.Task[bool] | None = None
+
+    @classmethod
+    async def open(cls, settings: StoreSettings) -> CartridgeStore:
+        """Connect, and restore the pointers if Redis is empty.
+
+        A Redis that can't be reached is no error here: durable versions can be read without it.
+        """
+        store = cls(settings)
+        try:
+            await store.rebuild()
+        except StoreUnavailable as error:
+            log.warning("store_opened_without_redis", error=error.message)
+        return store
+
+    async def close(self) -> None:
+        tasks: list[asyncio.Task[bool] | asyncio.Task[CartridgeBytes]] = [*self._fetches.values()]
+        if self._rebuild is not None:
+            tasks.append(self._rebuild)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._connection.close()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable unless Redis answers and its pointers are restored."""
+        await self._connection.read("EXISTS", "foundry:epoch")
+
+    async def rebuild(self) -> bool:
+        """Restore Redis from object storage if it was emptied, restarted or replaced; False if it was not.
+
+        Called by whatever meets an empty Redis; concurrent callers share one pass.
+        """
+        if self._rebuild is None or self._rebuild.done():
+            self._rebuild = asyncio.create_task(rebuild.rebuild(self._connection, self._durable, self.runs))
+        return await asyncio.shield(self._rebuild)
+
+    # Publishing
+
+    async def acquire(self, name: str, run_id: str, attempt: int) -> None:
+        """Become the only publisher of `name`; the same owner may ask again.
+
+        Raises Conflict while another run holds it, Fenced if a newer attempt of this run does.
+        """
+        withdrawn = await self._pointers.acquire(check_name(name), check_run(run_id), attempt)
+        for version in withdrawn:
+            # Our predecessor is fenced by now, but may be about to write this manifest.
+            await self._durable.withdraw(name, version)
+        if withdrawn:
+            await self._pointers.forget_pending(name, withdrawn)
+
+    async def release(self, name: str, run_id: str, attempt: int) -> None:
+        """Let others publish. Raises Fenced if the caller is not the owner."""
+        await self._pointers.release(check_name(name), run_id, attempt)
+
+    async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
+        """Store the bytes, then the manifest, then move `latest` forward and announce the version.
+
+        Repeating a publish (same run, step and digest) returns the version it made. Raises Fenced unless `draft.run`
+        and `draft.attempt` hold the name. After an error nothing has become visible and the call may be repeated.
+        """
+        digest = await asyncio.to_thread(stored.digest)
+        for _ in range(_PUBLISH_ATTEMPTS):
+            reservation = await self._reserve(draft, digest, durable=durable)
+            if (manifest := reservation.committed) is not None:
+                if durable:
+                    await self.make_durable(manifest.name, manifest.version)
+                return manifest
+            manifest = Manifest.of(
+                draft,
+                header=stored.header,
+                digest=digest,
+                version=reservation.version,
+                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            )
+            if durable:
+                await self._durable.put_blob(digest, stored)
+            await self._hot.put(digest, stored)
+            if durable:
+                manifest = await self._durable.put_manifest(manifest)
+            outcome = await self._pointers.commit(
+                manifest,
+                durable=durable,
+                keep_hot=self.settings.keep_hot,
+                event_stream_length=self.settings.event_stream_length,
+            )
+            if outcome is Commit.DONE:
+                return manifest
+            if durable and outcome is Commit.RESERVATION_LOST:
+                # The next attempt gets another number; nothing may find this one when pointers are restored.
+                await self._durable.withdraw(manifest.name, manifest.version)
+        raise StoreUnavailable(
+            f"Redis lost the publication of {draft.name} step {draft.step} {_PUBLISH_ATTEMPTS} times"
+        )
+
+    async def _reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation:
+        while True:
+            reservation = await self._pointers.reserve(draft, digest, durable=durable)
+            if not isinstance(reservation, LimitReached):
+                return reservation
+            limit = await self._durable.raise_limit(draft.name, reservation.counter)
+            await self._pointers.raise_limit(draft.name, limit)
+
+    # Reading
+
+    async def resolve(self, reference: Reference | str) -> CartridgeId:
+        """What a reference means now. The answer names version and digest, so that nobody is misled.
+
+        Without Redis: a version or digest resolves from this process's memory or from object storage; `latest` and
+        tags mean what they last meant to this process (logged with its age), else what object storage says, for
+        `latest` the highest durable version. Raises CartridgeNotFound if there is no such cartridge, StoreUnavailable
+        if that can't be known without Redis.
+        """
+        if isinstance(reference, str):
+            reference = Reference.parse(reference)
+        try:
+            found = await self._pointers.lookup(reference)
+        except StoreUnavailable as unavailable:
+            found = await self._resolve_without_redis(reference, unavailable)
+        else:
+            self._remember(reference, found)
+        return found
+
+    async def _resolve_without_redis(self, reference: Reference, unavailable: StoreUnavailable) -> CartridgeId:
+        if (known := self._last_known.get(reference)) is not None:
+            found, since = known
+            if not reference.immutable:
+                age = time.monotonic() - since
+                log.warning(
+                    "resolved_from_memory", reference=str(reference), found=str(found), age_seconds=round(age, 1)
+                )
+            return found
+        try:
+            found = await self._durable.resolve(reference)
+        except CartridgeNotFound:
+            # It may have been hot.
+            raise unavailable from None
+        log.warning("resolved_from_object_storage", reference=str(reference), found=str(found))
+        return found
+
+    def _remember(self, reference: Reference, found: CartridgeId) -> None:
+        self._last_known[reference] = (found, time.monotonic())
+        self._last_known.move_to_end(reference)
+        if len(self._last_known) > _LAST_KNOWN_REFERENCES:
+            self._last_known.popitem(last=False)
+
+    async def fetch(self, digest: str) -> CartridgeBytes:
+        """The bytes that `digest` names, verified. Concurrent fetches of one digest share one transfer.
+
+        Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
+        """
+        check_digest(digest)
+        task = self._fetches.get(digest)
+        if task is None:
+            task = self._fetches[digest] = asyncio.create_task(self._fetch(digest))
+            task.add_done_callback(lambda _: self._fetches.pop(digest, None))
+        # Shielded: the first caller may give up while others still wait.
+        return await asyncio.shield(task)
+
+    async def _fetch(self, digest: str) -> CartridgeBytes:
+        failure: StoreUnavailable | DigestMismatch | None = None
+        try:
+            if (hot := await self._hot.get(digest)) is not None:
+                await asyncio.to_thread(hot.verify, digest)
+                return hot
+        except StoreUnavailable as error:
+            failure = error
+        except DigestMismatch as error:
+            failure = error
+            log.error("hot_bytes_corrupt", digest=digest, error=error.message)
+            with suppress(StoreUnavailable):
+                await self._pointers.drop_bytes(digest)
+        if (blob := await self._durable.get_blob(digest)) is not None:
+            await asyncio.to_thread(blob.verify, digest)
+            return blob
+        raise failure or CartridgeNotFound(f"no cartridge has digest {digest}", field="digest")
+
+    async def manifest(self, name: str, version: int) -> Manifest:
+        """Raises CartridgeNotFound."""
+        check_version(version)
+        try:
+            return await self._pointers.manifest(check_name(name), version)
+        except StoreUnavailable as unavailable:
+            try:
+                return await self._durable.manifest(name, version)
+            except CartridgeNotFound:
+                raise unavailable from None  # it may have been hot
+
+    async def versions(self, name: str) -> list[Manifest]:
+        """All versions, oldest first; without Redis only the durable ones."""
+        try:
+            return await self._pointers.manifests(check_name(name))
+        except StoreUnavailable:
+            return await self._durable.manifests(name)
+
+    async def durable_versions(self, name: str) -> set[int]:
+        """The versions that would survive a loss of Redis."""
+        try:
+            return await self._pointers.durable(check_name(name))
+        except StoreUnavailable:
+            return {manifest.version for manifest in await self._durable.manifests(name)}
+
+    async def names(self) -> list[str]:
+        """All cartridge names; without Redis only those with a durable version."""
+        try:
+            return await self._pointers.names()
+        except StoreUnavailable:
+            return await self._durable.names()
+
+    async def tags(self, name: str) -> dict[str, int]:
+        """Tag to version, without `latest`."""
+        try:
+            return await self._pointers.tags(check_name(name))
+        except StoreUnavailable:
+            return await self._durable.tags(name)
+
+    def subscribe(self, last_id: str = "$") -> AsyncIterator[Published]:
+        """Versions as they are published, after the event `last_id` ("$": from now, "0-0": all that are kept).
+
+        Ends only with StoreUnavailable; subscribe again with the last event's id. A hint to prefetch, nothing more.
+        """
+        return self._pointers.events(last_id)
+
+    # Changing what exists
+
+    async def make_durable(self, name: str, version: int) -> None:
+        """Copy a hot version to object storage. Raises CartridgeNotFound."""
+        manifest = await self._pointers.manifest(check_name(name), check_version(version))
+        if version in await self._pointers.durable(name):
+            return
+        # Trimming would otherwise forget the version while it is copied.
+        async with self.leased(manifest.digest, f"make-durable-{uuid.uuid4()}", _LEASE_WHILE_COPYING_SECONDS):
+            await self._durable.put_blob(manifest.digest, await self.fetch(manifest.digest))
+            await self._durable.put_manifest(manifest)
+            if not await self._pointers.mark_durable(name, version):
+                await self._durable.delete_manifest(name, version)
+                raise CartridgeNotFound(f"cartridge {manifest.id} was deleted meanwhile", field="version")
+
+    async def tag(self, name: str, tag: str, version: int) -> None:
+        """Point a tag at a version, which becomes durable. Raises CartridgeNotFound."""
+        check_tag(tag)
+        await self.make_durable(name, version)
+        await self._pointers.tag(name, tag, version)
+        await self._settle_tag(name, tag)
+
+    async def untag(self, name: str, tag: str) -> None:
+        """Raises CartridgeNotFound if there is no such tag."""
+        await self._pointers.untag(check_name(name), check_tag(tag))
+        await self._settle_tag(name, tag)
+
+    async def _settle_tag(self, name: str, tag: str) -> None:
+        """Make object storage agree with Redis, which decides the order of concurrent changes."""
+        version = (await self._pointers.tags(name)).get(tag)
+        while True:
+            if version is None:
+                await self._durable.delete_tag(name, tag)
+            else:
+                await self._durable.put_tag(name, tag, version)
+            written, version = version, (await self._pointers.tags(name)).get(tag)
+            if version == written:
+                return
+
+    async def delete(self, name: str, version: int | None = None) -> None:
+        """Delete a version, or the name with all its versions and tags. Blobs are left to the sweeper.
+
+        Raises CartridgeNotFound; Conflict for a version that `latest` or a tag means and for a name that a run holds.
+        """
+        check_name(name)
+        # Redis first: it refuses, and a crash in between leaves a version that can be deleted again.
+        if version is None:
+            known = await self._pointers.delete_name(name)
+            known = await self._durable.delete_name(name) or known
+        else:
+            known = await self._pointers.delete_version(name, check_version(version))
+            known = await self._durable.delete_manifest(name, version) or known
+        if not known:
+            raise CartridgeNotFound(f"there is no cartridge {name}" + (f"@{version}" if version else ""), field="name")
+        for reference in [known for known in self._last_known if known.name == name]:
+            del self._last_known[reference]
+
+    # Leases
+
+    async def lease(self, digest: str, holder: str, seconds: float) -> None:
+        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it."""
+        if seconds <= 0:
+            raise InvalidArgument(f"a lease must be longer than 0 seconds, not {seconds}", field="seconds")
+        await self._pointers.lease(check_digest(digest), holder, seconds)
+
+    async def unlease(self, digest: str, holder: str) -> None:
+        await self._pointers.unlease(check_digest(digest), holder)
+
+    async def leases(self, digest: str) -> list[str]:
+        """Who holds a lease on `digest` now."""
+        return await self._pointers.leases(check_digest(digest))
+
+    @asynccontextmanager
+    async def leased(self, digest: str, holder: str, seconds: float) -> AsyncIterator[None]:
+        await self.lease(digest, holder, seconds)
+        try:
+            yield
+        finally:
+            await self.unlease(digest, holder)

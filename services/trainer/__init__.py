@@ -1,0 +1,1 @@
+"""The trainer: on-policy context distillation of one cartridge at a time."""

@@ -1,0 +1,56 @@
+"""python -m services.trainer.main: parse, build, work, close."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+import torch
+
+from foundry import telemetry
+from foundry.lm import FrozenLM
+from foundry.rpc.server import Server
+from foundry.store import CartridgeStore
+from foundry.v1 import trainer_pb2, trainer_pb2_grpc
+from services.trainer.servicer import TrainerServicer
+from services.trainer.settings import TrainerSettings
+from services.trainer.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: TrainerSettings) -> None:
+    # Before the model is loaded, so that a port that is taken is known at once.
+    server = Server(settings.listen, [trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]])
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    store = await CartridgeStore.open(settings.store)
+    worker = Worker(lm, settings, store)
+    trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(worker, store.runs), server.grpc)
+    telemetry.serve_metrics(settings.metrics_port)
+    await server.start()
+    await server.set_serving()
+    log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
+    working = asyncio.create_task(worker.work())
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
+    working.cancel()
+    await server.stop(settings.grace_seconds)
+    await store.close()
+    if working.done() and not working.cancelled():
+        working.result()
+
+
+def main() -> None:
+    settings = TrainerSettings.parse()
+    telemetry.configure_logs("trainer", settings.log_level)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

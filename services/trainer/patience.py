@@ -1,0 +1,58 @@
+"""Waiting for what is away: one rule for every call that leaves the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from foundry.errors import AlignmentError, Cancelled, DeadlineExceeded, FoundryError, ResourceExhausted, Unavailable
+from services.trainer import metrics
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+# Cancelled is what a server that is being stopped answers; the call itself was never cancelled here.
+_PASSING = (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled, AlignmentError)
+
+
+@dataclass
+class Patience:
+    """Repeats idempotent calls while their peer is away, and says what it is waiting for."""
+
+    budget_seconds: float
+    max_wait_seconds: float = 2.0
+    # An answer with a wrong identity or checksum is asked for again this often; then the run stops.
+    max_alignment_errors: int = 3
+    waiting_for: str = ""
+
+    async def call(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """`attempt()`'s result. Raises its last error when the budget is used up, and other errors at once."""
+        alignment_errors = 0
+
+        def after(state: RetryCallState) -> None:
+            nonlocal alignment_errors
+            error = state.outcome.exception() if state.outcome else None
+            alignment_errors += isinstance(error, AlignmentError)
+            reason = error.reason if isinstance(error, FoundryError) else "INTERNAL"
+            metrics.RETRIES.labels(what, reason).inc()
+            self.waiting_for = f"{what}: {error}"
+            log.warning("waiting", what=what, reason=reason, error=str(error), attempt=state.attempt_number)
+
+        def stop(state: RetryCallState) -> bool:
+            return alignment_errors > self.max_alignment_errors or stop_after_delay(self.budget_seconds)(state)
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_PASSING),
+            wait=wait_random_exponential(multiplier=0.1, max=self.max_wait_seconds),
+            stop=stop,
+            after=after,
+            reraise=True,
+        )
+        try:
+            return await retrying(attempt)
+        finally:
+            self.waiting_for = ""

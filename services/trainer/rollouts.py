@@ -1,0 +1,148 @@
+"""The trainer's side of the rollout service: answers, and the check that they are the policy's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foundry.errors import AlignmentError
+from foundry.rpc.channel import open_channel, typed_errors
+from foundry.store.names import CartridgeId
+from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from services.trainer.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to the policy."""
+
+    ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a rollout server returned for one prompt."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    text: str
+    truncated: bool
+
+
+class Rollouts:
+    """All rollout servers of a run; each batch is dealt out to them in turn."""
+
+    def __init__(
+        self, addresses: Sequence[str], model_fingerprint: str, template_digest: str, timeout_seconds: float
+    ) -> None:
+        self._addresses = addresses
+        self._channels = [open_channel(address) for address in addresses]
+        self._stubs: list[rollout_pb2_grpc.RolloutAsyncStub] = [
+            rollout_pb2_grpc.RolloutStub(channel) for channel in self._channels
+        ]
+        self._model_fingerprint = model_fingerprint
+        self._template_digest = template_digest
+        self._timeout_seconds = timeout_seconds
+
+    async def sample(
+        self, prompts: Sequence[Prompt], policy: CartridgeId, *, temperature: float, max_new_tokens: int
+    ) -> list[Sample]:
+        """One answer to each prompt, in order, every token of it decoded with the policy's digest.
+
+        Nothing is reused from earlier calls, so that the same call gives the same bits.
+        Raises AlignmentError if an answer is not the policy's, and what the server raised.
+        """
+        sampling = rollout_pb2.Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+        answers = await self._generate(prompts, [policy], sampling, skip_prefix_cache=True)
+        return [
+            Sample(prompt.ids, answer.ids, answer.logprobs, policy.digest, policy.version, answer.truncated)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    async def ask_base(
+        self, prompts: Sequence[Prompt], *, temperature: float, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[Answer]:
+        """Answers of the plain model, with no cartridge: the teacher's own, where the document is in the prompt."""
+        sampling = rollout_pb2.Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=stop)
+        return await self._generate(prompts, [], sampling, skip_prefix_cache=False)
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        cartridges: Sequence[CartridgeId],
+        sampling: rollout_pb2.Sampling,
+        *,
+        skip_prefix_cache: bool,
+    ) -> list[Answer]:
+        requests = [self._request(prompt, cartridges, sampling, skip_prefix_cache) for prompt in prompts]
+        num_servers = len(self._stubs)
+        shares = [requests[server::num_servers] for server in range(num_servers)]
+        answered = await asyncio.gather(
+            *(self._ask(server, share, cartridges) for server, share in enumerate(shares) if share)
+        )
+        dealt = [iter(share) for share in answered]
+        return [next(dealt[index % num_servers]) for index in range(len(prompts))]
+
+    async def _ask(
+        self, server: int, requests: Sequence[rollout_pb2.GenerateRequest], cartridges: Sequence[CartridgeId]
+    ) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        peer = f"rollout {self._addresses[server]}"
+        with typed_errors(peer):
+            stream = self._stubs[server].GenerateBatch(
+                rollout_pb2.GenerateBatchRequest(requests=requests), timeout=self._timeout_seconds
+            )
+            async for response in stream:
+                self._check(response.completion, cartridges, peer)
+                answers[response.request_index] = _answer(response.completion)
+        if sorted(answers) != list(range(len(requests))):
+            raise AlignmentError(f"{peer} answered {len(answers)} of {len(requests)} prompts")
+        return [answers[index] for index in range(len(requests))]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        cartridges: Sequence[CartridgeId],
+        sampling: rollout_pb2.Sampling,
+        skip_prefix_cache: bool,
+    ) -> rollout_pb2.GenerateRequest:
+        seeded = rollout_pb2.Sampling(seed=prompt.seed)
+        seeded.MergeFrom(sampling)
+        return rollout_pb2.GenerateRequest(
+            model_fingerprint=self._model_fingerprint,
+            token_ids=common_pb2.TokenIds(ids=prompt.ids),
+            cartridges=[
+                common_pb2.CartridgeId(name=each.name, version=each.version, digest=each.digest) for each in cartridges
+            ],
+            sampling=seeded,
+            skip_prefix_cache=skip_prefix_cache,
+        )
+
+    def _check(self, completion: rollout_pb2.Completion, cartridges: Sequence[CartridgeId], peer: str) -> None:
+        identity = completion.identity
+        found = (identity.model_fingerprint, identity.template_digest, [each.digest for each in identity.cartridges])
+        wanted = (self._model_fingerprint, self._template_digest, [each.digest for each in cartridges])
+        if found != wanted:
+            raise AlignmentError(f"{peer} answered with {found}, asked for {wanted}")
+        if not completion.ids or len(completion.ids) != len(completion.logprobs):
+            raise AlignmentError(
+                f"{peer} answered with {len(completion.ids)} tokens and {len(completion.logprobs)} logprobs"
+            )
+        if completion.finish_reason not in (rollout_pb2.FINISH_REASON_STOP, rollout_pb2.FINISH_REASON_LENGTH):
+            reason = rollout_pb2.FinishReason.Name(completion.finish_reason)
+            raise AlignmentError(f"{peer} sent an answer that did not end: {reason}")
+
+
+def _answer(completion: rollout_pb2.Completion) -> Answer:
+    return Answer(
+        ids=list(completion.ids),
+        logprobs=list(completion.logprobs),
+        text=completion.text,
+        truncated=completion.finish_reason == rollout_pb2.FINISH_REASON_LENGTH,
+    )

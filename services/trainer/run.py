@@ -1,0 +1,228 @@
+"""One run, from prompts to the last version: the loop of on-policy context distillation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from foundry.errors import CartridgeNotFound
+from foundry.identity import Buffer
+from foundry.lm import FrozenLM
+from foundry.objectives import Objective, objective_named
+from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, ManifestDraft
+from services.trainer import checkpoint, metrics
+from services.trainer.checkpoint import Progress
+from services.trainer.control import Control
+from services.trainer.curriculum import Curriculum
+from services.trainer.heldout import MEASURE, HeldOutSet
+from services.trainer.patience import Patience
+from services.trainer.rollouts import Prompt, Rollouts
+from services.trainer.sample import Guards, Sample, derive_seed
+from services.trainer.step import Signal, TrainingStep, Update
+from services.trainer.teacher import Teacher
+
+T = TypeVar("T")
+
+
+class Run:
+    """A claimed run with everything it trains with; `services.trainer.prepare` makes one."""
+
+    def __init__(
+        self,
+        claimed: ClaimedRun,
+        lm: FrozenLM,
+        training: TrainingStep,
+        curriculum: Curriculum,
+        progress: Progress,
+        *,
+        store: CartridgeStore,
+        rollouts: Rollouts,
+        teacher: Teacher,
+        control: Control,
+        patience: Patience,
+    ) -> None:
+        self.claimed, self.spec = claimed, claimed.spec
+        self.progress = progress
+        self._lm, self._training, self._curriculum = lm, training, curriculum
+        self._heldout = HeldOutSet(curriculum.heldout)
+        self._objective = objective_named(self.spec.objective, beta=self.spec.jsd_beta, k=self.spec.topk)
+        self._store, self._rollouts, self._teacher = store, rollouts, teacher
+        self._control, self._patience = control, patience
+        self._seconds: dict[str, float] = {}
+
+    async def train(self) -> Progress:
+        """Train to the last step, or until cancelled; the policy at the end is durable."""
+        await self._begin()
+        while self.progress.step < self.spec.num_steps and await self._may_go_on():
+            with self._timed("total"):
+                samples = await self._sample()
+                signals = await self._score(samples)
+                update = await self._update(samples, signals)
+                await self._publish(update)
+            await self._report(samples, update)
+            await self._evaluate_and_keep()
+        await self._end()
+        return self.progress
+
+    # The stages of one step
+
+    async def _sample(self) -> list[Sample]:
+        turns = self._curriculum.batch(self.progress.step, self.spec.batch_size, self.spec.seed)
+        prompts = [
+            Prompt(turn, derive_seed(self.spec.seed, self.progress.step, place, copy))
+            for place, turn in enumerate(turns)
+            for copy in range(self.spec.samples_per_prompt)
+        ]
+
+        async def attempt() -> list[Sample]:
+            policy = self.progress.policy
+            try:
+                return await self._rollouts.sample(
+                    prompts, policy, temperature=self.spec.temperature, max_new_tokens=self.spec.max_new_tokens
+                )
+            except CartridgeNotFound:
+                # Redis was emptied and this version was not durable: the same bytes are published again.
+                await self._publish_policy()
+                return await self._rollouts.sample(
+                    prompts,
+                    self.progress.policy,
+                    temperature=self.spec.temperature,
+                    max_new_tokens=self.spec.max_new_tokens,
+                )
+
+        with self._timed("rollout"):
+            return await self._patience.call("rollout", attempt)
+
+    async def _score(self, samples: Sequence[Sample], objective: Objective | None = None) -> list[Signal]:
+        with self._timed("teacher"):
+            return await self._patience.call(
+                "teacher", lambda: self._teacher.score(samples, objective or self._objective)
+            )
+
+    async def _update(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
+        with self._timed("update"):
+            update = await asyncio.to_thread(self._training.run, samples, signals)
+        self.progress = replace(
+            self.progress, step=self.progress.step + 1, tokens_seen=self.progress.tokens_seen + update.num_tokens
+        )
+        return update
+
+    async def _publish(self, update: Update) -> None:
+        with self._timed("publish"):
+            await self._publish_policy({"loss": update.loss, "policy_mismatch_kl": update.policy_mismatch_kl})
+
+    async def _report(self, samples: Sequence[Sample], update: Update) -> None:
+        progress, guards = self.progress, Guards.of(samples)
+        metrics.STEP.set(progress.step)
+        metrics.LOSS.set(update.loss)
+        metrics.POLICY_MISMATCH_KL.set(update.policy_mismatch_kl)
+        metrics.ENTROPY.set(update.entropy)
+        metrics.TRUNCATED.set(guards.truncated)
+        metrics.REPETITION.set(guards.repetition)
+        metrics.MEAN_LENGTH.set(guards.mean_length)
+        metrics.TRAINED_TOKENS.inc(update.num_tokens)
+        await self._tell(
+            {
+                "type": "step",
+                "step": progress.step,
+                "num_steps": self.spec.num_steps,
+                "objective": self.spec.objective,
+                "loss": update.loss,
+                "policy_mismatch_kl": update.policy_mismatch_kl,
+                "policy_mismatch_max": update.policy_mismatch_max,
+                "grad_norm": update.grad_norm,
+                "entropy": update.entropy,
+                "tokens": update.num_tokens,
+                "mean_length": guards.mean_length,
+                "truncated": guards.truncated,
+                "repetition": guards.repetition,
+                "version": progress.policy.version,
+                "digest": progress.policy.digest,
+                "sampled_digest": samples[0].digest,
+                "seconds": dict(self._seconds),
+            }
+        )
+
+    # Around the steps
+
+    async def _begin(self) -> None:
+        await self._patience.call(
+            "store", lambda: self._store.acquire(self.spec.name, self.claimed.run_id, self.claimed.attempt)
+        )
+        # Before the first step: version of step 0. After a resume: the same bytes, hence the same version, again.
+        await self._publish_policy()
+        self._heldout.signals = await self._score(self._heldout.samples, MEASURE)
+        if self.progress.step == 0:
+            await self._evaluate()
+            await self._keep()
+
+    async def _may_go_on(self) -> bool:
+        await self._control.wait_until_running()
+        return not self._control.cancelled
+
+    async def _evaluate_and_keep(self) -> None:
+        step, spec = self.progress.step, self.spec
+        last = step == spec.num_steps
+        if last or (spec.heldout_every and step % spec.heldout_every == 0):
+            await self._evaluate()
+        if last or step % spec.checkpoint_every == 0 or self._control.wants_checkpoint:
+            await self._keep()
+
+    async def _end(self) -> None:
+        if self._control.cancelled:
+            await self._keep()
+        await self._patience.call(
+            "store", lambda: self._store.make_durable(self.spec.name, self.progress.policy.version)
+        )
+        await self._patience.call(
+            "store", lambda: self._store.release(self.spec.name, self.claimed.run_id, self.claimed.attempt)
+        )
+
+    async def _evaluate(self) -> None:
+        kl = await asyncio.to_thread(self._heldout.kl, self._lm, self._training.cartridge)
+        first = kl if self.progress.step == 0 else self.progress.heldout_kl_first
+        self.progress = replace(self.progress, heldout_kl_first=first, heldout_kl_last=kl)
+        metrics.HELDOUT_KL.set(kl)
+        await self._tell(
+            {"type": "heldout", "step": self.progress.step, "kl": kl, "num_tokens": self._heldout.num_tokens}
+        )
+
+    async def _keep(self) -> None:
+        parts: list[Buffer] = [checkpoint.write(self.progress, self._curriculum, self._training)]
+        run_id, attempt, step = self.claimed.run_id, self.claimed.attempt, self.progress.step
+        await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
+        self._control.checkpointed(step)
+
+    async def _publish_policy(self, measured: Mapping[str, float] | None = None) -> None:
+        progress, spec = self.progress, self.spec
+        stored = self._training.cartridge.snapshot().to_bytes()
+        draft = ManifestDraft(
+            name=spec.name,
+            run=self.claimed.run_id,
+            attempt=self.claimed.attempt,
+            step=progress.step,
+            parent=progress.policy.digest or None,
+            document=spec.document,
+            init="first-tokens",
+            objective=spec.objective,
+            tokens_seen=progress.tokens_seen,
+            metrics=measured or {},
+        )
+        durable = progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
+        manifest = await self._patience.call("store", lambda: self._store.publish(stored, draft, durable=durable))
+        self.progress = replace(progress, policy=CartridgeId(spec.name, manifest.version, manifest.digest))
+
+    async def _tell(self, event: dict[str, Any]) -> None:
+        run_id, attempt = self.claimed.run_id, self.claimed.attempt
+        await self._patience.call("store", lambda: self._store.runs.report(run_id, attempt, event))
+
+    @contextmanager
+    def _timed(self, stage: str) -> Any:
+        began = time.perf_counter()
+        yield
+        self._seconds[stage] = time.perf_counter() - began
+        metrics.STAGE_SECONDS.labels(stage).observe(self._seconds[stage])

@@ -1,0 +1,60 @@
+"""What one answer is, from the rollout to the loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A turn and the answer that a policy gave to it. `digest` names the bytes that it was decoded with."""
+
+    turn_ids: Sequence[int]
+    answer_ids: Sequence[int]
+    # Of the answer's tokens, as the rollout server computed them: untempered, natural log.
+    rollout_logprobs: Sequence[float]
+    digest: str
+    version: int
+    truncated: bool
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.turn_ids, *self.answer_ids]
+
+    @property
+    def score_from(self) -> int:
+        return len(self.turn_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """Signs that answers degenerate: shares are of samples, lengths in tokens."""
+
+    truncated: float
+    mean_length: float
+    # Share of 4-grams that occurred before in the same answer.
+    repetition: float
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Guards:
+        lengths = [len(sample.answer_ids) for sample in samples]
+        return cls(
+            truncated=sum(sample.truncated for sample in samples) / len(samples),
+            mean_length=sum(lengths) / len(lengths),
+            repetition=sum(_repetition(sample.answer_ids) for sample in samples) / len(samples),
+        )
+
+
+def _repetition(ids: Sequence[int]) -> float:
+    grams = Counter(tuple(ids[start : start + 4]) for start in range(len(ids) - 3))
+    total = sum(grams.values())
+    return (total - len(grams)) / total if total else 0.0
+
+
+def derive_seed(seed: int, *path: int | str) -> int:
+    """A 63-bit seed for one place in a run, the same in every attempt: no generator state has to be kept."""
+    text = "/".join(str(part) for part in (seed, *path))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,60 @@
+"""Settings of the trainer."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from pydantic import Field
+
+from foundry.settings import ServiceSettings
+from foundry.store.settings import StoreSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """The trainer: takes runs from the queue, one at a time, and trains their cartridges."""
+
+    listen: str = "127.0.0.1:7003"
+    """host:port to serve gRPC on; port 0 takes a free one."""
+
+    model: Path
+    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
+
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1, mps."""
+
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves its default."""
+
+    rollout_addresses: list[str] = Field(default=["127.0.0.1:7001"], min_length=1)
+    """host:port of every rollout server; each batch is dealt out to them in turn."""
+
+    teacher_address: str = "127.0.0.1:7002"
+    """host:port of the teacher."""
+
+    store: StoreSettings
+    """Where versions, documents and runs are kept."""
+
+    worker: str = Field(default_factory=socket.gethostname)
+    """Name of this worker in the records of runs."""
+
+    lease_seconds: float = Field(default=15.0, gt=0)
+    """A run whose worker was silent for so long is given to another."""
+
+    rollout_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of one batch of answers."""
+
+    teacher_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of one batch of scores and of computing a document's KV."""
+
+    patience_seconds: float = Field(default=3600.0, gt=0)
+    """How long a run waits for a service or store that is away before it fails."""
+
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Most tokens in one packed forward and backward; more are accumulated."""
+
+    selfstudy_chunk_tokens: int = Field(default=320, ge=16)
+    """Length of the document's pieces that self-study asks about."""
+
+    grace_seconds: float = 30.0
+    """How long calls in flight may go on after SIGTERM."""

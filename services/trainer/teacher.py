@@ -1,0 +1,116 @@
+"""The trainer's side of the teacher service: signals, and the check that they belong to the ids that were sent."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import torch
+
+from foundry.errors import AlignmentError, ContextNotFound
+from foundry.identity import ids_checksum
+from foundry.objectives import Objective, TopK
+from foundry.rpc import tensors
+from foundry.rpc.channel import open_channel, typed_errors
+from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.trainer.sample import Sample
+from services.trainer.step import Signal
+
+_TENSOR = common_pb2.Tensor.DESCRIPTOR
+
+
+class Teacher:
+    """One document's context on a teacher server."""
+
+    def __init__(
+        self, address: str, model_fingerprint: str, template_digest: str, document: str, timeout_seconds: float
+    ) -> None:
+        self._address = address
+        self._channel = open_channel(address)
+        self._stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(self._channel)
+        self._model_fingerprint = model_fingerprint
+        self._template_digest = template_digest
+        self._document = document
+        self._timeout_seconds = timeout_seconds
+        self._context_digest = ""
+
+    async def put_context(self) -> None:
+        """Have the document's KV computed, or found. Raises what the teacher raised, e.g. DocumentTooLong."""
+        with typed_errors(f"teacher {self._address}"):
+            answer = await self._stub.PutContext(
+                teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
+                timeout=self._timeout_seconds,
+            )
+        self._context_digest = answer.context_digest
+
+    async def score(self, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
+        """The teacher's word on every answer token of every sample, in order.
+
+        Raises AlignmentError if a score belongs to other ids, another context or another model.
+        """
+        try:
+            return await self._score(samples, objective)
+        except ContextNotFound:
+            # Dropped for other documents' sake, or the teacher was restarted: the same digest comes of the same ids.
+            await self.put_context()
+            return await self._score(samples, objective)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _score(self, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
+        want = teacher_pb2.Want(hidden=True) if objective.needs_hidden else teacher_pb2.Want(topk=objective.k)
+        request = teacher_pb2.ScoreRequest(
+            model_fingerprint=self._model_fingerprint,
+            template_digest=self._template_digest,
+            items=[
+                teacher_pb2.ScoreItem(
+                    context_digest=self._context_digest,
+                    token_ids=common_pb2.TokenIds(ids=sample.ids),
+                    score_from=sample.score_from,
+                )
+                for sample in samples
+            ],
+            want=want,
+        )
+        parts: list[list[teacher_pb2.ScoreResponse]] = [[] for _ in samples]
+        with typed_errors(f"teacher {self._address}"):
+            async for response in self._stub.Score(_once(request), timeout=self._timeout_seconds):
+                if response.item >= len(samples):
+                    raise AlignmentError(f"the teacher scored item {response.item} of {len(samples)}")
+                parts[response.item].append(response)
+        for index, sample in enumerate(samples):
+            self._check(index, sample, parts[index])
+        return [_signal(sample_parts, objective) for sample_parts in parts]
+
+    def _check(self, index: int, sample: Sample, parts: Sequence[teacher_pb2.ScoreResponse]) -> None:
+        position = sample.score_from
+        for part in parts:
+            identity = (part.context_digest, part.identity.model_fingerprint, part.identity.template_digest)
+            if identity != (self._context_digest, self._model_fingerprint, self._template_digest):
+                raise AlignmentError(f"item {index} was scored with {identity}")
+            if part.begin != position or part.ids_checksum != ids_checksum(sample.ids, part.begin, part.end):
+                raise AlignmentError(
+                    f"item {index}: scores of positions {part.begin} to {part.end} do not belong to the ids sent"
+                )
+            rows = {tensor.shape[0] for field, tensor in part.ListFields() if field.message_type == _TENSOR}
+            if rows != {part.end - part.begin}:
+                raise AlignmentError(
+                    f"item {index}: {rows} rows came for the {part.end - part.begin} positions from {part.begin}"
+                )
+            position = part.end
+        if position != len(sample.ids):
+            raise AlignmentError(f"item {index}: scores end at position {position} of {len(sample.ids)}")
+
+
+def _signal(parts: Sequence[teacher_pb2.ScoreResponse], objective: Objective) -> Signal:
+    if objective.needs_hidden:
+        return torch.cat([tensors.from_message(part.hidden) for part in parts])
+    return TopK(
+        torch.cat([tensors.from_message(part.topk_ids) for part in parts]).long(),
+        torch.cat([tensors.from_message(part.topk_logprobs) for part in parts]),
+        torch.cat([tensors.from_message(part.tail_logprob) for part in parts]),
+    )
+
+
+async def _once(request: teacher_pb2.ScoreRequest) -> AsyncIterator[teacher_pb2.ScoreRequest]:
+    yield request

@@ -1,0 +1,170 @@
+"""The worker: takes one run after another from the queue and sees each to its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+
+from foundry.errors import Fenced, FoundryError, StoreUnavailable
+from foundry.lm import FrozenLM
+from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
+from services.trainer.checkpoint import Progress
+from services.trainer.control import Control
+from services.trainer.patience import Patience
+from services.trainer.prepare import Preparation
+from services.trainer.run import Run
+from services.trainer.settings import TrainerSettings
+
+log = structlog.get_logger(__name__)
+CLAIM_SECONDS = 5.0
+
+
+@dataclass
+class Hand:
+    """The run in hand."""
+
+    claimed: ClaimedRun
+    control: Control
+    patience: Patience
+    run: Run | None = None
+
+    @property
+    def state(self) -> RunState:
+        if self.patience.waiting_for:
+            return RunState.WAITING
+        return RunState.PAUSED if self.control.paused else RunState.RUNNING
+
+    @property
+    def step(self) -> int:
+        return self.run.progress.step if self.run is not None else 0
+
+
+class Worker:
+    """Claims, trains, reports the end. One run at a time: the device has one cartridge in training."""
+
+    def __init__(self, lm: FrozenLM, settings: TrainerSettings, store: CartridgeStore) -> None:
+        self.lm = lm
+        self.hand: Hand | None = None
+        self._settings = settings
+        self._store = store
+
+    async def work(self) -> None:
+        """Run for ever; cancel the task to stop. The next worker takes a run in hand up from its checkpoint."""
+        while True:
+            if claimed := await self._claim():
+                await self._see_through(claimed)
+
+    async def _claim(self) -> ClaimedRun | None:
+        patience = Patience(self._settings.patience_seconds)
+        return await patience.call(
+            "store",
+            lambda: self._store.runs.claim(
+                self._settings.worker, self._settings.lease_seconds, timeout_seconds=CLAIM_SECONDS
+            ),
+        )
+
+    async def _see_through(self, claimed: ClaimedRun) -> None:
+        self.hand = Hand(claimed, Control(), Patience(self._settings.patience_seconds))
+        with structlog.contextvars.bound_contextvars(run=claimed.run_id, attempt=claimed.attempt):
+            log.info("claimed", name=claimed.spec.name)
+            training = asyncio.create_task(self._train(self.hand))
+            lost = asyncio.Event()
+            heart = asyncio.create_task(self._heartbeat(self.hand, training.cancel, lost))
+            try:
+                await training
+            except Fenced as error:
+                # Another attempt has the run: it alone may say how it ends.
+                log.warning("fenced", error=str(error))
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    # This worker is being stopped, not the run: another goes on from the last checkpoint.
+                    with suppress(Fenced, StoreUnavailable):
+                        await self._store.runs.requeue(claimed.run_id, claimed.attempt)
+                    raise
+                if not lost.is_set():
+                    await self._finish(self.hand, RunState.CANCELLED, None)
+            except FoundryError as error:
+                log.error("run failed", reason=error.reason, error=error.message)
+                await self._finish(self.hand, RunState.FAILED, f"{error.reason}: {error.message}")
+            else:
+                cancelled = self.hand.control.cancelled
+                await self._finish(self.hand, RunState.CANCELLED if cancelled else RunState.SUCCEEDED, None)
+            finally:
+                heart.cancel()
+                training.cancel()
+                self.hand = None
+
+    async def _train(self, hand: Hand) -> None:
+        preparation = Preparation(
+            hand.claimed,
+            self.lm,
+            self._settings,
+            store=self._store,
+            patience=hand.patience,
+        )
+        try:
+            hand.run = await preparation.run(hand.control)
+            await hand.run.train()
+        finally:
+            await preparation.close()
+
+    async def _heartbeat(self, hand: Hand, abandon: Callable[[], object], lost: asyncio.Event) -> None:
+        """Keep the lease, pass on what users want, and give up at once when the run is another's."""
+        claimed, lease_seconds = hand.claimed, self._settings.lease_seconds
+        while True:
+            try:
+                desired = await self._store.runs.heartbeat(
+                    claimed.run_id,
+                    claimed.attempt,
+                    lease_seconds,
+                    state=hand.state,
+                    waiting_for=hand.patience.waiting_for,
+                )
+            except StoreUnavailable as error:
+                log.warning("heartbeat failed", error=str(error))
+            except Fenced as error:
+                log.warning("fenced", error=str(error))
+                lost.set()
+                abandon()
+                return
+            else:
+                self._obey(hand, desired, abandon)
+            await asyncio.sleep(lease_seconds / 5)
+
+    def _obey(self, hand: Hand, desired: Desired, abandon: Callable[[], object]) -> None:
+        if desired is Desired.CANCEL:
+            hand.control.cancel()
+            if hand.run is None or hand.patience.waiting_for:
+                # No step is in hand that could end well: preparing, or waiting for what may never come back.
+                abandon()
+        elif desired is Desired.PAUSE:
+            hand.control.pause()
+        else:
+            hand.control.resume()
+
+    async def _finish(self, hand: Hand, state: RunState, error: str | None) -> None:
+        progress = hand.run.progress if hand.run is not None else None
+        run_id, attempt = hand.claimed.run_id, hand.claimed.attempt
+        try:
+            await hand.patience.call(
+                "store", lambda: self._store.runs.finish(run_id, attempt, state, error=error, result=_result(progress))
+            )
+        except Fenced as fenced:
+            log.warning("fenced", error=str(fenced))
+
+
+def _result(progress: Progress | None) -> dict[str, object]:
+    if progress is None:
+        return {}
+    return {
+        "step": progress.step,
+        "version": progress.policy.version,
+        "digest": progress.policy.digest,
+        "tokens_seen": progress.tokens_seen,
+        "heldout_kl_first": progress.heldout_kl_first,
+        "heldout_kl_last": progress.heldout_kl_last,
+    }

@@ -1,0 +1,276 @@
+"""The teacher over gRPC: every sample with its own document, aligned, in parts, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from foundry.errors import (
+    AlignmentError,
+    ContextNotFound,
+    DocumentTooLong,
+    DocumentUnreadable,
+    FingerprintMismatch,
+    IdentityMismatch,
+    InvalidArgument,
+    ResourceExhausted,
+)
+from foundry.identity import ids_checksum
+from foundry.lm import FrozenLM
+from foundry.objectives import Objective, TopK
+from foundry.rpc import tensors
+from foundry.rpc.channel import open_channel, typed_errors
+from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.rpc.server import Server
+from foundry.template import ChatTemplate
+from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.teacher import servicer as teacher_servicer
+from services.teacher.servicer import TeacherServicer
+from services.teacher.settings import TeacherSettings
+from services.trainer.sample import Sample
+from services.trainer.teacher import Teacher
+from tests.tiny import build_tiny_model
+
+FORWARD = Objective("forward_kl")
+DOCUMENTS = ("The harbour is open again.", "The treaty was signed in spring, says the president of the congress.")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def lm(directory: Path) -> FrozenLM:
+    return FrozenLM.load(directory)
+
+
+@pytest.fixture
+async def address(lm: FrozenLM, directory: Path) -> AsyncIterator[str]:
+    async with serving(lm, TeacherSettings(model=directory, reserve_tokens=64, micro_batch_tokens=48)) as address:
+        yield address
+
+
+@asynccontextmanager
+async def serving(lm: FrozenLM, settings: TeacherSettings) -> AsyncIterator[str]:
+    server = Server("127.0.0.1:0", [teacher_pb2.DESCRIPTOR.services_by_name["Teacher"]])
+    servicer = TeacherServicer(lm, settings)
+    teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, server.grpc)
+    await server.start()
+    await server.set_serving()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        await server.stop(0)
+        servicer.close()
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[teacher_pb2_grpc.TeacherAsyncStub]:
+    async with open_channel(address) as channel:
+        yield teacher_pb2_grpc.TeacherStub(channel)
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 380, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# Answers of different lengths, the shortest a single token.
+SAMPLES = [
+    Sample(random_ids(turn, turn), random_ids(answer, 7 + answer), (), "", 0, truncated=False)
+    for turn, answer in ((11, 1), (4, 33), (1, 2), (20, 9))
+]
+
+
+async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
+    template = ChatTemplate(lm.tokenizer)
+    teacher = Teacher(address, lm.spec.fingerprint, template.digest, document, timeout_seconds=30)
+    await teacher.put_context()
+    return teacher
+
+
+@torch.no_grad()
+def reference_logprobs(directory: Path, lm: FrozenLM, document: str, sample: Sample) -> Tensor:
+    """What plain transformers predicts for the answer with the whole document before it."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    context = ChatTemplate(lm.tokenizer).context(document)
+    logits = model(torch.tensor([[*context, *sample.ids]])).logits[0]
+    return logits[len(context) + sample.score_from - 1 : -1].log_softmax(-1)
+
+
+async def test_each_sample_is_scored_with_its_own_document(address: str, lm: FrozenLM, directory: Path) -> None:
+    for document in DOCUMENTS:
+        teacher = await connect(lm, address, document)
+        for signal, sample in zip(await teacher.score(SAMPLES, FORWARD), SAMPLES, strict=True):
+            assert isinstance(signal, Tensor)
+            found = lm.logits(signal).log_softmax(-1)
+            torch.testing.assert_close(found, reference_logprobs(directory, lm, document, sample), atol=1e-4, rtol=0)
+        await teacher.close()
+
+
+async def test_two_documents_in_one_batch(
+    stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM, directory: Path
+) -> None:
+    digests = [await put(stub, lm, document) for document in DOCUMENTS]
+    pairs = [(digest, sample) for sample in SAMPLES for digest in digests]
+    parts = await score(stub, lm, pairs, teacher_pb2.Want(chosen=True))
+    assert len(parts) == len(pairs)
+    for part, (digest, sample) in zip(parts, pairs, strict=True):
+        document = DOCUMENTS[digests.index(digest)]
+        expected = reference_logprobs(directory, lm, document, sample)
+        chosen = expected.gather(-1, torch.tensor(sample.answer_ids)[:, None]).squeeze(-1)
+        torch.testing.assert_close(tensors.from_message(part.chosen), chosen, atol=1e-4, rtol=0)
+        assert part.context_digest == digest
+
+
+async def test_every_kind_of_score(stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM, directory: Path) -> None:
+    digest = await put(stub, lm, DOCUMENTS[0])
+    want = teacher_pb2.Want(topk=5, candidates=[9, 300], chosen=True)
+    for part, sample in zip(await score(stub, lm, [(digest, s) for s in SAMPLES], want), SAMPLES, strict=True):
+        expected = reference_logprobs(directory, lm, DOCUMENTS[0], sample)
+        top = expected.topk(5, -1)
+        assert torch.equal(tensors.from_message(part.topk_ids).long(), top.indices)
+        torch.testing.assert_close(tensors.from_message(part.topk_logprobs), top.values, atol=1e-4, rtol=0)
+        tail = torch.log1p(-top.values.double().exp().sum(-1)).float()
+        torch.testing.assert_close(tensors.from_message(part.tail_logprob), tail, atol=1e-3, rtol=0)
+        torch.testing.assert_close(tensors.from_message(part.candidates), expected[:, [9, 300]], atol=1e-4, rtol=0)
+        assert not part.HasField("hidden")
+
+
+async def test_topk_signal_has_the_same_rows(address: str, lm: FrozenLM) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    for signal, sample in zip(await teacher.score(SAMPLES, Objective("topk", k=4)), SAMPLES, strict=True):
+        assert isinstance(signal, TopK)
+        assert signal.ids_NK.shape == (len(sample.answer_ids), 4)
+    await teacher.close()
+
+
+async def test_equal_requests_give_equal_bits(address: str, lm: FrozenLM) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    first, second = await teacher.score(SAMPLES, FORWARD), await teacher.score(SAMPLES, FORWARD)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
+    await teacher.close()
+
+
+async def test_long_answers_come_in_parts_under_the_message_limit(
+    address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    whole = await teacher.score(SAMPLES, FORWARD)
+    # Three rows of hidden states a part.
+    monkeypatch.setattr(teacher_servicer, "PART_BYTES", 3 * 4 * lm.spec.hidden_size)
+    parts = await teacher.score(SAMPLES, FORWARD)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))  # type: ignore[arg-type]
+    assert teacher_servicer.PART_BYTES < MAX_MESSAGE_BYTES
+    await teacher.close()
+
+
+async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that moves the scored range by one, or scores other ids, does not get its scores trained on."""
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    honest = teacher_servicer.micro_batches
+
+    def shifted(items: Sequence[object], max_tokens: int) -> object:
+        return honest([replace(item, score_from=item.score_from - 1) for item in items], max_tokens)  # type: ignore
+
+    samples = [sample for sample in SAMPLES if sample.score_from > 1]
+    monkeypatch.setattr(teacher_servicer, "micro_batches", shifted)
+    with pytest.raises(AlignmentError):
+        await teacher.score(samples, FORWARD)
+    monkeypatch.setattr(teacher_servicer, "micro_batches", honest)
+    monkeypatch.setattr(
+        teacher_servicer, "ids_checksum", lambda ids, begin, end: ids_checksum([*ids[1:], ids[0]], begin, end)
+    )
+    with pytest.raises(AlignmentError, match="do not belong"):
+        await teacher.score(samples, FORWARD)
+    await teacher.close()
+
+
+def test_checksum_binds_ids_and_range() -> None:
+    ids = random_ids(20, 1)
+    right = ids_checksum(ids, 5, 20)
+    assert right != ids_checksum(ids, 4, 19)
+    assert right != ids_checksum(ids, 6, 20)
+    assert right != ids_checksum([*ids[1:], ids[0]], 5, 20)
+
+
+async def test_evicted_context_is_put_again(lm: FrozenLM, directory: Path) -> None:
+    token_bytes = lm.spec.num_layers * 2 * lm.spec.num_kv_heads * lm.spec.head_dim * 4
+    settings = TeacherSettings(model=directory, reserve_tokens=64, context_budget_bytes=30 * token_bytes)
+    async with serving(lm, settings) as address, open_channel(address) as channel:
+        first = await connect(lm, address, DOCUMENTS[0])
+        before = await first.score(SAMPLES, FORWARD)
+        second = await connect(lm, address, DOCUMENTS[1])
+        stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
+        held = await stub.Contexts(teacher_pb2.ContextsRequest(), timeout=5)
+        assert [context.num_tokens for context in held.contexts] == [23]
+        after = await first.score(SAMPLES, FORWARD)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
+        with pytest.raises(ResourceExhausted, match="budget"):
+            await connect(lm, address, DOCUMENTS[1] * 2)
+        await first.close()
+        await second.close()
+
+
+async def test_bad_requests_get_typed_errors(stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM) -> None:
+    digest = await put(stub, lm, DOCUMENTS[0])
+    sample, want = SAMPLES[1], teacher_pb2.Want(hidden=True)
+    with pytest.raises(ContextNotFound, match="blake3:000"):
+        await score(stub, lm, [("blake3:000", sample)], want)
+    with pytest.raises(InvalidArgument, match="asks for nothing"):
+        await score(stub, lm, [(digest, sample)], teacher_pb2.Want())
+    with pytest.raises(InvalidArgument) as caught:
+        await score(stub, lm, [(digest, sample), (digest, replace(sample, turn_ids=()))], want)
+    assert caught.value.field == "items[1].score_from"
+    with pytest.raises(InvalidArgument, match="vocabulary ends at 383"):
+        await score(stub, lm, [(digest, replace(sample, answer_ids=[384]))], want)
+    with pytest.raises(FingerprintMismatch, match="blake3:other"):
+        await put(stub, lm, DOCUMENTS[0], fingerprint="blake3:other")
+    with pytest.raises(IdentityMismatch, match="template"):
+        await score(stub, lm, [(digest, sample)], want, template_digest="blake3:other")
+    with pytest.raises(DocumentUnreadable, match="empty"):
+        await put(stub, lm, " \n")
+    with pytest.raises(DocumentUnreadable, match="binary"):
+        await put(stub, lm, "PK\0\3")
+    with pytest.raises(DocumentTooLong, match=r"takes \d{4} tokens .* context has 448"):
+        await put(stub, lm, "treaty " * 1000)
+
+
+async def put(
+    stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM, document: str, fingerprint: str | None = None
+) -> str:
+    with typed_errors("teacher"):
+        answer = await stub.PutContext(
+            teacher_pb2.PutContextRequest(model_fingerprint=fingerprint or lm.spec.fingerprint, document=document),
+            timeout=30,
+        )
+    return answer.context_digest
+
+
+async def score(
+    stub: teacher_pb2_grpc.TeacherAsyncStub,
+    lm: FrozenLM,
+    pairs: Sequence[tuple[str, Sample]],
+    want: teacher_pb2.Want,
+    template_digest: str | None = None,
+) -> list[teacher_pb2.ScoreResponse]:
+    request = teacher_pb2.ScoreRequest(
+        model_fingerprint=lm.spec.fingerprint,
+        template_digest=template_digest or ChatTemplate(lm.tokenizer).digest,
+        items=[
+            teacher_pb2.ScoreItem(
+                context_digest=digest, token_ids=common_pb2.TokenIds(ids=sample.ids), score_from=sample.score_from
+            )
+            for digest, sample in pairs
+        ],
+        want=want,
+    )
+    with typed_errors("teacher"):
+        return [part async for part in stub.Score(iter([request]), timeout=30)]

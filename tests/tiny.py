@@ -1,0 +1,103 @@
+"""Tiny random models of real architectures: two layers, a byte-level tokenizer, a ChatML template.
+
+The same arguments give the same files, hence the same fingerprint, so a session may build one and share it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+Family = Literal["llama", "qwen2", "qwen3"]
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_TEXT = (
+    "The state of the union is a message that the president sends to the congress. "
+    "What does the document say about the treaty, the harbour and the price of grain? "
+    "It says that the treaty was signed in the spring and that the harbour is open again. "
+    "system user assistant question answer because therefore"
+)
+_VOCAB_SIZE = 384
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over 384 ids: any text round-trips, and a character may take several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def build_model(family: Family = "llama", seed: int = 0) -> PreTrainedModel:
+    """Random weights, biases and norms, wide enough that attention and logits are far from uniform."""
+    shape = {
+        "vocab_size": _VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": family == "qwen2",
+        "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
+        "bos_token_id": None,
+        "pad_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel
+        if family == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=16))
+        elif family == "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**shape))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config = GenerationConfig(
+        eos_token_id=[SPECIAL_TOKENS.index("<|im_end|>"), SPECIAL_TOKENS.index("<|endoftext|>")],
+        pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
+    )
+    return model
+
+
+def build_tiny_model(directory: Path, family: Family = "llama", seed: int = 0) -> Path:
+    """Write a model directory, unless it is there already, and return it."""
+    if not (directory / "model.safetensors").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        build_tokenizer().save_pretrained(directory)
+        build_model(family, seed).save_pretrained(directory)
+    return directory

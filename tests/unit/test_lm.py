@@ -1,0 +1,92 @@
+"""Parity with transformers: a cartridge that is the first p tokens of a context changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from foundry.errors import InvalidArgument, ModelUnsupported
+from foundry.lm import FrozenLM
+from tests.tiny import build_tiny_model
+
+NUM_TOKENS = 90
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def lm(directory: Path) -> FrozenLM:
+    return FrozenLM.load(directory)
+
+
+def random_ids(num_tokens: int, lm: FrozenLM, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, lm.spec.vocab_size, (num_tokens,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def reference_logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("p", [1, 15, 16, 17, 64])
+def test_prefix_is_the_context(directory: Path, lm: FrozenLM, p: int) -> None:
+    ids = random_ids(NUM_TOKENS, lm)
+    expected = reference_logits(directory, ids)[p:]
+    with torch.no_grad():
+        logits = lm.logits(lm.packed_hidden([ids[p:]], [lm.prefill(ids[:p], chunk_tokens=16)]))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    # The prefix does something: without it the same tokens give other logits.
+    with torch.no_grad():
+        bare = lm.logits(lm.packed_hidden([ids[p:]], [None]))
+    assert (bare - expected).abs().max() > 0.1
+
+
+def test_packed_sequences_see_their_own_prefix_only(directory: Path, lm: FrozenLM) -> None:
+    contexts = [random_ids(length, lm, seed=length) for length in (33, 7, 33)]
+    tails = [random_ids(length, lm, seed=100 + length) for length in (12, 1, 30)]
+    with torch.no_grad():
+        hidden = lm.packed_hidden(tails, [lm.prefill(context) for context in contexts])
+    logits = lm.logits(hidden).split([len(tail) for tail in tails])
+    for context, tail, found in zip(contexts, tails, logits, strict=True):
+        expected = reference_logits(directory, [*context, *tail])[len(context) :]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_prefill_does_not_depend_on_its_chunks(lm: FrozenLM) -> None:
+    ids = random_ids(50, lm)
+    torch.testing.assert_close(lm.prefill(ids, chunk_tokens=7), lm.prefill(ids), atol=1e-5, rtol=0)
+
+
+def test_sequences_that_cannot_be_packed_are_refused(lm: FrozenLM) -> None:
+    with pytest.raises(InvalidArgument, match="sequence 1 is empty"):
+        lm.packed_hidden([[5], []], [None, None])
+    prefix = lm.prefill(random_ids(500, lm))
+    with pytest.raises(InvalidArgument, match=r"13 tokens behind a prefix of 500.* 512"):
+        lm.packed_hidden([random_ids(13, lm)], [prefix])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, "sliding"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+    ],
+)
+def test_models_that_would_be_computed_wrongly_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    directory = build_tiny_model(tmp_path / "model", "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ModelUnsupported, match=message):
+        FrozenLM(model, None, "blake3:0")  # type: ignore[arg-type]

@@ -260,7 +260,10 @@ class _Http:
 
     def __init__(self, base_url: str, timeout_seconds: float) -> None:
         self._base_url = base_url
-        self._client = httpx.Client(base_url=base_url, timeout=httpx.Timeout(timeout_seconds, connect=10.0))
+        # A proxy of the environment leads out, never to this machine.
+        local = httpx.URL(base_url).host in ("127.0.0.1", "localhost", "::1")
+        timeout = httpx.Timeout(timeout_seconds, connect=10.0)
+        self._client = httpx.Client(base_url=base_url, timeout=timeout, trust_env=not local)
 
     def close(self) -> None:
         self._client.close()

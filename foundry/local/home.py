@@ -23,13 +23,14 @@ State = Literal["starting", "ready", "stopping"]
 class ServiceState:
     address: str
     pid: int
+    start_time: int
     restarts: int
     log: str
 
 
 @dataclass(slots=True)
 class StackState:
-    """The content of stack.json. `start_time` tells the supervisor from a later process with the same pid."""
+    """The content of stack.json. `start_time` tells a process from a later one with the same pid."""
 
     pid: int
     start_time: int

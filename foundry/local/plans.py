@@ -56,7 +56,7 @@ def make_plans(home: Home, model: Path, addresses: dict[str, str]) -> tuple[list
         plan(
             "trainer",
             *with_model,
-            *("--rollout-addresses", json.dumps([rollout]), "--teacher-addresses", json.dumps([teacher])),
+            *("--rollout-addresses", json.dumps([rollout]), "--teacher-address", teacher),
             ready=lambda: serves_grpc(addresses["trainer"], "trainer"),
         ),
         plan(
@@ -71,6 +71,8 @@ def make_plans(home: Home, model: Path, addresses: dict[str, str]) -> tuple[list
 def _environment(redis_url: str, objects_url: str) -> dict[str, str]:
     threads = str(len(os.sched_getaffinity(0)))
     return {
+        # Room for a document of this length with its question and answer; who sets another value keeps it.
+        "FOUNDRY_MAX_SEQUENCE_TOKENS": "4096",
         **os.environ,
         # By environment, because everybody on the machine can read a command line.
         "FOUNDRY_STORE__REDIS_URL": redis_url,

@@ -15,6 +15,7 @@ import structlog
 
 from foundry.errors import DeadlineExceeded, Unavailable
 from foundry.local.health import START_SECONDS
+from foundry.local.home import process_start_time
 from foundry.local.process import spawn
 
 log = structlog.get_logger(__name__)
@@ -42,7 +43,7 @@ class Service:
         self.plan = plan
         self.log_file = log_file
         self.restarts = 0
-        self.pid = 0
+        self.pid = self.start_time = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = asyncio.Event()
 
@@ -51,6 +52,7 @@ class Service:
         with self.log_file.open("ab") as sink:
             process = spawn(self.plan.command, env=self.plan.environment, stdout=sink, stderr=sink)
         self._process, self.pid = process, process.pid
+        self.start_time = process_start_time(process.pid) or 0
         exited = self._exited = asyncio.Event()
         # A pidfd becomes readable when its process ends: no polling, no thread, no signal handler.
         descriptor = os.pidfd_open(process.pid)

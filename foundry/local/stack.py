@@ -21,10 +21,11 @@ from typing import IO, Self
 
 from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
-from foundry.local.home import Home, StackState
+from foundry.local.home import Home, StackState, process_start_time
 
 # Longer than the grace periods of all services one after the other.
 _STOP_SECONDS = 90.0
+_ORPHAN_SECONDS = 10.0
 
 
 class LocalStack:
@@ -59,27 +60,24 @@ class LocalStack:
         self.home.create()
         with _exclusive(self.home.up_lock, self._say):
             running = self.home.running()
-            if running is not None and running.state != "ready":
-                # It is stopping: nobody who could start it holds the lock that we hold.
-                _wait_gone(running)
-                running = None
-            if running is not None:
+            if running is not None and running.state == "ready":
                 self._check_same(running)
                 return running
+            # One that is there and not ready is stopping: whoever could be starting it would hold the lock.
+            self._clear(None)
             model = self._model or DEMO
             return self._start(model, resolve_model(model, self._say), tied=tied)
 
     def down(self) -> bool:
         """Stop the stack and return when its processes are gone. False if none was running."""
-        state = self.home.running()
-        if state is not None:
-            _stop(state)
+        was_running = self.home.running() is not None
+        self._clear(signal.SIGTERM)
         if self._process is not None:
+            if self._process.stdin is not None:
+                self._process.stdin.close()
             self._process.wait()
             self._process = None
-        if self.home.running() is None:
-            self.home.state_file.unlink(missing_ok=True)
-        return state is not None
+        return was_running
 
     def __enter__(self) -> Self:
         """Up for the length of the block, even if this process is killed. A stack that was running before stays."""
@@ -92,6 +90,17 @@ class LocalStack:
     ) -> None:
         if self._ours:
             self.down()
+
+    def _clear(self, number: signal.Signals | None) -> None:
+        """Return when nothing of the stack in stack.json runs any more; `number` is sent to its supervisor."""
+        state = self.home.read()
+        if state is None:
+            return
+        _end(state.pid, state.start_time, number, _STOP_SECONDS)
+        # Had their supervisor been killed, the services end by themselves, each in its own time.
+        for service in state.services.values():
+            _end(service.pid, service.start_time, None, _ORPHAN_SECONDS)
+        self.home.state_file.unlink(missing_ok=True)
 
     def _start(self, model: str, directory: Path, *, tied: bool) -> StackState:
         command = [sys.executable, "-m", "foundry.local.supervisor", "--home", str(self.home.path)]
@@ -172,31 +181,21 @@ def _exclusive(lock: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _stop(state: StackState) -> None:
-    """SIGTERM to the supervisor; SIGKILL if it does not end in time, with which its children die too."""
+def _end(pid: int, start_time: int, number: signal.Signals | None, timeout_seconds: float) -> None:
+    """Send the signal, if any, and SIGKILL if that process does not end in time. One that is gone already is fine."""
     try:
-        descriptor = os.pidfd_open(state.pid)
+        descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        # The descriptor holds on to the process; the check makes sure that it is the one that we mean.
-        if state.alive():
-            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-            if not _ends(descriptor, _STOP_SECONDS):
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                _ends(descriptor, _STOP_SECONDS)
-    finally:
-        os.close(descriptor)
-
-
-def _wait_gone(state: StackState) -> None:
-    try:
-        descriptor = os.pidfd_open(state.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if state.alive() and not _ends(descriptor, _STOP_SECONDS):
-            raise Conflict(f"a stack with pid {state.pid} is stopping and does not end; run 'foundry down'")
+        # The descriptor holds on to the process; the check makes sure that it is the one that is meant.
+        if process_start_time(pid) != start_time:
+            return
+        if number is not None:
+            signal.pidfd_send_signal(descriptor, number)
+        if not _ends(descriptor, timeout_seconds):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            _ends(descriptor, timeout_seconds)
     finally:
         os.close(descriptor)
 

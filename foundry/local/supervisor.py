@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -86,6 +87,7 @@ class Supervisor:
     async def _start(self, service: Service) -> None:
         began = time.monotonic()
         service.start()
+        self.write_state("starting")
         await service.wait_ready()
         seconds = round(time.monotonic() - began, 1)
         log.info("ready", name=service.plan.name, pid=service.pid, address=service.plan.address, seconds=seconds)
@@ -94,8 +96,11 @@ class Supervisor:
     def write_state(self, state: State) -> None:
         self._state.state = state
         self._state.services = {
-            name: ServiceState(service.plan.address, service.pid, service.restarts, str(service.log_file))
+            name: ServiceState(
+                service.plan.address, service.pid, service.start_time, service.restarts, str(service.log_file)
+            )
             for name, service in self.services.items()
+            if service.pid
         }
         self.home.write(self._state)
 
@@ -145,6 +150,8 @@ def main() -> int:
     parser.add_argument("--tied", action="store_true")
     options = parser.parse_args()
     telemetry.configure_logs("supervisor", "info")
+    # It would log every look at whether the gateway is ready.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home(options.home)
     try:
         with home.supervisor_lock.open("w") as lock:

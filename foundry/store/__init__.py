@@ -6,8 +6,9 @@ from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_tag
 from foundry.store.objects import Objects
 from foundry.store.pointers import Published
+from foundry.store.run_record import ClaimedRun, Desired, RunRecord, RunState
 from foundry.store.run_spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpec, SelfStudyPrompts
-from foundry.store.runs import ClaimedRun, Desired, RunRecord, RunState, RunStore
+from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.store import CartridgeStore
 

@@ -49,8 +49,8 @@ class Connection:
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
-            # No retries here: callers retry whole operations, with their own budget.
-            "retry": Retry(NoBackoff(), 0),
+            # Once, for an idle connection that the server closed. All else is retried by callers, with a budget.
+            "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
         }
         # Commands wait for a free connection; a pool of the other kind refuses them.
         self.redis = Redis.from_pool(

@@ -69,7 +69,8 @@ return {'ok'}
 async def rebuild(connection: Connection, durable: Durable, runs: RunStore) -> bool:
     """Restore pointers, counters, tags and unfinished runs. False if there was nothing to restore.
 
-    Versions that were only hot are lost with Redis; their numbers are not used again.
+    Versions that were only hot are lost with Redis; their numbers are not used again. A durable version whose owner
+    died between manifest and pointer is whole, and is visible from then on.
     Raises StoreUnavailable if Redis or the object storage can't be reached.
     """
     begin = await connection.run_restoring(_BEGIN)

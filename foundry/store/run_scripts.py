@@ -148,6 +148,8 @@ call('HSET', run_key(id), 'state', state, 'error', ARGV[4], 'result', ARGV[5], '
      'waiting_for', '', 'finished', ms(now_ms()))
 call('ZREM', 'foundry:runs:leases', id)
 tell(id, ARGV[6], ARGV[7])
+-- Followers have a day; after that the archive answers.
+call('EXPIRE', 'foundry:run-events:' .. id, 86400)
 local pointer = 'foundry:name:' .. held[3]
 if call('HGET', pointer, 'owner_run') == id then call('HSET', pointer, 'released', '1') end
 return {'ok'}

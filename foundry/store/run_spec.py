@@ -24,7 +24,7 @@ class SelfStudyPrompts:
     max_prompt_tokens: int = 128
 
     def __post_init__(self) -> None:
-        _check_integers(self, {"num_prompts": (1, 10**7), "max_prompt_tokens": (1, 2**20)}, where="prompts.")
+        _check_integers(self, {"num_prompts": (1, 10**7), "max_prompt_tokens": (1, 2**20)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,8 @@ class DocumentPrompts:
 
     def __post_init__(self) -> None:
         if not isinstance(self.digest, str):
-            raise InvalidArgument(f"prompts.digest is {self.digest!r}, not a string", field="prompts.digest")
-        check_digest(self.digest, field="prompts.digest")
+            raise InvalidArgument(f"digest is {self.digest!r}, not a string", field="digest")
+        check_digest(self.digest)
 
 
 Prompts = SelfStudyPrompts | DocumentPrompts
@@ -157,7 +157,10 @@ def _prompts(name: str, values: Any) -> Prompts:
     if not isinstance(kind, str) or kind not in kinds:
         raise InvalidArgument(f"{name}.kind is {kind!r}, not one of {sorted(kinds)}", field=f"{name}.kind")
     _check_keys(kinds[kind], values, where=f"{name}.")
-    return kinds[kind](**values)
+    try:
+        return kinds[kind](**values)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error.message}", field=f"{name}.{error.field}") from error
 
 
 def _check_keys(cls: type[Any], values: Mapping[str, Any], *, where: str) -> None:
@@ -170,13 +173,11 @@ def _check_keys(cls: type[Any], values: Mapping[str, Any], *, where: str) -> Non
             raise InvalidArgument(f"{where}{name} is missing", field=f"{where}{name}")
 
 
-def _check_integers(spec: object, ranges: Mapping[str, tuple[int, int]], *, where: str = "") -> None:
+def _check_integers(spec: object, ranges: Mapping[str, tuple[int, int]]) -> None:
     for name, (least, most) in ranges.items():
         value = getattr(spec, name)
         if type(value) is not int or not least <= value <= most:
-            raise InvalidArgument(
-                f"{where}{name} is {value!r}, must be an integer within {least}..{most}", field=f"{where}{name}"
-            )
+            raise InvalidArgument(f"{name} is {value!r}, must be an integer within {least}..{most}", field=name)
 
 
 def _check_number(spec: object, name: str, *, above: float, most: float) -> None:

@@ -10,12 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any
-
-import structlog
 
 from foundry.errors import Conflict, Fenced, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
 from foundry.identity import Buffer
@@ -24,66 +19,16 @@ from foundry.store.checkpoints import Checkpoints
 from foundry.store.connection import Connection, Reply
 from foundry.store.names import check_run
 from foundry.store.objects import Objects
-from foundry.store.run_archive import ArchivedRun, FinalState, RunArchive
+from foundry.store.run_archive import FinalState, RunArchive
+from foundry.store.run_record import ClaimedRun, Desired, RunRecord, RunState, archived_record, desired_of, record_of
 from foundry.store.run_spec import RunSpec
 from foundry.store.settings import StoreSettings
 
-log = structlog.get_logger(__name__)
+__all__ = ["ClaimedRun", "Desired", "RunRecord", "RunSpec", "RunState", "RunStore"]
 
 MAX_EVENT_BYTES = 64 * 2**10
 # Lower-case base32: no letter that reads like a digit.
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
-
-
-class RunState(StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"
-    # By a person's wish.
-    PAUSED = "paused"
-    # For a service to come back.
-    WAITING = "waiting"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def over(self) -> bool:
-        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
-
-
-class Desired(StrEnum):
-    """What a person wants of a run; workers learn it from their heartbeats."""
-
-    CONTINUE = "continue"
-    PAUSE = "pause"
-    CANCEL = "cancel"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimedRun:
-    run_id: str
-    attempt: int
-    spec: RunSpec
-    desired: Desired
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """A run as it stands. Times are RFC 3339, UTC; `last_event` is the worker's last report."""
-
-    run_id: str
-    spec: RunSpec
-    state: RunState
-    attempt: int
-    desired: Desired
-    worker: str
-    waiting_for: str
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    error: str | None
-    result: Mapping[str, Any] | None
-    last_event: Mapping[str, Any] | None
 
 
 class RunStore:
@@ -116,10 +61,10 @@ class RunStore:
         try:
             fields = await self._connection.read("HGETALL", f"foundry:run:{run_id}")
         except StoreUnavailable:
-            return _archived_record(await self._archive.run(run_id))
+            return archived_record(await self._archive.run(run_id))
         if not fields:
             raise RunNotFound(f"there is no run {run_id}", field="run_id")
-        return _record(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
+        return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
     async def request_cancel(self, run_id: str) -> None:
         """The worker ends the run at its next heartbeat; a run that nobody works on ends now.
@@ -155,15 +100,16 @@ class RunStore:
         StoreUnavailable; ask again with the last id.
         """
         while True:
-            record = await self.get(run_id)
-            for event_id, event in await self._read_events(run_id, after, block=not record.state.over):
+            over = (await self.get(run_id)).state.over
+            entries = await self._read_events(run_id, after, block=not over)
+            for event_id, event in entries:
                 after = event_id
                 yield event_id, event
                 if event.get("type") == "finished":
                     return
-            if record.state.over:
+            if over and not entries:
                 break
-        # It ended before Redis was last emptied: the archive has what happened.
+        # It ended long ago, or before Redis was last emptied: the archive has what happened.
         for event_id, event in await self._archive.events(run_id):
             if _position(event_id) > _position(after):
                 yield event_id, event
@@ -180,7 +126,7 @@ class RunStore:
         while True:
             reply = await self._run(scripts.CLAIM, worker, _ms(lease_seconds), self._events_length)
             if reply[0] == "ok":
-                run_id, attempt, desired = reply[1], int(reply[2]), _desired(reply[4])
+                run_id, attempt, desired = reply[1], int(reply[2]), desired_of(reply[4])
                 # Before the worker acts: an attempt that did anything must not be forgotten with Redis.
                 await self._archive.begin_attempt(run_id, attempt)
                 if desired is not Desired.CANCEL:
@@ -212,7 +158,7 @@ class RunStore:
         reply = await self._held(
             scripts.HEARTBEAT, run_id, attempt, _ms(lease_seconds), state, waiting_for, self._events_length
         )
-        return _desired(reply[1])
+        return desired_of(reply[1])
 
     async def report(self, run_id: str, attempt: int, event: Mapping[str, Any]) -> str:
         """Append an event, at most 64 KiB as JSON, and return its id. Raises Fenced, InvalidArgument."""
@@ -254,8 +200,10 @@ class RunStore:
             json.dumps(event),
             self._events_length,
         )
-        final = FinalState(state, error, values, time.time_ns() // 10**6)
-        await self._archive.finish(run_id, final, await self._read_events(run_id, "0-0", block=False))
+        events: list[tuple[str, dict[str, Any]]] = []
+        while page := await self._read_events(run_id, events[-1][0] if events else "0-0", block=False):
+            events += page
+        await self._archive.finish(run_id, FinalState(state, error, values, time.time_ns() // 10**6), events)
 
     async def save_checkpoint(self, run_id: str, attempt: int, step: int, parts: Iterable[Buffer]) -> str:
         """Keep the trainer's state and return its digest; on an error the previous stands. Raises Fenced, StoreFull."""
@@ -311,55 +259,8 @@ class RunStore:
         try:
             run_ids = await self._connection.read("ZREVRANGE", "foundry:runs", 0, -1)
         except StoreUnavailable:
-            return [_archived_record(run) for run in reversed(await self._archive.runs())]
+            return [archived_record(run) for run in reversed(await self._archive.runs())]
         return [await self.get(run_id) for run_id in run_ids]
-
-
-def _record(run_id: str, fields: Mapping[str, str]) -> RunRecord:
-    return RunRecord(
-        run_id=run_id,
-        spec=RunSpec.from_json(fields["spec"]),
-        state=RunState(fields["state"]),
-        attempt=int(fields["attempt"]),
-        desired=_desired(fields["desired"]),
-        worker=fields.get("worker", ""),
-        waiting_for=fields.get("waiting_for", ""),
-        created_at=_time(fields["created"]),
-        started_at=_time(fields["started"]) if "started" in fields else None,
-        finished_at=_time(fields["finished"]) if "finished" in fields else None,
-        error=json.loads(fields.get("error", "null")),
-        result=json.loads(fields.get("result", "null")),
-        last_event=json.loads(fields.get("last_event", "null")),
-    )
-
-
-def _archived_record(run: ArchivedRun) -> RunRecord:
-    final = run.final
-    # Whether its worker lives is not known without Redis.
-    state = RunState(final.state) if final else RunState.RUNNING if run.attempt else RunState.QUEUED
-    return RunRecord(
-        run_id=run.run_id,
-        spec=RunSpec.from_json(run.spec),
-        state=state,
-        attempt=run.attempt,
-        desired=_desired(run.desired),
-        worker="",
-        waiting_for="",
-        created_at=_time(run.created_ms),
-        started_at=None,
-        finished_at=_time(final.finished_ms) if final else None,
-        error=final.error if final else None,
-        result=final.result if final else None,
-        last_event=None,
-    )
-
-
-def _desired(text: str) -> Desired:
-    return Desired(text) if text else Desired.CONTINUE
-
-
-def _time(ms: str | int) -> str:
-    return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _ms(seconds: float) -> int:

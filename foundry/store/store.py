@@ -146,6 +146,9 @@ class CartridgeStore:
             if durable and outcome is Commit.RESERVATION_LOST:
                 # The next attempt gets another number; nothing may find this one when pointers are restored.
                 await self._durable.withdraw(manifest.name, manifest.version)
+            if outcome is Commit.BYTES_LOST:
+                # What is left of them would not be written over.
+                await self._pointers.drop_bytes(digest)
         raise StoreUnavailable(
             f"Redis lost the publication of {draft.name} step {draft.step} {_PUBLISH_ATTEMPTS} times"
         )

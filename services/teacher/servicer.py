@@ -45,7 +45,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._lm = lm
         self._template = ChatTemplate(lm.tokenizer)
         self._contexts = Contexts(lm, settings.context_budget_bytes)
-        self._max_context_tokens = lm.spec.max_tokens - settings.reserve_tokens
+        self._max_context_tokens = lm.spec.max_tokens - min(settings.reserve_tokens, lm.spec.max_tokens // 4)
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._max_pending = settings.max_pending_requests
         self._pending = 0

@@ -23,7 +23,8 @@ class TeacherSettings(ServiceSettings):
     """CPU threads of torch; 0 leaves its default."""
 
     reserve_tokens: int = 1024
-    """Tokens of the model's context kept free for turn and answer: a document may take the rest."""
+    """Tokens of the model's context kept free for turn and answer, a quarter of it at the most; a document may take
+    the rest."""
 
     context_budget_bytes: int = 4 * 1024**3
     """Memory for the KV of documents; the least recently used are dropped first."""

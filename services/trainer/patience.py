@@ -52,7 +52,11 @@ class Patience:
             after=after,
             reraise=True,
         )
+
+        async def trial() -> T:
+            return await attempt()
+
         try:
-            return await retrying(attempt)
+            return await retrying(trial)
         finally:
             self.waiting_for = ""

@@ -18,15 +18,15 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut, read_prompts
 from services.trainer.patience import Patience
-from services.trainer.rollouts import Answer, Prompt, Rollouts
+from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
-from services.trainer.sample import derive_seed
+from services.trainer.sample import Answer, Prompt, derive_seed
 from services.trainer.selfstudy import write_prompts
 from services.trainer.settings import TrainerSettings
 from services.trainer.step import TrainingStep
 from services.trainer.teacher import Teacher
 
-# Of self-study prompts, one in eight is held out where no held-out file is given, at least four.
+# Where no held-out file is given one prompt in eight is held out, at least four, at most half.
 HELDOUT_SHARE = 8
 MIN_HELDOUT = 4
 Tell = Callable[[dict[str, Any]], Awaitable[None]]
@@ -118,7 +118,7 @@ class Preparation:
             # A prompt that is held out is never trained on, whoever wrote it.
             turns = [turn for turn in turns if turn not in heldout]
         else:
-            num_heldout = max(MIN_HELDOUT, len(turns) // HELDOUT_SHARE)
+            num_heldout = min(max(MIN_HELDOUT, len(turns) // HELDOUT_SHARE), len(turns) // 2)
             turns, heldout = turns[num_heldout:], turns[:num_heldout]
         if not turns:
             raise InvalidArgument("no training prompts are left beside the held-out ones: bring more", field="prompts")

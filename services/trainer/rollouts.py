@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from foundry.errors import AlignmentError
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.store.names import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.trainer.sample import Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question to the policy."""
-
-    ids: Sequence[int]
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a rollout server returned for one prompt."""
-
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    text: str
-    truncated: bool
+from services.trainer.sample import Answer, Prompt, Sample
 
 
 class Rollouts:

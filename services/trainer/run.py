@@ -20,8 +20,8 @@ from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum
 from services.trainer.heldout import MEASURE, HeldOutSet
 from services.trainer.patience import Patience
-from services.trainer.rollouts import Prompt, Rollouts
-from services.trainer.sample import Guards, Sample, derive_seed
+from services.trainer.rollouts import Rollouts
+from services.trainer.sample import Guards, Prompt, Sample, derive_seed
 from services.trainer.step import Signal, TrainingStep, Update
 from services.trainer.teacher import Teacher
 

@@ -1,4 +1,4 @@
-"""What one answer is, from the rollout to the loss."""
+"""What is asked, answered and trained on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to the policy."""
+
+    ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a rollout server returned for one prompt."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    text: str
+    truncated: bool
 
 
 @dataclass(frozen=True, slots=True)

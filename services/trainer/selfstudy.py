@@ -5,47 +5,50 @@ The idea of seeds over chunks is that of Eyuboglu et al., https://arxiv.org/abs/
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from foundry.errors import InvalidArgument
 from foundry.template import ChatTemplate
-from services.trainer.rollouts import Answer, Prompt
-from services.trainer.sample import derive_seed
+from services.trainer.sample import Answer, Prompt, derive_seed
 
-# Each asks for a question of another kind, so that prompts cover facts, numbers, procedures and overviews.
+# What the base model is shown first: a text that has nothing to do with any document, and questions about it. Small
+# models write questions by example far better than by instruction.
+EXAMPLE_TEXT = (
+    "The bakery in Port Lune opens at six. The baker is Tom Reed, and his oven is painted green. "
+    "The oven bakes 40 loaves an hour. Never open the oven while it sings."
+)
+# Each asks for a question of another kind: numbers, names, things, procedures, overviews.
 SEEDS = (
-    "Write one short question about a fact in the text above. Write only the question.",
-    "Write one question that starts with 'What' and that the text above answers. Write only the question.",
-    "Write one question about a number in the text above. Write only the question.",
-    "Write one question about a name or a place in the text above. Write only the question.",
-    "Write one question that starts with 'How' and that the text above answers. Write only the question.",
-    "Write one question about a rule or a warning in the text above. Write only the question.",
-    "Write one request to explain a part of the text above. Write only the request.",
-    "Write one question that starts with 'Which' or 'Who' and that the text above answers. Write only the question.",
+    ("Write one question about a number in the text.", "How many loaves does the oven bake in an hour?"),
+    ("Write one question about a name in the text.", "Who is the baker in Port Lune?"),
+    ("Write one question about a thing in the text.", "What is the colour of the oven of the bakery?"),
+    ("Write one question about a rule in the text.", "What must never be done while the oven sings?"),
+    ("Write one question about a time or a place in the text.", "When does the bakery in Port Lune open?"),
+    ("Write one request to describe something in the text.", "Describe the oven of the bakery."),
 )
 # Asked of the base model in one call at the most.
 ROUND = 32
+# A sentence with the white space after it; lines end sentences too.
+_SENTENCE = re.compile(r".+?(?:[.!?]\s+|\n+|$)", re.DOTALL)
 
 Ask = Callable[[Sequence[Prompt]], Awaitable[list[Answer]]]
 
 
 def chunk_document(document: str, tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> list[str]:
-    """The document in consecutive pieces of about `chunk_tokens`, cut between lines where it can be."""
+    """The document in consecutive pieces of whole sentences, about `chunk_tokens` each."""
     chunks: list[str] = []
-    lines: list[str] = []
-    num_tokens = 0
-    for line in document.splitlines(keepends=True):
-        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
-        for start in range(0, len(ids), chunk_tokens):
-            piece = ids[start : start + chunk_tokens]
-            if lines and num_tokens + len(piece) > chunk_tokens:
-                chunks.append("".join(lines))
-                lines, num_tokens = [], 0
-            lines.append(line if len(piece) == len(ids) else str(tokenizer.decode(piece)))
-            num_tokens += len(piece)
-    return [chunk for chunk in [*chunks, "".join(lines)] if chunk.strip()]
+    piece, num_tokens = "", 0
+    for sentence in _SENTENCE.findall(document):
+        length = len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
+        if piece.strip() and num_tokens + length > chunk_tokens:
+            chunks.append(piece.strip())
+            piece, num_tokens = "", 0
+        piece += sentence
+        num_tokens += length
+    return [*chunks, piece.strip()] if piece.strip() else chunks
 
 
 async def write_prompts(
@@ -84,14 +87,21 @@ async def write_prompts(
 
 
 def _request(template: ChatTemplate, chunks: Sequence[str], per_chunk: int, number: int, seed: int) -> Prompt:
-    # Neighbours share a chunk, whose KV the rollout server then reuses; a chunk asked again gets the seeds after.
+    # All share the examples and neighbours share a chunk: the rollout server reuses their KV.
     visit, within = divmod(number, per_chunk)
     again, place = divmod(visit, len(chunks))
-    messages = [
-        {"role": "system", "content": chunks[place]},
-        {"role": "user", "content": SEEDS[(again * per_chunk + within + place) % len(SEEDS)]},
-    ]
-    return Prompt(template.prompt(messages), derive_seed(seed, "selfstudy", number))
+    seed_request, _ = SEEDS[(again * per_chunk + within + place) % len(SEEDS)]
+    messages = [{"role": "user", "content": f"Text: {chunks[place]}\n\n{seed_request}"}]
+    return Prompt(template.prompt([*_examples(), *messages]), derive_seed(seed, "selfstudy", number))
+
+
+def _examples() -> list[dict[str, str]]:
+    messages = []
+    for request, question in SEEDS:
+        messages.append({"role": "user", "content": request})
+        messages.append({"role": "assistant", "content": question})
+    messages[0]["content"] = f"Text: {EXAMPLE_TEXT}\n\n{SEEDS[0][0]}"
+    return messages
 
 
 def _clean(text: str) -> str:

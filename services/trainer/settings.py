@@ -53,7 +53,7 @@ class TrainerSettings(ServiceSettings):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Most tokens in one packed forward and backward; more are accumulated."""
 
-    selfstudy_chunk_tokens: int = Field(default=320, ge=16)
+    selfstudy_chunk_tokens: int = Field(default=96, ge=16)
     """Length of the document's pieces that self-study asks about."""
 
     grace_seconds: float = 30.0

@@ -1,0 +1,128 @@
+"""foundry cartridges: what is in the store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from foundry.cli.gateway import connect
+from foundry.cli.terminal import Json, note, print_json, print_table
+from foundry.errors import InvalidArgument
+
+app = typer.Typer(help="List, show, tag and remove cartridges.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(help="name or tenant/name.")]
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """Every cartridge with its newest version and its tags."""
+    with connect(start=False) as client:
+        listed = client.cartridges.list()
+    if as_json:
+        print_json(listed)
+        return
+    rows = [
+        (
+            item["name"],
+            item["version"]["version"],
+            item["version"]["header"]["num_tokens"],
+            _tags(item["tags"]),
+            item["version"]["created_at"],
+            _short(item["version"]["digest"]),
+        )
+        for item in listed
+    ]
+    print_table(
+        ["name", "version", "tokens", "tags", "created", "digest"],
+        rows,
+        empty="There are no cartridges yet; 'foundry train FILE --name NAME' makes one.",
+    )
+
+
+@app.command()
+def show(
+    reference: Annotated[str, typer.Argument(help="name, name@17, name@latest, name@tag or name@blake3:HEX.")],
+    as_json: Json = False,
+) -> None:
+    """The manifest of the version that a reference means."""
+    with connect(start=False) as client:
+        found = client.cartridges.get(reference)
+    if as_json:
+        print_json(found)
+        return
+    manifest = found["version"]
+    header = manifest.pop("header")
+    print(f"{manifest.pop('name')}@{manifest.pop('version')}  {manifest.pop('digest')}")
+    values: dict[str, Any] = {**manifest, **header, "tags": _tags(found["tags"])}
+    for key, value in values.items():
+        if key != "object" and value not in (None, "", {}):
+            print(f"  {key:18} {value}")
+
+
+@app.command()
+def versions(name: Name, as_json: Json = False) -> None:
+    """All versions, oldest first."""
+    with connect(start=False) as client:
+        listed = client.cartridges.versions(name)
+    if as_json:
+        print_json(listed)
+        return
+    rows = [
+        (
+            item["version"],
+            item["step"],
+            "durable" if item["durable"] else "hot",
+            item["run"],
+            item["created_at"],
+            _short(item["digest"]),
+        )
+        for item in listed
+    ]
+    print_table(["version", "step", "kept", "run", "created", "digest"], rows, empty=f"{name} has no versions.")
+
+
+@app.command()
+def tag(
+    reference: Annotated[str, typer.Argument(help="The version to be tagged, e.g. handbook@17 or handbook@latest.")],
+    tag: Annotated[str, typer.Argument(help="The tag; with --remove the one that goes.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the tag instead.")] = False,
+) -> None:
+    """Point a tag at a version, which is then kept."""
+    with connect(start=False) as client:
+        if remove:
+            client.cartridges.untag(reference.partition("@")[0], tag)
+            note(f"The tag {tag} is removed.")
+            return
+        found = client.cartridges.get(reference)
+        client.cartridges.tag(found["name"], tag, found["version"]["version"])
+    note(f"{found['name']}@{tag} is now version {found['version']['version']}.")
+
+
+@app.command()
+def rm(
+    reference: Annotated[str, typer.Argument(help="name (with all its versions) or name@17 (one version).")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Delete a cartridge, or one version of it. What is deleted is gone."""
+    name, at, version = reference.partition("@")
+    if at and not version.isdecimal():
+        raise InvalidArgument(
+            f"{reference!r} names no version by its number: use {name}@NUMBER, or 'foundry cartridges tag --remove' "
+            "to remove a tag"
+        )
+    with connect(start=False) as client:
+        found = client.cartridges.get(reference)
+        what = f"version {version} of {name}" if at else f"{found['name']} and all its versions"
+        if not yes:
+            typer.confirm(f"Delete {what}?", abort=True, err=True)
+        client.cartridges.delete(name, int(version) if at else None)
+    note(f"Deleted {what}.")
+
+
+def _tags(tags: dict[str, int]) -> str:
+    return ", ".join(f"{tag}={version}" for tag, version in sorted(tags.items()))
+
+
+def _short(digest: str) -> str:
+    return digest[: len("blake3:") + 12]

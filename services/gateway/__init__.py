@@ -1,0 +1,1 @@
+"""The REST gateway: OpenAI's API over rollout servers, and documents, runs and cartridges of the store."""

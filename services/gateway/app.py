@@ -1,0 +1,79 @@
+"""The gateway's application: what it holds, its middleware and its routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from foundry.store import CartridgeStore
+from services.gateway import (
+    cartridges,
+    chat,
+    completions,
+    documents,
+    errors,
+    health,
+    metrics,
+    models,
+    runs,
+)
+from services.gateway.body_limit import BodyLimit
+from services.gateway.rollouts import Rollouts
+from services.gateway.settings import GatewaySettings
+from services.gateway.state import Gateway
+from services.gateway.teacher import Teacher
+from services.gateway.tokens import TokenSpelling
+
+_ROUTERS = (
+    chat.router,
+    completions.router,
+    models.router,
+    cartridges.router,
+    documents.router,
+    runs.router,
+    health.router,
+    metrics.router,
+)
+
+
+def build_app(settings: GatewaySettings) -> FastAPI:
+    app = FastAPI(title="Cartridge Foundry", version=version("cartridge-foundry"), lifespan=_lifespan(settings))
+    # JSON escapes may double a document.
+    document_bytes = 2 * settings.store.max_document_bytes + 64 * 1024
+    # The last one added sees a request first.
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_request_bytes,
+        limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
+    )
+    app.add_middleware(metrics.RequestMetrics)
+    errors.install(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store = await CartridgeStore.open(settings.store)
+        rollouts = Rollouts(
+            settings.rollout_addresses,
+            poll_seconds=settings.poll_seconds,
+            retry_timeout_seconds=settings.retry_timeout_seconds,
+        )
+        teacher = Teacher(settings.teacher_address) if settings.teacher_address is not None else None
+        try:
+            await rollouts.start()
+            app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer))
+            yield
+        finally:
+            if teacher is not None:
+                await teacher.close()
+            await rollouts.close()
+            await store.close()
+
+    return lifespan

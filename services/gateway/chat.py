@@ -1,0 +1,124 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastapi import APIRouter, Request, Response
+
+from foundry.v1 import common_pb2, rollout_pb2
+from services.gateway.delivery import stream, whole
+from services.gateway.generation import Answer, Choice, Chunk, Target, finish_reason
+from services.gateway.openai_types import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatDeltaChoice,
+    ChatLogprobs,
+    ChatRequest,
+    TokenLogprob,
+    TopLogprob,
+)
+from services.gateway.state import GatewayDep
+from services.gateway.tokens import TokenSpelling, finite
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion)
+async def chat_completions(asked: ChatRequest, request: Request, gateway: GatewayDep) -> Response:
+    """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
+    target = await Target.resolve(gateway, asked)
+    conversation = common_pb2.Conversation(
+        messages=[common_pb2.Message(role=_role(message.role), content=message.content) for message in asked.messages]
+    )
+    chat = _Chat(asked, Answer(gateway, target, asked, [conversation], "chatcmpl"), gateway.spelling)
+    if asked.stream:
+        return await stream(chat.answer, request, chat.delta, chat.last)
+    return await whole(chat.answer, request, chat.completion)
+
+
+def _role(role: str) -> str:
+    # OpenAI's newer name; chat templates know the older.
+    return "system" if role == "developer" else role
+
+
+class _Chat:
+    """An answer in OpenAI's words."""
+
+    def __init__(self, asked: ChatRequest, answer: Answer, spelling: TokenSpelling) -> None:
+        self.answer = answer
+        self._asked = asked
+        self._spelling = spelling
+        self._begun: set[int] = set()
+
+    def completion(self, choices: list[Choice]) -> ChatCompletion:
+        return ChatCompletion(
+            id=self.answer.id,
+            created=self.answer.created,
+            model=self._asked.model,
+            system_fingerprint=self.answer.system_fingerprint(),
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=AssistantMessage(content=choice.text),
+                    logprobs=self._logprobs(choice),
+                    finish_reason=choice.finish_reason,
+                    token_ids=choice.ids if self._asked.return_token_ids else None,
+                )
+                for index, choice in enumerate(choices)
+            ],
+            usage=self.answer.usage(),
+            foundry=self.answer.info(),
+        )
+
+    def delta(self, index: int, chunk: Chunk) -> ChatCompletionChunk:
+        first = index not in self._begun
+        self._begun.add(index)
+        choice = ChatDeltaChoice(
+            index=index,
+            delta=ChatDelta(role="assistant" if first else None, content=chunk.text),
+            logprobs=self._logprobs(chunk),
+            finish_reason=finish_reason(chunk),
+            token_ids=list(chunk.ids) if self._asked.return_token_ids else None,
+        )
+        body = self._chunk([choice])
+        if first:
+            body.foundry = self.answer.info()
+        return body
+
+    def last(self) -> ChatCompletionChunk:
+        body = self._chunk([])
+        body.usage, body.foundry = self.answer.usage(), self.answer.info()
+        return body
+
+    def _chunk(self, choices: list[ChatDeltaChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.answer.id,
+            created=self.answer.created,
+            model=self._asked.model,
+            system_fingerprint=self.answer.system_fingerprint(),
+            choices=choices,
+        )
+
+    def _logprobs(self, part: Choice | Chunk) -> ChatLogprobs | None:
+        if self._asked.num_logprobs is None:
+            return None
+        tops: Iterable[rollout_pb2.TopLogprobs | None] = part.top_logprobs or [None] * len(part.ids)
+        return ChatLogprobs(
+            content=[
+                TokenLogprob(
+                    **self._spelled(token_id, logprob).model_dump(),
+                    top_logprobs=[]
+                    if top is None
+                    else [self._spelled(other, value) for other, value in zip(top.ids, top.logprobs, strict=True)],
+                )
+                for token_id, logprob, top in zip(part.ids, part.logprobs, tops, strict=True)
+            ]
+        )
+
+    def _spelled(self, token_id: int, logprob: float) -> TopLogprob:
+        text, content = self._spelling.spell(token_id)
+        return TopLogprob(token=text, logprob=finite(logprob), bytes=content)

@@ -1,0 +1,98 @@
+"""/v1/documents: the texts that cartridges stand in for, named by their content."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument
+from foundry.store import DocumentInfo
+from services.gateway.errors import DocumentTooLarge
+from services.gateway.state import Gateway, GatewayDep
+
+router = APIRouter(tags=["documents"])
+Title = Annotated[str, Field(max_length=300)]
+
+
+class DocumentRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+    title: Title = ""
+
+
+class DocumentCard(BaseModel):
+    object: Literal["document"] = "document"
+    digest: str
+    title: str
+    num_bytes: int
+    created_at: str
+
+    @classmethod
+    def of(cls, info: DocumentInfo) -> DocumentCard:
+        return cls(digest=info.digest, title=info.title, num_bytes=info.num_bytes, created_at=info.created_at)
+
+
+class DocumentList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[DocumentCard]
+
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": DocumentRequest.model_json_schema()},
+            "text/plain": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+@router.post("/v1/documents", status_code=201, openapi_extra=_BODY)
+async def put_document(
+    request: Request, gateway: GatewayDep, title: Annotated[Title, Query(description="Of a text/plain body.")] = ""
+) -> DocumentCard:
+    """Keep a text: JSON {text, title?}, or the text itself as text/plain. The same text again is the same document."""
+    content = await request.body()
+    if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
+        try:
+            asked = DocumentRequest.model_validate_json(content)
+        except ValidationError as error:
+            raise RequestValidationError(
+                [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+            ) from error
+        return await put(gateway, asked.text, asked.title)
+    if request.headers.get("content-type", "").startswith("text/plain"):
+        return await put(gateway, content, title)
+    raise InvalidArgument("send a document as application/json or as text/plain")
+
+
+@router.get("/v1/documents")
+async def documents(gateway: GatewayDep) -> DocumentList:
+    return DocumentList(data=[DocumentCard.of(info) for info in await gateway.store.documents.list()])
+
+
+@router.get("/v1/documents/{digest}")
+async def document(digest: str, gateway: GatewayDep) -> DocumentCard:
+    return DocumentCard.of(await gateway.store.documents.info(digest))
+
+
+@router.get("/v1/documents/{digest}/content")
+async def document_content(digest: str, gateway: GatewayDep) -> PlainTextResponse:
+    return PlainTextResponse(await gateway.store.documents.get(digest))
+
+
+async def put(gateway: Gateway, text: str | bytes, title: str) -> DocumentCard:
+    """Store a text that came as the parameter `text`. Raises DocumentUnreadable, DocumentTooLarge."""
+    try:
+        digest = await gateway.store.documents.put(text, title=title)
+    except DocumentTooLong as error:
+        raise DocumentTooLarge(error.message, field="text") from error
+    except DocumentUnreadable as error:
+        raise DocumentUnreadable(error.message, field="text") from error
+    return DocumentCard.of(await gateway.store.documents.info(digest))

@@ -1,0 +1,116 @@
+"""Every failure as an OpenAI error object: {"error": {"message", "type", "param", "code"}}.
+
+`code` is the reason of `foundry.errors`, from which a client raises the same type again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound
+
+log = structlog.get_logger(__name__)
+
+
+class RequestTooLarge(InvalidArgument):
+    """The body is larger than the gateway takes."""
+
+    http_status = 413
+
+
+class DocumentTooLarge(DocumentTooLong):
+    """The document has more bytes than the store takes."""
+
+    http_status = 413
+
+
+class MethodNotAllowed(InvalidArgument):
+    """The path exists, but not for this method."""
+
+    http_status = 405
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(FoundryError, _on_foundry_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+def error_body(error: FoundryError) -> dict[str, dict[str, str | None]]:
+    return {
+        "error": {
+            "message": _writable(error.message),
+            "type": _type_of(error.http_status),
+            "param": None if error.field is None else _writable(error.field),
+            "code": error.reason,
+        }
+    }
+
+
+def response_of(error: FoundryError) -> JSONResponse:
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
+    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+
+
+def _writable(text: str) -> str:
+    """Messages quote what was sent, which may hold half a surrogate pair."""
+    return text.encode(errors="replace").decode()
+
+
+def _type_of(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+async def _on_foundry_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FoundryError)
+    if error.http_status >= 500:
+        log.warning("request failed", path=request.url.path, reason=error.reason, error=error.message)
+    return response_of(error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return response_of(InvalidArgument(f"the body is not JSON: {first['ctx']['error']}"))
+    param = _param(first["loc"])
+    if param is None:
+        return response_of(InvalidArgument(f"the body must be a JSON object sent as application/json: {first['msg']}"))
+    if first["type"] == "extra_forbidden":
+        return response_of(InvalidArgument(f"unknown parameter {param!r}", field=param))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return response_of(InvalidArgument(f"{param}: {message[:1].lower()}{message[1:]}", field=param))
+
+
+def _param(location: Sequence[int | str]) -> str | None:
+    """`messages.0.content` for ("body", "messages", 0, "content"); None for the body as a whole."""
+    return ".".join(str(part) for part in location[1:]) or None
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """What Starlette raises itself: no such route, wrong method, a body that can't be read."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return response_of(NotFound(f"there is no {request.method} {request.url.path}"))
+    if error.status_code == 405:
+        return response_of(MethodNotAllowed(f"{request.url.path} does not take {request.method}"))
+    if error.status_code == 413:
+        return response_of(RequestTooLarge(error.detail))
+    return response_of(InvalidArgument(error.detail))
+
+
+async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    # Starlette raises it again after this answer, so that it is logged with its traceback.
+    return response_of(FoundryError("the gateway failed; its log says why"))

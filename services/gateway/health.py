@@ -1,0 +1,40 @@
+"""/healthz and /readyz, for orchestrators."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
+
+from foundry.errors import FoundryError
+from services.gateway.state import GatewayDep
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(
+    gateway: GatewayDep,
+    exclude: Annotated[list[str] | None, Query(description="Checks to leave out: `store`, `rollouts`.")] = None,
+) -> JSONResponse:
+    """Store and at least one rollout server can be reached; 503 with the reasons if not.
+
+    Without Redis resident cartridges are still served: a probe that decides on traffic should exclude `store`.
+    """
+    reasons = {}
+    for name, check in (("store", gateway.store.ping), ("rollouts", gateway.check_rollouts)):
+        if name not in (exclude or []):
+            try:
+                await check()
+            except FoundryError as error:
+                reasons[name] = error.message
+    return JSONResponse(
+        {"status": "unavailable" if reasons else "ok", "reasons": reasons}, status_code=503 if reasons else 200
+    )

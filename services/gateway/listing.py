@@ -1,0 +1,27 @@
+"""Something about every cartridge name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from foundry.errors import CartridgeNotFound
+
+# Each look-up takes a connection to Redis.
+_MAX_LOOKUPS = 16
+T = TypeVar("T")
+
+
+async def for_each(names: Sequence[str], look_up: Callable[[str], Awaitable[T]]) -> list[T]:
+    """In the order of the names; those that were deleted since they were listed are left out."""
+    places = asyncio.Semaphore(_MAX_LOOKUPS)
+
+    async def found(name: str) -> list[T]:
+        async with places:
+            try:
+                return [await look_up(name)]
+            except CartridgeNotFound:
+                return []
+
+    return [item for items in await asyncio.gather(*map(found, names)) for item in items]

@@ -1,0 +1,45 @@
+"""python -m services.gateway.main: parse, build, serve, close."""
+
+from __future__ import annotations
+
+import socket
+
+import structlog
+import uvicorn
+
+from foundry import telemetry
+from foundry.errors import PortTaken
+from services.gateway.app import build_app
+from services.gateway.settings import GatewaySettings
+
+log = structlog.get_logger(__name__)
+
+
+def listen(address: str) -> socket.socket:
+    """Bind before anything is opened, so that a port that is taken is known at once. Raises PortTaken."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise PortTaken(f"cannot listen on {address}: {error}") from error
+
+
+def main() -> None:
+    settings = GatewaySettings.parse()
+    telemetry.configure_logs("gateway", settings.log_level)
+    listener = listen(settings.listen)
+    config = uvicorn.Config(
+        build_app(settings),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.grace_seconds),
+    )
+    telemetry.serve_metrics(settings.metrics_port)
+    log.info("serving", port=listener.getsockname()[1])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

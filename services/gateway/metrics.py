@@ -1,0 +1,69 @@
+"""What the gateway counts, and the middleware that times every request."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+REQUESTS = Counter("foundry_gateway_requests_total", "HTTP requests answered.", ["method", "route", "status"])
+REQUEST_SECONDS = Histogram(
+    "foundry_gateway_request_seconds",
+    "Time to answer an HTTP request, streams until their end.",
+    ["route"],
+    buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+IN_FLIGHT = Gauge("foundry_gateway_completions_in_flight", "Completion requests being answered.")
+FIRST_TOKEN_SECONDS = Histogram(
+    "foundry_gateway_time_to_first_token_seconds",
+    "From the request to its first token.",
+    buckets=(0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100),
+)
+PROMPT_TOKENS = Counter("foundry_gateway_prompt_tokens_total", "Prompt tokens of completed answers.")
+CACHED_TOKENS = Counter("foundry_gateway_cached_tokens_total", "Prompt tokens whose KV was reused.")
+GENERATION_TOKENS = Counter("foundry_gateway_generation_tokens_total", "Tokens of completed answers.")
+ROLLOUT_RETRIES = Counter("foundry_gateway_rollout_retries_total", "Attempts repeated on Unavailable.")
+IDENTITY_MISMATCHES = Counter(
+    "foundry_gateway_identity_mismatches_total", "Answers withheld because they came from other cartridges than asked."
+)
+ROLLOUTS_REACHABLE = Gauge("foundry_gateway_rollouts_reachable", "Rollout servers that answered the last look.")
+
+router = APIRouter()
+
+
+@router.get("/metrics", include_in_schema=False)
+async def metrics() -> Response:
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+class RequestMetrics:
+    """Counts and times requests by route template, never by raw path: labels must stay few."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        # 499 is what remains if the client leaves before anything was sent.
+        status = 499
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            REQUESTS.labels(scope["method"], route, status).inc()
+            REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)

@@ -1,0 +1,364 @@
+"""OpenAI's requests and answers, as far as a frozen language model can honour them.
+
+A parameter is honoured, or neutral (it has no effect at the value given), or documented as ignored, or refused: none is
+dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_token_ids` in, `foundry` out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from foundry.errors import InvalidArgument
+
+# Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# These would change an answer, and can't: only null and the values that change nothing are taken.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+NEUTRAL_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+DEFAULT_MAX_TOKENS = 256
+MAX_TOP_LOGPROBS = 20
+
+
+class _Request(BaseModel):
+    """Refuses unknown keys and values of another type; null stands for unset."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name, value in values.items():
+            if name in cls.neutral and value is not None and value not in cls.neutral[name]:
+                raise InvalidArgument(f"{name} is not supported with the value {value!r:.100}", field=name)
+        return {name: value for name, value in values.items() if name not in cls.neutral and name not in cls.ignored}
+
+
+def _strings(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _text(value: Any) -> Any:
+    """Content as text: OpenAI's list of parts is joined by newlines, as vLLM does."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("only parts of type 'text' are supported")
+    return "\n".join(part["text"] for part in value)
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """OpenAI's four spellings of a prompt, as a list of texts or of token ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_ids(value)):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
+    for prompt in value:
+        if isinstance(prompt, str):
+            prompt.encode()
+        elif not (isinstance(prompt, list) and _is_ids(prompt)):
+            raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
+        if not prompt:
+            raise ValueError("a prompt is empty: it needs at least one token")
+    return value
+
+
+def _is_ids(value: list[Any]) -> bool:
+    return all(type(token) is int and 0 <= token < 2**32 for token in value)
+
+
+def _unicode(value: str) -> str:
+    # JSON can spell half a surrogate pair, which is no character and travels nowhere.
+    value.encode()
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class StreamOptions(_Request):
+    ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
+    include_usage: bool | None = None
+    """Send one more chunk, without choices, that carries the usage."""
+
+
+class SamplingRequest(_Request):
+    """What chat and text completions share."""
+
+    ignored: ClassVar[frozenset[str]] = IGNORED
+
+    model: Text
+    """The base model or a cartridge: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`."""
+
+    cartridges: Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
+    """Extension: cartridge references that stand before the conversation in this order; `model` is the base model."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 is greedy; unset: 1."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the smallest set of tokens with this much mass; unset: 1."""
+
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """Extension: sample from the k most likely tokens; 0 or -1: from all."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices per prompt; choice i is sampled with seed + i."""
+
+    stop: (
+        Annotated[
+            list[Annotated[Text, Field(min_length=1)]],
+            BeforeValidator(_strings, json_schema_input_type=str | list[str]),
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+    """The answer ends before the first of these strings."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Equal requests with equal seeds get equal answers; unset: a seed of the server's choice."""
+
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Most tokens of the answer; unset: 256, or less where the context has no room for them."""
+
+    ignore_eos: bool | None = None
+    """Extension: go on past the end-of-sequence token."""
+
+    return_token_ids: bool | None = None
+    """Extension: add the answer's `token_ids` to each choice."""
+
+    stream: bool | None = None
+    """Send the answer as server-sent events."""
+
+    stream_options: StreamOptions | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token; None if no logprobs are wanted."""
+        raise NotImplementedError
+
+
+class Message(_Request):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_IN_MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
+
+
+class ChatRequest(SamplingRequest):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_CHAT
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """OpenAI's newer name of `max_tokens`; it wins."""
+
+    logprobs: bool | None = None
+    """Report the logprob of every token, of the untempered distribution."""
+
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Also report so many alternatives; needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidArgument("top_logprobs needs logprobs", field="top_logprobs")
+        return self
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(SamplingRequest):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_COMPLETIONS
+
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    """Text is tokenised without a chat template; ids are used as they are."""
+
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Report the logprob of every token and so many alternatives."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+# Answers. Fields marked so are left out while None; the others are sent as null, as OpenAI does.
+_OMITTED_IF_NONE: Any = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class CartridgeInfo(BaseModel):
+    name: str
+    version: int
+    digest: str
+
+
+class FoundryInfo(BaseModel):
+    """What the answer was computed with."""
+
+    model_fingerprint: str
+    template_digest: str
+    cartridges: list[CartridgeInfo]
+    cartridge_tokens: int | None = _OMITTED_IF_NONE
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class UsageInfo(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class _Answer(BaseModel):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    foundry: FoundryInfo | None = _OMITTED_IF_NONE
+
+
+class ChatCompletion(_Answer):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: UsageInfo
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = _OMITTED_IF_NONE
+    content: str
+
+
+class ChatDeltaChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class ChatCompletionChunk(_Answer):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatDeltaChoice]
+    usage: UsageInfo | None = _OMITTED_IF_NONE
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class Completion(_Answer):
+    """Whole, or one chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+    usage: UsageInfo | None = _OMITTED_IF_NONE

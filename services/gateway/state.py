@@ -1,0 +1,55 @@
+"""What the routes share: settings, store, rollout servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from foundry.errors import ResourceExhausted, Unavailable
+from foundry.store import CartridgeStore
+from services.gateway import metrics
+from services.gateway.rollouts import Rollouts
+from services.gateway.settings import GatewaySettings
+from services.gateway.teacher import Teacher
+from services.gateway.tokens import TokenSpelling
+
+
+@dataclass
+class Gateway:
+    settings: GatewaySettings
+    store: CartridgeStore
+    rollouts: Rollouts
+    teacher: Teacher | None
+    spelling: TokenSpelling
+    num_in_flight: int = 0
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """One completion request in flight. Raises ResourceExhausted if there are too many."""
+        if self.num_in_flight >= self.settings.max_concurrent_requests:
+            raise ResourceExhausted(f"{self.num_in_flight} requests are being answered", retry_after_seconds=1.0)
+        self.num_in_flight += 1
+        metrics.IN_FLIGHT.set(self.num_in_flight)
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            metrics.IN_FLIGHT.set(self.num_in_flight)
+
+    async def check_rollouts(self) -> None:
+        """Raises Unavailable if no rollout server answers now, FingerprintMismatch if they serve different models."""
+        model = self.rollouts.model()
+        if self.rollouts.num_reachable() == 0:
+            raise Unavailable(f"no rollout server of {model.name} answers any more")
+
+
+async def _of_request(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+GatewayDep = Annotated[Gateway, Depends(_of_request)]

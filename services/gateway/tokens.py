@@ -1,0 +1,52 @@
+"""How token ids are written in `logprobs`."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TokenSpelling:
+    """Spells ids by a tokenizer.json; without one as `token_id:N`, which is vLLM's `return_tokens_as_token_ids`."""
+
+    def __init__(self, tokenizer_file: Path | None) -> None:
+        self._tokenizer = None if tokenizer_file is None else Tokenizer.from_file(str(tokenizer_file))
+        # 'ByteLevel' stands in the description of the decoder exactly where token strings are GPT-2's bytes.
+        byte_level = self._tokenizer is not None and "ByteLevel" in repr(self._tokenizer.decoder)
+        self._byte_of = _byte_level_alphabet() if byte_level else {}
+        self.spell = lru_cache(maxsize=65_536)(self._spell)
+
+    def _spell(self, token_id: int) -> tuple[str, list[int] | None]:
+        """The token's text (with U+FFFD where it is a part of a character) and its bytes, if they are known."""
+        token = None if self._tokenizer is None else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return f"token_id:{token_id}", None
+        content = self._bytes(token)
+        return content.decode(errors="replace"), list(content)
+
+    def _bytes(self, token: str) -> bytes:
+        if self._byte_of and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        if self._byte_of:  # a special token, which stands for itself
+            return token.encode()
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's map of bytes to printable characters, reversed
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: OpenAI and vLLM write -9999 for a token that can't be sampled."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,1 @@
+"""The rollout service: answers decoded with the frozen model behind the cartridges that a request names by digest."""

@@ -1,0 +1,189 @@
+"""From a request on the wire to sequences for the engine: every limit is checked here, and names its field."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from foundry.errors import FingerprintMismatch, InvalidArgument
+from foundry.identity import check_digest
+from foundry.lm import FrozenLM
+from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.template import ChatTemplate
+from foundry.v1 import common_pb2, rollout_pb2
+from services.rollout.engine import SamplingParams, SequenceRequest
+
+MAX_CARTRIDGES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+MAX_TEMPERATURE = 100.0
+# What a token takes in a completion: id, logprob and (generously) text, and for each alternative id and logprob.
+_TOKEN_BYTES, _ALTERNATIVE_BYTES = 150, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A checked request: its cartridges as they were named, and one sequence per completion."""
+
+    cartridges: Sequence[common_pb2.CartridgeId]
+    sequences: Sequence[SequenceRequest]
+
+
+class Admissions:
+    """Checks requests for one model."""
+
+    def __init__(self, lm: FrozenLM, template: ChatTemplate, *, max_sequence_tokens: int, max_sequences: int) -> None:
+        """`max_sequences` is of one call."""
+        self._lm = lm
+        self._template = template
+        self.max_sequence_tokens = min(max_sequence_tokens, lm.spec.max_tokens)
+        self._max_sequences = max_sequences
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises InvalidArgument, FingerprintMismatch."""
+        if not fingerprint:
+            raise InvalidArgument("model_fingerprint is required", field="model_fingerprint")
+        if fingerprint != self._lm.spec.fingerprint:
+            raise FingerprintMismatch(
+                f"the caller means model {fingerprint}, the server has {self._lm.spec.fingerprint}",
+                field="model_fingerprint",
+            )
+
+    def check_batch(self, request: rollout_pb2.GenerateBatchRequest) -> list[Admission]:
+        """Raises what `check` raises, with the request's place in the field."""
+        if not request.requests:
+            raise InvalidArgument("requests is empty", field="requests")
+        num_sequences = sum(each.sampling.n or 1 for each in request.requests)
+        if num_sequences > self._max_sequences:
+            raise InvalidArgument(
+                f"the batch has {num_sequences} sequences, the server takes {self._max_sequences} at a time",
+                field="requests",
+            )
+        admissions = []
+        for index, each in enumerate(request.requests):
+            try:
+                admissions.append(self.check(each))
+                _check_message(admissions[-1].sequences[0].sampling)
+            except InvalidArgument as error:
+                error.field = f"requests[{index}].{error.field}"
+                raise
+        return admissions
+
+    def check(self, request: rollout_pb2.GenerateRequest) -> Admission:
+        """All that can be checked before the cartridges are known. Raises InvalidArgument, FingerprintMismatch."""
+        self.check_fingerprint(request.model_fingerprint)
+        digests = _checked_digests(request.cartridges)
+        num_completions = request.sampling.n or 1
+        _check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
+        sampling = [_sampling(request.sampling, index) for index in range(num_completions)]
+        prompt_ids = self._prompt_ids(request)
+        self._check_own_tokens(len(prompt_ids), sampling[0])
+        return Admission(
+            request.cartridges,
+            [SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache) for each in sampling],
+        )
+
+    def check_length(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> None:
+        """Raises InvalidArgument if cartridges, prompt and answer exceed the model's context."""
+        sequence = admission.sequences[0]
+        num_prefix = sum(cartridge_tokens[digest] for digest in sequence.digests)
+        num_prompt, num_new = len(sequence.prompt_ids), sequence.sampling.max_new_tokens
+        if num_prefix + num_prompt + num_new > self._lm.spec.max_tokens:
+            raise InvalidArgument(
+                f"cartridges of {num_prefix} tokens, a prompt of {num_prompt} and max_new_tokens of {num_new} make "
+                f"{num_prefix + num_prompt + num_new}, the model's context is {self._lm.spec.max_tokens}",
+                field="sampling.max_new_tokens",
+            )
+
+    def _prompt_ids(self, request: rollout_pb2.GenerateRequest) -> tuple[int, ...]:
+        match request.WhichOneof("prompt"):
+            case "token_ids":
+                field, ids = "token_ids", list(request.token_ids.ids)
+            case "conversation":
+                messages = [{"role": each.role, "content": each.content} for each in request.conversation.messages]
+                render = self._template.turn if request.cartridges else self._template.prompt
+                field, ids = "conversation", render(messages)
+            case "text":
+                # Behind a cartridge the beginning of the sequence is the cartridge's.
+                field = "text"
+                ids = self._lm.tokenizer(request.text, add_special_tokens=not request.cartridges)["input_ids"]
+            case _:
+                raise InvalidArgument("set token_ids, conversation or text", field="prompt")
+        if not ids:
+            raise InvalidArgument("the prompt has no tokens: it needs at least one", field=field)
+        if max(ids) >= self._lm.spec.vocab_size:
+            raise InvalidArgument(
+                f"token id {max(ids)} is outside the vocabulary of {self._lm.spec.vocab_size}", field=field
+            )
+        return tuple(ids)
+
+    def _check_own_tokens(self, num_prompt: int, sampling: SamplingParams) -> None:
+        num_new = sampling.max_new_tokens
+        if num_prompt + num_new > self.max_sequence_tokens:
+            raise InvalidArgument(
+                f"a prompt of {num_prompt} tokens and max_new_tokens of {num_new} make {num_prompt + num_new}, "
+                f"the server takes {self.max_sequence_tokens}",
+                field="sampling.max_new_tokens",
+            )
+
+
+def check_cartridge(cartridge: common_pb2.CartridgeId, field: str) -> str:
+    """The digest, which is required: a name alone could mean other bytes tomorrow. Raises InvalidArgument."""
+    return check_digest(cartridge.digest, field=f"{field}.digest")
+
+
+def _checked_digests(cartridges: Sequence[common_pb2.CartridgeId]) -> tuple[str, ...]:
+    if len(cartridges) > MAX_CARTRIDGES:
+        raise InvalidArgument(
+            f"there are {len(cartridges)} cartridges, a request takes {MAX_CARTRIDGES}", field="cartridges"
+        )
+    digests = tuple(check_cartridge(each, f"cartridges[{index}]") for index, each in enumerate(cartridges))
+    if len(set(digests)) < len(digests):
+        raise InvalidArgument("cartridges names the same digest twice", field="cartridges")
+    return digests
+
+
+def _sampling(message: rollout_pb2.Sampling, index: int) -> SamplingParams:
+    """Of completion `index`. Comparisons are written so that NaN fails them."""
+    temperature = message.temperature if message.HasField("temperature") else 1.0
+    top_p = message.top_p if message.HasField("top_p") else 1.0
+    seed = message.seed if message.HasField("seed") else secrets.randbits(64)
+    _check(0 <= temperature <= MAX_TEMPERATURE, "temperature", temperature, f"within 0..{MAX_TEMPERATURE:.0f}")
+    _check(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+    _check(message.max_new_tokens >= 1, "max_new_tokens", message.max_new_tokens, "at least 1")
+    _check(message.logprobs <= MAX_LOGPROBS, "logprobs", message.logprobs, f"at most {MAX_LOGPROBS}")
+    _check(len(message.stop) <= MAX_STOP_STRINGS, "stop", len(message.stop), f"at most {MAX_STOP_STRINGS} strings")
+    _check_stop_strings(message.stop)
+    return SamplingParams(
+        max_new_tokens=message.max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=message.top_k,
+        seed=(seed + index) % 2**64,
+        stop=tuple(message.stop),
+        ignore_eos=message.ignore_eos,
+        num_logprobs=message.logprobs,
+    )
+
+
+def _check_message(sampling: SamplingParams) -> None:
+    """A completion of a batch is one message."""
+    num_bytes = sampling.max_new_tokens * (_TOKEN_BYTES + _ALTERNATIVE_BYTES * sampling.num_logprobs)
+    if num_bytes > MAX_MESSAGE_BYTES:
+        raise InvalidArgument(
+            f"{sampling.max_new_tokens} tokens with {sampling.num_logprobs} alternatives each take up to {num_bytes} "
+            f"bytes, a message holds {MAX_MESSAGE_BYTES}: ask for fewer, or stream with Generate",
+            field="sampling.max_new_tokens",
+        )
+
+
+def _check_stop_strings(stop: Iterable[str]) -> None:
+    for text in stop:
+        _check(0 < len(text) <= MAX_STOP_CHARACTERS, "stop", repr(text), f"1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _check(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise InvalidArgument(f"{name} is {value}, must be {wanted}", field=f"sampling.{name}")

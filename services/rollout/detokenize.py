@@ -1,0 +1,64 @@
+"""Text of a growing list of token ids, in deltas that never split a character or show a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+# What a decoder writes for bytes that are not, or not yet, a character.
+_REPLACEMENT = "\ufffd"
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class TextStream:
+    """Deltas for one sequence. `decode` turns ids into text, special tokens left out."""
+
+    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = stop
+        # Ids from the last two clean boundaries on: decoding from the first keeps what a tokenizer strips at the
+        # start of a text (a leading space) out of the delta, which begins at the second.
+        self._ids: list[int] = []
+        self._num_read = 0
+        self._read = ""
+        # Text that is complete but may be the beginning of a stop string.
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Text to show after one more token."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if len(text) <= len(self._read) or text.endswith(_REPLACEMENT):
+            return ""
+        return self._release(self._advance(text))
+
+    def flush(self) -> str:
+        """The rest, when no token follows: incomplete characters as the decoder writes them."""
+        shown = self._release(self._advance(self._decode(self._ids)))
+        rest, self._held = self._held, ""
+        return shown + rest
+
+    def _advance(self, text: str) -> str:
+        """Move both boundaries past `text` and return what is new in it."""
+        delta = text[len(self._read) :]
+        self._ids = self._ids[self._num_read :]
+        self._num_read = len(self._ids)
+        self._read = self._decode(self._ids)
+        return delta
+
+    def _release(self, delta: str) -> str:
+        text = self._held + delta
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:length])), 0)

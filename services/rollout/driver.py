@@ -1,0 +1,203 @@
+"""The thread that runs the engine, and the bridge between it and asyncio.
+
+The event loop sends commands (admit, cancel) through one queue, in order; they are carried out between two steps.
+Outputs come back once per step. A fault of the engine ends the thread: every waiter gets Unavailable, and so does
+whoever comes later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import structlog
+
+from foundry.errors import FoundryError, ResourceExhausted, Unavailable
+from services.rollout import metrics
+from services.rollout.engine import Engine, EngineStats, SequenceRequest, TokenOutput
+
+log = structlog.get_logger(__name__)
+
+_RETRY_AFTER_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A sequence that has not ended, and when its last token (at first: its call) came."""
+
+    job: Job
+    index: int
+    num_prompt_tokens: int
+    last_at: float
+    started: bool = False
+
+
+class Job:
+    """The sequences of one call, admitted together.
+
+    Iterating yields what has come since the last time, each output with its sequence's place in the call, until all
+    have ended. `ended` is set when the engine has let go of all of them, for whatever reason.
+    """
+
+    def __init__(self, requests: Sequence[SequenceRequest]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.num_open = len(requests)
+        # Never full: no sequence has more outputs than tokens, and one error may follow.
+        self._outputs: asyncio.Queue[tuple[int, TokenOutput] | FoundryError] = asyncio.Queue(
+            maxsize=sum(request.sampling.max_new_tokens for request in requests) + 1
+        )
+
+    def put(self, item: tuple[int, TokenOutput] | FoundryError) -> None:
+        self._outputs.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, TokenOutput]]]:
+        while not (self.ended.done() and self._outputs.empty()):
+            outputs = [await self._outputs.get()]
+            while not self._outputs.empty():
+                outputs.append(self._outputs.get_nowait())
+            found = [output for output in outputs if not isinstance(output, FoundryError)]
+            if found:
+                yield found
+            for output in outputs:
+                if isinstance(output, FoundryError):
+                    raise output
+
+
+class Driver:
+    """Call everything from the event loop that `start` was called in."""
+
+    def __init__(self, engine: Engine, *, max_sequences: int) -> None:
+        """`max_sequences` bounds those that run and those that wait, together."""
+        self._engine = engine
+        self._max_sequences = max_sequences
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._ids = count()
+        self._open: dict[int, _Open] = {}
+        self._refusal: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.failed = asyncio.Event()
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, requests: Sequence[SequenceRequest], *, arrived_at: float) -> Job:
+        """Queue sequences together and in order. `arrived_at` is the call's `time.perf_counter()`.
+
+        Raises ResourceExhausted if there are too many in flight, Unavailable.
+        """
+        if self._refusal is not None:
+            raise Unavailable(self._refusal)
+        if len(self._open) + len(requests) > self._max_sequences:
+            raise ResourceExhausted(
+                f"{len(self._open)} of {self._max_sequences} places are taken, the call needs {len(requests)}",
+                retry_after_seconds=_RETRY_AFTER_SECONDS,
+            )
+        job = Job(requests)
+        admitted = {next(self._ids): request for request in requests}
+        for index, (sequence_id, request) in enumerate(admitted.items()):
+            self._open[sequence_id] = _Open(job, index, len(request.prompt_ids), arrived_at)
+        self._idle.clear()
+        self._commands.put(lambda: self._engine.admit(admitted))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Let go of what has not ended, before the next step. Nothing happens to a job that has."""
+        sequence_ids = [sequence_id for sequence_id, each in self._open.items() if each.job is job]
+        if sequence_ids:
+            self._commands.put(lambda: self._cancel(sequence_ids))
+
+    async def drain(self) -> None:
+        """Refuse new work; return when the work in flight has ended."""
+        self._refusal = self._refusal or "the server is draining"
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """End the thread after the step in hand. What is in flight gets Unavailable."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._end_all("the server is shutting down")
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            log.exception("the engine failed")
+            self._loop.call_soon_threadsafe(self._fail, f"the engine failed: {error!r}")
+
+    def _run(self) -> None:
+        while self._obey():
+            outputs = self._engine.step()
+            self._loop.call_soon_threadsafe(self._deliver, outputs, self._engine.stats())
+
+    def _obey(self) -> bool:
+        """Carry out commands; with nothing to decode, wait for the next. False when it is time to end."""
+        while True:
+            stats = self._engine.stats()
+            if (stats.num_running or stats.num_waiting) and self._commands.empty():
+                return True
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+
+    def _cancel(self, sequence_ids: Sequence[int]) -> None:
+        for sequence_id in sequence_ids:
+            self._engine.cancel(sequence_id)
+        self._loop.call_soon_threadsafe(self._cancelled, sequence_ids, self._engine.stats())
+
+    def _cancelled(self, sequence_ids: Sequence[int], stats: EngineStats) -> None:
+        for sequence_id in sequence_ids:
+            # It may have ended by itself before the command came through.
+            if sequence_id in self._open:
+                self._close_sequence(sequence_id)
+        _observe(stats)
+
+    def _deliver(self, outputs: Sequence[TokenOutput], stats: EngineStats) -> None:
+        now = time.perf_counter()
+        for output in outputs:
+            each = self._open[output.sequence_id]
+            if each.started:
+                metrics.TIME_PER_OUTPUT_TOKEN.observe(now - each.last_at)
+            else:
+                metrics.TIME_TO_FIRST_TOKEN.observe(now - each.last_at)
+                metrics.PROMPT_TOKENS.inc(each.num_prompt_tokens)
+                metrics.PREFIX_CACHE_HITS.inc(output.cached_tokens)
+            each.started, each.last_at = True, now
+            each.job.put((each.index, output))
+            if output.finish_reason is not None:
+                self._close_sequence(output.sequence_id)
+        metrics.GENERATION_TOKENS.inc(len(outputs))
+        _observe(stats)
+
+    def _close_sequence(self, sequence_id: int) -> None:
+        job = self._open.pop(sequence_id).job
+        job.num_open -= 1
+        if not job.num_open:
+            job.ended.set_result(None)
+        if not self._open:
+            self._idle.set()
+
+    def _fail(self, message: str) -> None:
+        self._end_all(message)
+        self.failed.set()
+
+    def _end_all(self, message: str) -> None:
+        self._refusal = message
+        for job in {id(each.job): each.job for each in self._open.values()}.values():
+            # One error each: raising a shared one would pile up the tracebacks of all.
+            job.put(Unavailable(message))
+        for sequence_id in list(self._open):
+            self._close_sequence(sequence_id)
+
+
+def _observe(stats: EngineStats) -> None:
+    metrics.REQUESTS_RUNNING.set(stats.num_running)
+    metrics.REQUESTS_WAITING.set(stats.num_waiting)

@@ -1,0 +1,79 @@
+"""From logits to tokens and their logprobs.
+
+One uniform number per token, out of the sequence's own generator, is mapped through the inverse of the cumulative
+distribution: what a sequence draws does not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from services.rollout.engine import SamplingParams
+from services.rollout.engine.sequence import Sequence
+
+
+class Sampled(NamedTuple):
+    """One token with its raw logprob, and the most likely tokens with theirs."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+
+
+def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled]:
+    """The next token of each sequence, from float32 logits. Logprobs are those of the untempered distribution."""
+    ids_N = torch.argmax(logits_NV, dim=-1)
+    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    if rows:
+        drawn = [sequences[row] for row in rows]
+        uniforms = [torch.rand((), dtype=torch.float64, generator=sequence.generator).item() for sequence in drawn]
+        logits = logits_NV if len(rows) == len(sequences) else logits_NV[rows]
+        ids_N[rows] = draw(logits, [sequence.sampling for sequence in drawn], uniforms)
+    lse_N = torch.logsumexp(logits_NV, dim=-1)
+    logprobs = (logits_NV.gather(1, ids_N[:, None])[:, 0] - lse_N).tolist()
+    top = _top_logprobs(logits_NV, lse_N, [sequence.sampling.num_logprobs for sequence in sequences])
+    return [Sampled(*row) for row in zip(ids_N.tolist(), logprobs, top, strict=True)]
+
+
+def draw(logits_NV: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
+    """Ids [N] drawn at the temperatures, top_k and top_p of `params` (none greedy)."""
+    temperatures_N1 = torch.tensor([each.temperature for each in params], device=logits_NV.device)[:, None]
+    # The greatest is 0 after this, so that a temperature near 0 overflows to -inf elsewhere and never to NaN.
+    scaled_NV = (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / temperatures_N1
+    for row, each in enumerate(params):
+        if each.top_k or each.top_p < 1:
+            scaled_V = scaled_NV[row]
+            scaled_V.masked_fill_(scaled_V < _threshold(scaled_V, each.top_k, each.top_p), float("-inf"))
+    # float64: 50,000 float32 terms would lose the tail.
+    cdf_NV = torch.softmax(scaled_NV, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    targets_N1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device)[:, None] * cdf_NV[:, -1:]
+    # right: the first id whose cumulative mass exceeds the target, so one of mass 0 is never drawn.
+    return torch.searchsorted(cdf_NV, targets_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
+
+
+def _threshold(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The least logit that is kept: the k-th, or the last of the fewest whose mass (among those k) reaches top_p."""
+    if top_k:
+        top = torch.topk(logits_V, min(top_k, len(logits_V))).values
+        total = torch.logsumexp(top, dim=-1)
+    else:
+        total = torch.logsumexp(logits_V, dim=-1)
+        # Enough candidates for most distributions; sorting a whole vocabulary takes as long as a small model's forward.
+        top = torch.topk(logits_V, min(256, len(logits_V))).values
+        while torch.exp(top - total).sum() < top_p and len(top) < len(logits_V):
+            top = torch.topk(logits_V, min(8 * len(top), len(logits_V))).values
+    mass = torch.exp(top - total).cumsum(dim=-1)
+    return top[(mass < top_p).sum().clamp(max=len(top) - 1)]
+
+
+def _top_logprobs(logits_NV: Tensor, lse_N: Tensor, wanted: SequenceOf[int]) -> list[tuple[tuple[int, float], ...]]:
+    most = max(wanted)
+    if not most:
+        return [()] * len(wanted)
+    values_NK, ids_NK = torch.topk(logits_NV, most, dim=-1)
+    rows = zip(ids_NK.tolist(), (values_NK - lse_N[:, None]).tolist(), wanted, strict=True)
+    return [tuple(zip(ids[:num], logprobs[:num], strict=True)) for ids, logprobs, num in rows]

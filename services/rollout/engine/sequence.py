@@ -1,0 +1,68 @@
+"""One sequence from admission to its last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.rollout.detokenize import TextStream
+from services.rollout.engine import FinishReason, SequenceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCartridge:
+    """KV [L, 2, G, P, D] on the engine's device, under the digest of the bytes that it came from."""
+
+    digest: str
+    kv_L2GPD: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.kv_L2GPD.shape[3]
+
+
+class Sequence:
+    """Its tokens, how many of them have their KV in its slot, and the cartridges fixed at admission."""
+
+    def __init__(
+        self, sequence_id: int, request: SequenceRequest, cartridges: SequenceOf[LoadedCartridge], text: TextStream
+    ) -> None:
+        self.id = sequence_id
+        self.cartridges = tuple(cartridges)
+        self.digests = tuple(cartridge.digest for cartridge in cartridges)
+        # Position of the first own token.
+        self.offset = sum(cartridge.num_tokens for cartridge in cartridges)
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.num_cached_tokens = 0
+        self.num_computed_tokens = 0
+        self.sampling = request.sampling
+        self.skip_prefix_cache = request.skip_prefix_cache
+        self.slot = -1
+        self.generator = torch.Generator().manual_seed(request.sampling.seed)
+        self._text = text
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that the model has not seen: the rest of the prompt, or the one sampled last."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def computed_ids(self) -> list[int]:
+        return self.token_ids[: self.num_computed_tokens]
+
+    def append(self, token_id: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
+        """Take a sampled token; returns the text that it completes and whether it was the last."""
+        self.token_ids.append(token_id)
+        if token_id in eos_ids and not self.sampling.ignore_eos:
+            return self._text.flush(), FinishReason.STOP
+        text = self._text.push(token_id)
+        full = len(self.token_ids) - self.num_prompt_tokens == self.sampling.max_new_tokens
+        if full and not self._text.stopped:
+            text += self._text.flush()
+        if self._text.stopped:
+            return text, FinishReason.STOP
+        return text, FinishReason.LENGTH if full else None

@@ -1,0 +1,110 @@
+"""The built-in engine: `schedule -> run -> postprocess` over any model that `FrozenLM` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from foundry.cartridge import Cartridge
+from foundry.lm import FrozenLM
+from services.rollout.detokenize import TextStream
+from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine.attention import StepAttention
+from services.rollout.engine.kv import SlotKV
+from services.rollout.engine.sampler import sample
+from services.rollout.engine.scheduler import Scheduled, Scheduler
+from services.rollout.engine.sequence import LoadedCartridge, Sequence
+from services.rollout.engine.slots import Slots
+
+
+class TorchEngine:
+    """See `Engine`. Requests are checked before they come here: what does not fit is a fault of the caller."""
+
+    def __init__(
+        self, lm: FrozenLM, *, max_sequences: int, max_sequence_tokens: int, prefill_tokens_per_step: int
+    ) -> None:
+        self._lm = lm
+        self._kv = SlotKV(lm, max_sequences, max_sequence_tokens)
+        self._scheduler = Scheduler(Slots(self._kv), prefill_tokens_per_step)
+        self._cartridges: dict[str, LoadedCartridge] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._num_heads = lm.model.config.get_text_config().num_attention_heads
+
+    def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
+        for sequence_id, request in requests.items():
+            cartridges = [self._cartridges[digest] for digest in request.digests]
+            text = TextStream(self._text, request.sampling.stop)
+            self._sequences[sequence_id] = Sequence(sequence_id, request, cartridges, text)
+        self._scheduler.add(self._sequences[sequence_id] for sequence_id in requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenOutput]:
+        batch = self._scheduler.schedule()
+        if not batch:
+            return []
+        hidden_TE = self._run(batch)
+        return self._postprocess(batch, hidden_TE)
+
+    def cancel(self, sequence_id: int) -> None:
+        if sequence_id in self._sequences:
+            self._scheduler.finish(self._sequences.pop(sequence_id))
+
+    def load(self, digest: str, cartridge: Cartridge) -> None:
+        # A copy of its own even where dtype and device agree: memory that torch allocated is aligned alike every time,
+        # and products over memory aligned otherwise may differ in the last bit.
+        kv_L2GPD = cartridge.kv_L2GPD.to(self._lm.device, self._lm.dtype, copy=True)
+        self._cartridges[digest] = LoadedCartridge(digest, kv_L2GPD)
+
+    def unload(self, digest: str) -> None:
+        del self._cartridges[digest]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._scheduler.running), num_waiting=len(self._scheduler.waiting))
+
+    def _text(self, ids: SequenceOf[int]) -> str:
+        # Special tokens steer; they are not text.
+        return str(self._lm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _run(self, batch: SequenceOf[Scheduled]) -> Tensor:
+        ids: list[int] = []
+        for sequence, num_tokens in batch:
+            begin = sequence.num_computed_tokens
+            ids += sequence.token_ids[begin : begin + num_tokens]
+        plan = StepAttention(self._kv, batch, self._num_heads)
+        return self._lm.hidden(torch.tensor(ids, device=self._lm.device), plan.positions_T, plan)
+
+    def _postprocess(self, batch: SequenceOf[Scheduled], hidden_TE: Tensor) -> list[TokenOutput]:
+        ready, rows, row = [], [], -1
+        for sequence, num_tokens in batch:
+            row += num_tokens
+            sequence.num_computed_tokens += num_tokens
+            if sequence.num_pending_tokens == 0:
+                ready.append(sequence)
+                rows.append(row)
+        if not ready:
+            return []
+        logits_NV = self._lm.logits(hidden_TE[rows])
+        return [
+            self._take(sequence, *sampled) for sequence, sampled in zip(ready, sample(logits_NV, ready), strict=True)
+        ]
+
+    def _take(
+        self, sequence: Sequence, token_id: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
+    ) -> TokenOutput:
+        text, finish_reason = sequence.append(token_id, self._lm.eos_ids)
+        if finish_reason is not None:
+            self.cancel(sequence.id)
+        return TokenOutput(
+            sequence_id=sequence.id,
+            token_id=token_id,
+            logprob=logprob,
+            top_logprobs=top_logprobs,
+            text=text,
+            finish_reason=finish_reason,
+            digests=sequence.digests,
+            cartridge_tokens=sequence.offset,
+            cached_tokens=sequence.num_cached_tokens,
+        )

@@ -1,0 +1,62 @@
+"""python -m services.rollout.main: parse, build, serve, close."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import structlog
+import torch
+
+from foundry import telemetry
+from foundry.lm import FrozenLM
+from foundry.rpc.server import Server
+from foundry.store import CartridgeStore
+from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from services.rollout.parts import Parts
+from services.rollout.servicer import RolloutServicer
+from services.rollout.settings import RolloutSettings
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: RolloutSettings) -> int:
+    # Listening before the model is loaded: a port that is taken is known at once, and health answers NOT_SERVING.
+    server = Server(settings.listen, [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
+    servicer = RolloutServicer()
+    rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
+    await server.start()
+    log.info("listening", port=server.port)
+    telemetry.serve_metrics(settings.metrics_port)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    store = await CartridgeStore.open(settings.store)
+    parts = Parts.build(settings, lm, store)
+    parts.driver.start()
+    servicer.begin(parts)
+    # Until now a signal simply ended the process.
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await server.set_serving()
+    log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
+    ends = [asyncio.create_task(event.wait()) for event in (told, parts.driver.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    # Refuses new calls at once and ends those in flight after the grace period.
+    await server.stop(settings.grace_seconds)
+    await parts.residency.close()
+    await parts.driver.close()
+    await store.close()
+    # With a failed engine: an exit that a supervisor restarts.
+    return int(parts.driver.failed.is_set())
+
+
+def main() -> None:
+    settings = RolloutSettings.parse()
+    telemetry.configure_logs("rollout", settings.log_level)
+    raise SystemExit(asyncio.run(serve(settings)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The Rollout service: checks what comes in, holds its cartridges, and tells in every answer what decoded it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from foundry.errors import Unavailable
+from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from services.rollout.admission import Admission, check_cartridge
+from services.rollout.driver import Job
+from services.rollout.engine import FinishReason, TokenOutput
+from services.rollout.parts import Parts
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_FINISH_REASONS = {
+    FinishReason.STOP: rollout_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: rollout_pb2.FINISH_REASON_LENGTH,
+}
+# A client that reads slowly finds many tokens waiting; a chunk of this many stays far below the message limit.
+_CHUNK_TOKENS = 256
+
+
+class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
+    """Answers Unavailable until `begin`: the port is open while the model is still loading."""
+
+    def __init__(self) -> None:
+        self._parts: Parts | None = None
+
+    def begin(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def Generate(
+        self, request: rollout_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[rollout_pb2.GenerateChunk]:
+        parts = self._loaded()
+        arrived_at = time.perf_counter()
+        admission = parts.admissions.check(request)
+        answers = [_Answer(parts, admission) for _ in admission.sequences]
+        async with _submitted(parts, [admission], arrived_at) as job:
+            async for outputs in job:
+                for begin in range(0, len(outputs), _CHUNK_TOKENS):
+                    for index, some in _by_sequence(outputs[begin : begin + _CHUNK_TOKENS]):
+                        first = not answers[index].num_tokens
+                        piece = answers[index].add(some)
+                        yield rollout_pb2.GenerateChunk(
+                            index=index, identity=answers[index].identity(some[0]) if first else None, **piece
+                        )
+
+    async def GenerateBatch(
+        self, request: rollout_pb2.GenerateBatchRequest, context: Context
+    ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
+        parts = self._loaded()
+        arrived_at = time.perf_counter()
+        admissions = parts.admissions.check_batch(request)
+        places = [
+            (request_index, index, _Answer(parts, admission))
+            for request_index, admission in enumerate(admissions)
+            for index in range(len(admission.sequences))
+        ]
+        waiting: list[list[TokenOutput]] = [[] for _ in places]
+        async with _submitted(parts, admissions, arrived_at) as job:
+            async for outputs in job:
+                for place, output in outputs:
+                    waiting[place].append(output)
+                    if output.finish_reason is not None:
+                        request_index, index, answer = places[place]
+                        completion = rollout_pb2.Completion(
+                            index=index, identity=answer.identity(output), **answer.add(waiting[place])
+                        )
+                        yield rollout_pb2.GenerateBatchResponse(request_index=request_index, completion=completion)
+
+    async def Load(self, request: rollout_pb2.LoadRequest, context: Context) -> rollout_pb2.LoadResponse:
+        parts = self._loaded()
+        parts.admissions.check_fingerprint(request.model_fingerprint)
+        check_cartridge(request.cartridge, "cartridge")
+        return rollout_pb2.LoadResponse(already_resident=await parts.residency.load(request.cartridge))
+
+    async def Unload(self, request: rollout_pb2.UnloadRequest, context: Context) -> rollout_pb2.UnloadResponse:
+        self._loaded().residency.unload(request.digest)
+        return rollout_pb2.UnloadResponse()
+
+    async def Resident(self, request: rollout_pb2.ResidentRequest, context: Context) -> rollout_pb2.ResidentResponse:
+        parts = self._loaded()
+        return rollout_pb2.ResidentResponse(
+            model_fingerprint=parts.spec.fingerprint,
+            model_name=parts.model_name,
+            template_digest=parts.template_digest,
+            max_sequence_tokens=parts.admissions.max_sequence_tokens,
+            cartridges=[
+                rollout_pb2.ResidentCartridge(
+                    cartridge=resident.named,
+                    num_bytes=resident.num_bytes,
+                    references=resident.references,
+                )
+                for resident in parts.residency.residents()
+            ],
+            budget_bytes=parts.residency.budget_bytes,
+        )
+
+    async def Drain(self, request: rollout_pb2.DrainRequest, context: Context) -> rollout_pb2.DrainResponse:
+        await self._loaded().driver.drain()
+        return rollout_pb2.DrainResponse()
+
+    def _loaded(self) -> Parts:
+        if self._parts is None:
+            raise Unavailable("the model is still loading", retry_after_seconds=1.0)
+        return self._parts
+
+
+@asynccontextmanager
+async def _submitted(parts: Parts, admissions: Sequence[Admission], arrived_at: float) -> AsyncIterator[Job]:
+    """The job of these requests, with their cartridges held until the engine has let go of it."""
+    sequences = [sequence for admission in admissions for sequence in admission.sequences]
+    cartridges = {named.digest: named for admission in admissions for named in admission.cartridges}
+    references = Counter(digest for sequence in sequences for digest in sequence.digests)
+    hold = await parts.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
+    try:
+        for admission in admissions:
+            parts.admissions.check_length(admission, hold.num_tokens)
+        job = parts.driver.submit(sequences, arrived_at=arrived_at)
+    except BaseException:
+        hold.release()
+        raise
+    job.ended.add_done_callback(lambda _: hold.release())
+    try:
+        yield job
+    finally:
+        # The client went away, or its time is over.
+        parts.driver.cancel(job)
+
+
+class _Answer:
+    """One completion as it grows."""
+
+    def __init__(self, parts: Parts, admission: Admission) -> None:
+        self._parts = parts
+        self._cartridges = admission.cartridges
+        self._num_prompt_tokens = len(admission.sequences[0].prompt_ids)
+        self.num_tokens = 0
+
+    def identity(self, output: TokenOutput) -> common_pb2.Identity:
+        """The digests are those that the engine decoded with; names and versions are the caller's."""
+        return common_pb2.Identity(
+            model_fingerprint=self._parts.spec.fingerprint,
+            cartridges=[
+                common_pb2.CartridgeId(name=named.name, version=named.version, digest=digest)
+                for named, digest in zip(self._cartridges, output.digests, strict=True)
+            ],
+            template_digest=self._parts.template_digest,
+        )
+
+    def add(self, outputs: Sequence[TokenOutput]) -> dict[str, Any]:
+        """The fields that a chunk and a completion share."""
+        self.num_tokens += len(outputs)
+        fields: dict[str, Any] = {
+            "ids": [output.token_id for output in outputs],
+            "text": "".join(output.text for output in outputs),
+            "logprobs": [output.logprob for output in outputs],
+            "top_logprobs": [_top_logprobs(output) for output in outputs if output.top_logprobs],
+        }
+        last = outputs[-1]
+        if last.finish_reason is not None:
+            fields["finish_reason"] = _FINISH_REASONS[last.finish_reason]
+            fields["usage"] = rollout_pb2.Usage(
+                prompt_tokens=self._num_prompt_tokens,
+                completion_tokens=self.num_tokens,
+                cartridge_tokens=last.cartridge_tokens,
+                cached_tokens=last.cached_tokens,
+            )
+        return fields
+
+
+def _top_logprobs(output: TokenOutput) -> rollout_pb2.TopLogprobs:
+    ids, logprobs = zip(*output.top_logprobs, strict=True)
+    return rollout_pb2.TopLogprobs(ids=ids, logprobs=logprobs)
+
+
+def _by_sequence(outputs: Sequence[tuple[int, TokenOutput]]) -> list[tuple[int, list[TokenOutput]]]:
+    grouped: dict[int, list[TokenOutput]] = {}
+    for index, output in outputs:
+        grouped.setdefault(index, []).append(output)
+    return list(grouped.items())

@@ -1,0 +1,50 @@
+"""Settings of the rollout service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from foundry.settings import ServiceSettings
+from foundry.store import StoreSettings
+
+
+class RolloutSettings(ServiceSettings):
+    """The rollout service: answers behind cartridges."""
+
+    listen: str = "127.0.0.1:7001"
+    """host:port to serve gRPC on; port 0 takes a free one."""
+
+    model: Path
+    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
+
+    model_name: str = ""
+    """Name under which the base model is served; empty takes the directory's name."""
+
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1, mps."""
+
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads of torch; 0 leaves its default."""
+
+    store: StoreSettings
+    """Where cartridges are fetched from."""
+
+    max_sequences: int = Field(default=16, ge=1)
+    """Sequences decoded at once. Each has a slot of max_sequence_tokens in the KV memory."""
+
+    max_sequence_tokens: int = Field(default=2048, ge=2)
+    """Most tokens of one prompt and its answer, without those of its cartridges."""
+
+    prefill_tokens_per_step: int = Field(default=512, ge=1)
+    """Most prompt tokens in one forward: longer prompts are cut, so that running sequences don't stall behind them."""
+
+    max_waiting: int = Field(default=256, ge=0)
+    """Sequences that may wait for a slot; more are refused with RESOURCE_EXHAUSTED."""
+
+    cartridge_budget_bytes: int = Field(default=4 * 1024**3, ge=1)
+    """Memory for resident cartridges; of those that no sequence uses, the least recently used are dropped first."""
+
+    grace_seconds: float = Field(default=30.0, ge=0)
+    """How long calls in flight may go on after SIGTERM."""

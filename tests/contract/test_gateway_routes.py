@@ -31,7 +31,7 @@ from foundry.errors import (
 )
 from foundry.identity import content_digest
 from foundry.store import CartridgeStore, RunState
-from tests.contract.gateway import (
+from tests.services import (
     Process,
     Stack,
     get,

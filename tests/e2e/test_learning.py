@@ -21,20 +21,9 @@ from services.trainer.step import Signal, TrainingStep
 from tests.tiny import build_tiny_model
 
 P, STEPS, BATCH, NEW_TOKENS = 24, 25, 8, 16
-WORDS = [
-    "harbour",
-    "treaty",
-    "spring",
-    "grain",
-    "price",
-    "congress",
-    "union",
-    "message",
-    "president",
-    "document",
-    "state",
-    "answer",
-]
+WORDS = (
+    "harbour treaty spring grain price congress union message president document state answer".split()  # noqa: SIM905
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,7 @@ class Setting:
         self.template = ChatTemplate(lm.tokenizer)
         self.context = self.template.context(document)
         self.context_kv = lm.prefill(self.context)
-        self.engine = TorchEngine(lm, max_sequences=BATCH, max_sequence_tokens=256, prefill_tokens_per_step=512)
+        self.engine = TorchEngine(lm, max_sequences=BATCH, max_sequence_tokens=512, prefill_tokens_per_step=512)
         heldout = turns(self.template, seed=99, count=6)
         answers = self.answer([[*self.context, *turn] for turn in heldout], (), temperature=0.0, seed=0)
         pairs = zip(heldout, answers, strict=True)
@@ -132,9 +121,10 @@ def test_heldout_kl_falls(lm: FrozenLM, objective: str) -> None:
 
 
 def test_a_shuffled_document_teaches_nothing_of_the_real_one(lm: FrozenLM) -> None:
-    words = synthetic_document(1).split()
-    random.Random(3).shuffle(words)
-    real, shuffled = Setting(lm, synthetic_document(1)), Setting(lm, " ".join(words))
+    # Letter by letter: to a random model a document is little more than the set of its tokens.
+    letters = list(synthetic_document(1))
+    random.Random(3).shuffle(letters)
+    real, shuffled = Setting(lm, synthetic_document(1)), Setting(lm, "".join(letters))
     before, after = train_on_policy(real, shuffled, "forward_kl")
     _, after_real = train_on_policy(real, real, "forward_kl")
     assert after > 0.9 * before

@@ -1,4 +1,4 @@
-"""A whole gateway for contract tests: Valkey, rollout servers of a tiny model and the gateway, each a real process."""
+"""The services of one tiny model for tests, each a real process: Valkey, rollout, teacher, trainer, gateway."""
 
 from __future__ import annotations
 

@@ -1,0 +1,124 @@
+"""The trainer takes no answer that is not the policy's, whatever a server says."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from foundry.errors import AlignmentError
+from foundry.rpc.server import Server
+from foundry.store import CartridgeId
+from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from services.trainer.rollouts import Rollouts
+from services.trainer.sample import Prompt
+
+POLICY = CartridgeId("name", 7, "blake3:" + "7" * 64)
+OTHER = common_pb2.CartridgeId(name="name", version=7, digest="blake3:" + "8" * 64)
+
+
+class Scripted(rollout_pb2_grpc.RolloutServicer):
+    """Says what a faulty server might: the real one can't be made to lie."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, Any] = {}
+        self.leave_out = False
+        self.requests: list[rollout_pb2.GenerateRequest] = []
+
+    async def GenerateBatch(
+        self, request: rollout_pb2.GenerateBatchRequest, context: object
+    ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
+        self.requests += request.requests
+        # In reverse: completions come in the order in which they end.
+        for index in reversed(range(len(request.requests) - self.leave_out)):
+            asked = request.requests[index]
+            completion = rollout_pb2.Completion(
+                ids=[asked.token_ids.ids[0], 2],
+                logprobs=[-0.5, -0.25],
+                finish_reason=rollout_pb2.FINISH_REASON_STOP,
+                identity=common_pb2.Identity(
+                    model_fingerprint="blake3:model", template_digest="blake3:template", cartridges=asked.cartridges
+                ),
+            )
+            for name, value in self.changes.items():
+                value(completion) if callable(value) else setattr(completion, name, value)
+            yield rollout_pb2.GenerateBatchResponse(request_index=index, completion=completion)
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[tuple[list[Scripted], Rollouts]]:
+    scripted = [Scripted(), Scripted()]
+    running = []
+    for servicer in scripted:
+        server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
+        rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
+        await server.start()
+        running.append(server)
+    addresses = [f"127.0.0.1:{server.port}" for server in running]
+    rollouts = Rollouts(addresses, "blake3:model", "blake3:template", timeout_seconds=10)
+    yield scripted, rollouts
+    await rollouts.close()
+    for server in running:
+        await server.stop(0)
+
+
+PROMPTS = [Prompt([10 + index], seed=index) for index in range(5)]
+
+
+async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list[Scripted], Rollouts]) -> None:
+    scripted, rollouts = servers
+    samples = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert [list(sample.answer_ids) for sample in samples] == [[10 + index, 2] for index in range(5)]
+    assert {sample.digest for sample in samples} == {POLICY.digest}
+    assert [len(each.requests) for each in scripted] == [3, 2]
+    request = scripted[1].requests[0]
+    assert request.skip_prefix_cache
+    assert request.sampling.seed == 1
+    assert [each.digest for each in request.cartridges] == [POLICY.digest]
+
+
+def other_bytes(completion: rollout_pb2.Completion) -> None:
+    del completion.identity.cartridges[:]
+    completion.identity.cartridges.append(OTHER)
+
+
+def bare_model(completion: rollout_pb2.Completion) -> None:
+    del completion.identity.cartridges[:]
+
+
+def no_logprobs(completion: rollout_pb2.Completion) -> None:
+    del completion.logprobs[:]
+
+
+def empty(completion: rollout_pb2.Completion) -> None:
+    del completion.ids[:], completion.logprobs[:]
+
+
+def other_model(completion: rollout_pb2.Completion) -> None:
+    completion.identity.model_fingerprint = "blake3:other"
+
+
+def other_template(completion: rollout_pb2.Completion) -> None:
+    completion.identity.template_digest = "blake3:other"
+
+
+def cut_off(completion: rollout_pb2.Completion) -> None:
+    completion.finish_reason = rollout_pb2.FINISH_REASON_CANCELLED
+
+
+@pytest.mark.parametrize(
+    "lie", [other_bytes, bare_model, no_logprobs, empty, other_model, other_template, cut_off], ids=lambda f: f.__name__
+)
+async def test_answers_of_another_policy_are_refused(servers: tuple[list[Scripted], Rollouts], lie: Any) -> None:
+    scripted, rollouts = servers
+    scripted[1].changes["lie"] = lie
+    with pytest.raises(AlignmentError, match="rollout 127"):
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+
+
+async def test_a_missing_answer_is_an_error(servers: tuple[list[Scripted], Rollouts]) -> None:
+    scripted, rollouts = servers
+    scripted[0].leave_out = True
+    with pytest.raises(AlignmentError, match="answered 2 of 3"):
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)

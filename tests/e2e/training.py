@@ -1,0 +1,59 @@
+"""A small run on a tiny model for end-to-end tests, and its step events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from foundry.store import CartridgeStore, DocumentPrompts, RunSpec, RunState
+from tests.services import Process, Stack, wait_serving
+
+STEPS, CHECKPOINT_EVERY = 7, 3
+DOCUMENT = "The harbour is open again. The treaty was signed in the spring. The price of grain is twelve. " * 2
+QUESTIONS = ("What is open?", "When was the treaty signed?", "What is the price of grain?", "Who signed?", "Why?")
+
+
+def start_trainer(stack: Stack) -> tuple[Process, Process, Process]:
+    """Rollout, teacher and trainer, serving."""
+    rollout = stack.rollout()
+    teacher = stack.spawn("teacher", "--model", str(stack.model))
+    trainer = stack.spawn(
+        "trainer",
+        *("--model", str(stack.model), "--rollout-addresses", rollout.address, "--teacher-address", teacher.address),
+        *("--lease-seconds", "1"),
+    )
+    for process in (rollout, teacher, trainer):
+        wait_serving(process)
+    return rollout, teacher, trainer
+
+
+async def create_run(store: CartridgeStore, name: str, **changes: Any) -> str:
+    prompts = "\n".join(json.dumps({"prompt": question}) for question in QUESTIONS)
+    settings: dict[str, Any] = {
+        "document": await store.documents.put(DOCUMENT),
+        "num_tokens": 20,
+        "num_steps": STEPS,
+        "batch_size": 3,
+        "max_new_tokens": 10,
+        "prompts": DocumentPrompts(digest=await store.documents.put(prompts)),
+        "learning_rate": 0.02,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "policy_mismatch_threshold": 1e-5,
+        "seed": 4,
+    }
+    return await store.runs.create(RunSpec(name=name, **(settings | changes)))
+
+
+async def step_events(store: CartridgeStore, run_id: str) -> AsyncIterator[dict[str, Any]]:
+    """Steps as they are reported; fails unless the run succeeds."""
+    async for _, event in store.runs.events(run_id):
+        if event["type"] == "step":
+            yield event
+        elif event["type"] == "finished":
+            assert event["state"] == RunState.SUCCEEDED, event
+
+
+def numbers(event: dict[str, Any]) -> dict[str, Any]:
+    """What a run computes; how long it took is the machine's, and numbers of versions depend on what was lost."""
+    return {key: value for key, value in event.items() if key not in ("seconds", "version")}

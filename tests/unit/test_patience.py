@@ -1,0 +1,51 @@
+"""What is waited for, what is not, and how long."""
+
+from __future__ import annotations
+
+import pytest
+
+from foundry.errors import AlignmentError, FoundryError, InvalidArgument, PolicyMismatch, StoreUnavailable, Unavailable
+from services.trainer.patience import Patience
+
+
+class Flaky:
+    """Fails a few times before it succeeds."""
+
+    def __init__(self, error: FoundryError, failures: int) -> None:
+        self.error, self.failures, self.calls = error, failures, 0
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        return "done"
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), StoreUnavailable("away"), AlignmentError("other ids")])
+async def test_what_may_pass_is_tried_again(error: FoundryError) -> None:
+    patience, flaky = Patience(60, max_wait_seconds=0.001), Flaky(error, 3)
+    assert await patience.call("teacher", flaky) == "done"
+    assert flaky.calls == 4
+    assert patience.waiting_for == ""
+
+
+async def test_wrong_answers_end_the_patience_soon() -> None:
+    flaky = Flaky(AlignmentError("other ids"), 100)
+    with pytest.raises(AlignmentError, match="other ids"):
+        await Patience(60, max_wait_seconds=0.001, max_alignment_errors=3).call("teacher", flaky)
+    assert flaky.calls == 4
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("bad"), PolicyMismatch("stale")])
+async def test_what_cannot_pass_is_raised_at_once(error: FoundryError) -> None:
+    flaky = Flaky(error, 1)
+    with pytest.raises(type(error)):
+        await Patience(60).call("rollout", flaky)
+    assert flaky.calls == 1
+
+
+async def test_the_budget_is_an_end() -> None:
+    flaky = Flaky(Unavailable("away for good"), 10**9)
+    with pytest.raises(Unavailable, match="away for good"):
+        await Patience(0.05, max_wait_seconds=0.01).call("rollout", flaky)
+    assert flaky.calls > 1

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STUBS := foundry/v1
+OUT := .
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -20,14 +20,24 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed  ## make .venv with the project and its tools
 
 proto: install  ## regenerate the gRPC stubs
-	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
-	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	    proto/foundry/v1/*.proto
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=quiet:$(OUT) \
+	    --mypy_grpc_out=quiet:$(OUT) --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/foundry/v1/*.proto
+	@rm -f $(OUT)/foundry/v1/common_pb2_grpc.py*  # no service in it
 
-# Read before anything is made, so that the demo's time includes the installation.
+docs: install  ## regenerate the pages that are made from code
+	@$(BIN)/python docs/make_settings.py
+
+drift: install  ## check that generated files are what they are generated from
+	@rm -rf build/proto && mkdir -p build/proto && $(MAKE) --no-print-directory proto OUT=build/proto
+	@diff -r build/proto/foundry/v1 foundry/v1 -x __pycache__ || { echo "error: run 'make proto'"; exit 1; }
+	@$(BIN)/python docs/make_settings.py --check
+
+# Shorter, for a look: make demo DEMO='--steps 4'. The clock is read before anything is made, so that the demo's time
+# includes the installation.
 demo: export FOUNDRY_DEMO_BEGAN := $(shell date +%s)
 demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minutes on 2 cores)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py $(DEMO)
 
 test: install  ## run all tests
 	$(BIN)/python -m pytest
@@ -39,10 +49,10 @@ lint: install  ## check style and format
 types: install  ## check types
 	$(BIN)/mypy
 
-check: lint types test  ## everything that must pass before a change goes in
+check: lint types drift test  ## everything that must pass before a change goes in
 
 clean:  ## remove what was built, the environment included; cartridges and the model cache stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto demo test lint types check clean
+.PHONY: help install proto docs drift demo test lint types check clean

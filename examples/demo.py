@@ -104,13 +104,14 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps")
-    parser.add_argument("--tokens", type=int, default=256, help="length of the cartridge")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts per step")
-    parser.add_argument("--num-prompts", type=int, default=64, help="questions that the model asks itself")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate")
+    parser.add_argument("--steps", type=int, default=24, help="optimiser steps")
+    parser.add_argument("--tokens", type=int, default=512, help="length of the cartridge")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per step")
+    parser.add_argument("--num-prompts", type=int, default=96, help="questions that the model asks itself")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
     parser.add_argument("--max-tokens", type=int, default=40, help="most tokens of an answer")
+    parser.add_argument("--answer-tokens", type=int, default=24, help="most tokens of an answer in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, help="FOUNDRY_HOME; default: the one that `foundry` uses")
     parser.add_argument("--result", type=Path, default=Path("demo-result.json"), help="where to write the figures")
@@ -132,7 +133,7 @@ def train(client: FoundryClient, options: argparse.Namespace) -> tuple[dict[str,
         num_tokens=options.tokens,
         num_steps=options.steps,
         batch_size=options.batch_size,
-        max_new_tokens=options.max_tokens,
+        max_new_tokens=options.answer_tokens,
         learning_rate=options.lr,
         seed=options.seed,
         prompts={"kind": "selfstudy", "num_prompts": options.num_prompts},

@@ -35,7 +35,8 @@ class RunView:
             console=console,
         )
         self._task = self._bar.add_task(name, total=None, left="")
-        self._detail = Text()
+        # Kept apart, so that a line for eighty columns holds each.
+        self._quality = self._speed = ""
         self._stage = ""
         self._heldout: list[float] = []
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -56,13 +57,14 @@ class RunView:
         """Events of kinds that this version does not know are passed over."""
         match event.get("type"):
             case "state":
-                self._bar.update(self._task, description=f"{self._name} ({event['state']})")
-                self._line(f"{event['state']}")
+                waiting_for = event.get("waiting_for")
+                state = f"waiting for {waiting_for}" if waiting_for else event["state"]
+                self._bar.update(self._task, description=f"{self._name} ({state})")
+                self._line(state)
             case "progress":
                 self._progress(event)
             case "heldout":
                 self._heldout.append(event["kl"])
-                self._detail = Text(self._heldout_text())
                 self._line(f"step {event['step']}: held-out KL {event['kl']:.3f}")
             case "step":
                 self._step(event)
@@ -85,11 +87,10 @@ class RunView:
         remaining = (num_steps - step) * sum(self._recent) / len(self._recent)
         left = f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
         stages = "  ".join(f"{stage} {seconds[stage]:.1f}" for stage in STAGES if stage in seconds)
-        loss = f"{event.get('objective', 'loss')} {event['loss']:.3f}"
-        text = f"{loss}  version {event['version']}  {seconds['total']:.1f} s/step ({stages})"
+        self._quality = f"{event.get('objective', 'loss')} {event['loss']:.3f}  version {event['version']}"
+        self._speed = f"{seconds['total']:.1f} s/step ({stages})"
         self._bar.update(self._task, description=self._name, completed=step, total=num_steps, left=left)
-        self._detail = Text("  ".join(part for part in (self._heldout_text(), text) if part))
-        self._line(f"step {step}/{num_steps}: {text}  {left}")
+        self._line(f"step {step}/{num_steps}: {self._quality}  {self._speed}  {left}")
 
     def _heldout_text(self) -> str:
         if not self._heldout:
@@ -103,4 +104,5 @@ class RunView:
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(Group(self._bar, self._detail))
+            quality = "  ".join(part for part in (self._heldout_text(), self._quality) if part)
+            self._live.update(Group(self._bar, Text(quality), Text(self._speed)))

@@ -119,7 +119,6 @@ def _make_demo_model(directory: Path, say: Say) -> None:
         if directory.exists():
             shutil.rmtree(directory)
         converted.rename(directory)
-    say(f"The demo model is in {directory}")
 
 
 def _download(directory: Path) -> Path:

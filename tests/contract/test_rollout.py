@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from services.rollout.engine.torch_engine import TorchEngine
 from services.rollout.parts import Parts
 from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
-from tests.tiny import build_tiny_model
+from tests.tiny import CHATML, build_tiny_model
 
 TIMEOUT_SECONDS = 30.0
 MAX_SEQUENCES, MAX_WAITING = 4, 12
@@ -255,17 +256,34 @@ async def test_generate_streams_tokens_and_says_what_decoded_them(rollout: Rollo
     assert [each.logprobs[0] for each in top] == pytest.approx(expected.amax(dim=-1).tolist(), abs=1e-4)
 
 
-async def test_conversation_behind_a_cartridge_is_the_turn_only(rollout: Rollout) -> None:
-    cartridge = rollout.publish(0)
-    conversation = common_pb2.Conversation(messages=[common_pb2.Message(role="user", content="What is open?")])
-    template = ChatTemplate(rollout.lm.tokenizer)
+async def test_the_digests_told_are_the_engines_not_the_callers(rollout: Rollout) -> None:
+    engine = rollout.parts.driver._engine
+    step = engine.step
+    engine.step = lambda: [replace(output, digests=("blake3:of-the-engine",)) for output in step()]
+    request = rollout.request(cartridges=[rollout.publish(0)])
+    chunks = await rollout.generate(request)
+    completions = await rollout.batch([request])
+    for identity in (chunks[0].identity, completions[0, 0].identity):
+        assert [each.digest for each in identity.cartridges] == ["blake3:of-the-engine"]
+
+
+async def test_conversation_behind_a_cartridge_is_the_turn_only(directory: Path) -> None:
+    lm = FrozenLM.load(directory)
+    # Like many models: without a system message the template supplies one. Behind a cartridge that would be a second.
+    default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+    lm.tokenizer.chat_template = default + CHATML
+    template = ChatTemplate(lm.tokenizer)
     messages = [{"role": "user", "content": "What is open?"}]
-    for cartridges, ids in ([[cartridge], template.turn(messages)], [[], template.prompt(messages)]):
-        rendered = await rollout.generate(rollout.request(conversation=conversation, cartridges=cartridges))
-        given = await rollout.generate(rollout.request(ids, cartridges=cartridges, skip_prefix_cache=True))
-        assert joined(rendered) == joined(given)
-        assert rendered[-1].usage.prompt_tokens == len(ids)
-    assert len(template.turn(messages)) < len(template.prompt([{"role": "system", "content": "x"}, *messages]))
+    turn, prompt = template.turn(messages), template.prompt(messages)
+    assert prompt[-len(turn) :] == turn
+    assert len(prompt) > len(turn)
+    conversation = common_pb2.Conversation(messages=[common_pb2.Message(role="user", content="What is open?")])
+    async with serving(lm, directory) as rollout:
+        for cartridges, ids in (([rollout.publish(0)], turn), ([], prompt)):
+            rendered = await rollout.generate(rollout.request(conversation=conversation, cartridges=cartridges))
+            given = await rollout.generate(rollout.request(ids, cartridges=cartridges, skip_prefix_cache=True))
+            assert joined(rendered) == joined(given)
+            assert rendered[-1].usage.prompt_tokens == len(ids)
 
 
 async def test_text_is_tokenised_without_a_template(rollout: Rollout) -> None:

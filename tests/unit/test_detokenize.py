@@ -46,6 +46,14 @@ def test_deltas_of_any_text_are_that_text(text: str) -> None:
     assert "\ufffd" in text or not any("\ufffd" in delta for delta in shown)
 
 
+@given(st.lists(st.sampled_from([" one", " two", "three", " ", ","]), max_size=12))
+def test_a_tokenizer_that_strips_the_first_space_strips_no_other(pieces: list[str]) -> None:
+    # As those of SentencePiece do.
+    stream = TextStream(lambda ids: "".join(pieces[index] for index in ids).removeprefix(" "))
+    shown = [stream.push(index) for index in range(len(pieces))]
+    assert "".join([*shown, stream.flush()]) == "".join(pieces).removeprefix(" ")
+
+
 def test_a_character_of_several_tokens_comes_whole() -> None:
     ids = encode("é😀")
     assert len(ids) == 6

@@ -1,0 +1,67 @@
+"""Writes docs/settings.md from the services' settings; with --check says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from foundry.store import StoreSettings
+from services.gateway.settings import GatewaySettings
+from services.rollout.settings import RolloutSettings
+from services.teacher.settings import TeacherSettings
+from services.trainer.settings import TrainerSettings
+
+PAGE = Path(__file__).with_name("settings.md")
+SERVICES: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("gateway", GatewaySettings),
+    ("rollout", RolloutSettings),
+    ("teacher", TeacherSettings),
+    ("trainer", TrainerSettings),
+)
+INTRODUCTION = """# Settings
+
+Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`) and a
+variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of the store are nested: `--store.redis-url`,
+`FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are refused.
+"""
+
+
+def page() -> str:
+    tables = [table(f"services.{name}", settings) for name, settings in SERVICES]
+    return "\n".join([INTRODUCTION, *tables, table("store", StoreSettings)])
+
+
+def table(title: str, settings: type[BaseModel]) -> str:
+    rows = [row(name, field) for name, field in settings.model_fields.items() if name != "store"]
+    return "\n".join([f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def row(name: str, field: FieldInfo) -> str:
+    description = " ".join((field.description or "").split()).replace("|", "\\|")
+    return f"| `{name}` | {default(field)} | {description} |"
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is PydanticUndefined or field.default_factory is not None:
+        return "computed"
+    return f"`{field.default}`"
+
+
+def main() -> int:
+    if "--check" not in sys.argv:
+        PAGE.write_text(page())
+        return 0
+    if not PAGE.exists() or PAGE.read_text() != page():
+        print("docs/settings.md is not what the code says: run 'make docs'", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

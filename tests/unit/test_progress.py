@@ -1,0 +1,68 @@
+"""How a run's events are shown."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from foundry.cli.progress import RunView
+
+
+def step(number: int, seconds: float = 10.0) -> dict[str, Any]:
+    stages = {"rollout": 4.0, "teacher": 1.0, "update": 4.9, "publish": 0.1, "total": seconds}
+    return {
+        "type": "step",
+        "step": number,
+        "num_steps": 20,
+        "objective": "forward_kl",
+        "loss": 0.25,
+        "version": number + 1,
+        "seconds": stages,
+    }
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"type": "state", "state": "running", "attempt": 1, "waiting_for": ""},
+    {"type": "progress", "stage": "self-study", "done": 0, "total": 8},
+    {"type": "progress", "stage": "self-study", "done": 4, "total": 8},
+    {"type": "progress", "stage": "self-study", "done": 8, "total": 8},
+    {"type": "heldout", "step": 0, "kl": 0.5, "num_tokens": 99},
+    step(1),
+    {"type": "state", "state": "waiting", "attempt": 1, "waiting_for": "teacher: can't be reached"},
+    {"type": "of a kind that a later version reports"},
+    step(2, 20.0),
+    {"type": "heldout", "step": 2, "kl": 0.4, "num_tokens": 99},
+    {"type": "finished", "state": "succeeded", "error": None, "result": {}},
+]
+
+
+def shown(*, terminal: bool) -> str:
+    output = io.StringIO()
+    with RunView("handbook", Console(file=output, force_terminal=terminal, width=160)) as view:
+        for event in EVENTS:
+            view.show(event)
+    return output.getvalue()
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    stages = "(rollout 4.0  teacher 1.0  update 4.9  publish 0.1)"
+    assert shown(terminal=False).splitlines() == [
+        "handbook: running",
+        "handbook: self-study 0/8",
+        "handbook: self-study 8/8",
+        "handbook: step 0: held-out KL 0.500",
+        f"handbook: step 1/20: forward_kl 0.250  version 2  10.0 s/step {stages}  3:10 left",
+        "handbook: waiting for teacher: can't be reached",
+        # Eighteen steps of the mean, 15 s.
+        f"handbook: step 2/20: forward_kl 0.250  version 3  20.0 s/step {stages}  4:30 left",
+        "handbook: step 2: held-out KL 0.400",
+        "handbook: succeeded",
+    ]
+
+
+@pytest.mark.parametrize("part", ["2/20", "held-out KL 0.500 → 0.400", "forward_kl 0.250", "version 3", "4:30 left"])
+def test_live_view_shows(part: str) -> None:
+    assert part in shown(terminal=True)

@@ -187,7 +187,11 @@ class PackedAttention:
         max_tokens: int,
         device: torch.device,
     ) -> None:
-        self.prefixes = prefixes
+        # Taken apart once: the gradient of indexing is a whole prefix of zeros for every layer and segment.
+        layers = {
+            id(prefix): [layer.unbind(0) for layer in prefix.unbind(0)] for prefix in prefixes if prefix is not None
+        }
+        self.prefix_layers = [None if prefix is None else layers[id(prefix)] for prefix in prefixes]
         self.segments: list[tuple[int, int]] = []
         self.masks_SK: list[Tensor] = []
         positions: list[Tensor] = []
@@ -213,11 +217,12 @@ class PackedAttention:
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         outputs = []
-        for (begin, end), prefix_L2GPD, mask_SK in zip(self.segments, self.prefixes, self.masks_SK, strict=True):
+        for (begin, end), prefix, mask_SK in zip(self.segments, self.prefix_layers, self.masks_SK, strict=True):
             k_GKD, v_GKD = k_GTD[:, begin:end], v_GTD[:, begin:end]
-            if prefix_L2GPD is not None:
-                k_GKD = torch.cat([prefix_L2GPD[layer, 0], k_GKD], dim=1)
-                v_GKD = torch.cat([prefix_L2GPD[layer, 1], v_GKD], dim=1)
+            if prefix is not None:
+                k_GPD, v_GPD = prefix[layer]
+                k_GKD = torch.cat([k_GPD, k_GKD], dim=1)
+                v_GKD = torch.cat([v_GPD, v_GKD], dim=1)
             outputs.append(attend_masked(q_HTD[:, begin:end], k_GKD, v_GKD, mask_SK, scale))
         return torch.cat(outputs, dim=1).transpose(0, 1)
 

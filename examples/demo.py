@@ -104,10 +104,10 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps")
     parser.add_argument("--tokens", type=int, default=512, help="length of the cartridge")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per step")
-    parser.add_argument("--num-prompts", type=int, default=96, help="questions that the model asks itself")
+    parser.add_argument("--num-prompts", type=int, default=64, help="questions that the model asks itself")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
     parser.add_argument("--max-tokens", type=int, default=40, help="most tokens of an answer")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from foundry.errors import Unavailable
+
 
 class Control:
     """Wishes are set from outside at any time and honoured by the run between two steps."""
@@ -45,4 +47,11 @@ class Control:
         for future in self._checkpoints:
             if not future.done():
                 future.set_result(step)
+        self._checkpoints.clear()
+
+    def end(self) -> None:
+        """The run is over: no checkpoint will come."""
+        for future in self._checkpoints:
+            if not future.done():
+                future.set_exception(Unavailable("the run ended before the checkpoint was written"))
         self._checkpoints.clear()

@@ -40,6 +40,8 @@ async def serve(settings: TrainerSettings) -> None:
     stop = asyncio.create_task(stopping.wait())
     await asyncio.wait({working, stop}, return_when=asyncio.FIRST_COMPLETED)
     working.cancel()
+    # A run in hand is given back before the store is closed.
+    await asyncio.wait({working})
     await server.stop(settings.grace_seconds)
     await store.close()
     if working.done() and not working.cancelled():

@@ -90,12 +90,17 @@ class Worker:
             except FoundryError as error:
                 log.error("run failed", reason=error.reason, error=error.message)
                 await self._finish(self.hand, RunState.FAILED, f"{error.reason}: {error.message}")
+            except Exception as error:
+                # A fault of ours: the run must not be taken up again and again to fail the same way.
+                await self._finish(self.hand, RunState.FAILED, f"INTERNAL: {error!r}; see the trainer's log")
+                raise
             else:
                 cancelled = self.hand.control.cancelled
                 await self._finish(self.hand, RunState.CANCELLED if cancelled else RunState.SUCCEEDED, None)
             finally:
                 heart.cancel()
                 training.cancel()
+                self.hand.control.end()
                 self.hand = None
 
     async def _train(self, hand: Hand) -> None:

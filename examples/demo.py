@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=64, help="questions that the model asks itself")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
-    parser.add_argument("--max-tokens", type=int, default=40, help="most tokens of an answer")
+    parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--answer-tokens", type=int, default=24, help="most tokens of an answer in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, help="FOUNDRY_HOME; default: the one that `foundry` uses")

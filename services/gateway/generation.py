@@ -15,6 +15,7 @@ from uuid import uuid4
 from fastapi import Request
 
 from foundry.errors import (
+    CartridgeNotFound,
     FoundryError,
     IdentityMismatch,
     InvalidArgument,
@@ -51,6 +52,8 @@ _PARAMS = {
     "text": "prompt",
     "token_ids": "prompt",
 }
+# How often a reference is resolved for one request.
+_RESOLUTIONS = 3
 _FINISH_REASONS = {rollout_pb2.FINISH_REASON_STOP: "stop", rollout_pb2.FINISH_REASON_LENGTH: "length"}
 
 
@@ -140,7 +143,28 @@ class Answer:
         self._usages: dict[int, dict[int, rollout_pb2.Usage]] = defaultdict(dict)
 
     async def chunks(self, request: Request) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """(choice, chunk) as they arrive. Closing the generator cancels what still runs. Raises FoundryError."""
+        """(choice, chunk) as they arrive. Closing the generator cancels what still runs. Raises FoundryError.
+
+        While a run publishes, the version that `latest` meant may be swept before a server has fetched it. Then, and
+        only before the first token, the reference is resolved anew: the answer names what it was made with.
+        """
+        for resolutions_left in reversed(range(_RESOLUTIONS)):
+            begun = False
+            try:
+                async with contextlib.aclosing(self._attempt(request)) as chunks:
+                    async for choice, chunk in chunks:
+                        begun = True
+                        yield choice, chunk
+                return
+            except CartridgeNotFound:
+                if begun or not resolutions_left:
+                    raise
+                target = await Target.resolve(self._gateway, self.asked)
+                if target == self.target:
+                    raise
+                self.target = target
+
+    async def _attempt(self, request: Request) -> AsyncGenerator[tuple[int, Chunk], None]:
         began = time.monotonic()
         deadline = began + self._gateway.settings.request_timeout_seconds
         traceparent = request.headers.get("traceparent", "")

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 
-from foundry.errors import FingerprintMismatch, FoundryError, IdentityMismatch, InvalidArgument, Unavailable
+from foundry.errors import (
+    CartridgeNotFound,
+    FingerprintMismatch,
+    FoundryError,
+    IdentityMismatch,
+    InvalidArgument,
+    Unavailable,
+)
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.generation import Answer, Target
@@ -45,10 +52,10 @@ class Server:
             yield chunk
 
 
-def answer_of(server: Server, target: Target, n: int = 1) -> Answer:
+def answer_of(server: Server, target: Target, n: int = 1, store: object = None) -> Answer:
     asked = ChatRequest(model="a", n=n, messages=[{"role": "user", "content": "?"}])  # type: ignore[list-item]
     limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
-    gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext)
+    gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext, store=store)
     return Answer(cast(Any, gateway), target, asked, [common_pb2.Conversation()], "test")
 
 
@@ -94,6 +101,49 @@ async def test_an_answer_that_was_cut_short_is_none() -> None:
     for chunks in ([begun], [begun, given_up]):
         with pytest.raises(Unavailable):
             await answer_of(Server(*chunks), Target(MODEL, (FIRST,))).gather(REQUEST)
+
+
+class Publishing:
+    """A store in which `latest` moves on with every look, and a server that is always one version behind."""
+
+    def __init__(self, versions: int) -> None:
+        self.versions = versions
+        self.resolved = 0
+
+    async def resolve(self, reference: object) -> CartridgeId:
+        self.resolved += 1
+        return SECOND if self.resolved >= self.versions else FIRST
+
+    def model(self) -> ServedModel:
+        return MODEL
+
+    async def generate(
+        self, message: rollout_pb2.GenerateRequest, **ignored: Any
+    ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
+        if message.cartridges[0].digest != SECOND.digest:
+            raise CartridgeNotFound("swept", field="digest")
+        yield rollout_pb2.GenerateChunk(
+            text="new",
+            identity=identity(SECOND),
+            finish_reason=rollout_pb2.FINISH_REASON_STOP,
+            usage=rollout_pb2.Usage(),
+        )
+
+
+async def test_latest_is_looked_up_again_when_its_version_was_swept() -> None:
+    moving = Publishing(versions=1)
+    answer = answer_of(cast(Any, moving), Target(MODEL, (FIRST,)), store=moving)
+    (choice,) = await answer.gather(REQUEST)
+    assert choice.text == "new"
+    assert answer.headers()["x-foundry-digest"] == SECOND.digest
+    assert answer.info().cartridges[0].version == SECOND.version
+
+
+async def test_a_version_that_is_gone_stays_an_error() -> None:
+    still = Publishing(versions=100)
+    with pytest.raises(CartridgeNotFound, match="swept"):
+        await answer_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather(REQUEST)
+    assert still.resolved == 1
 
 
 @pytest.fixture

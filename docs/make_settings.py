@@ -24,8 +24,8 @@ SERVICES: tuple[tuple[str, type[BaseModel]], ...] = (
 )
 INTRODUCTION = """# Settings
 
-Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`) and
-a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of the store are nested: `--store.redis-url`,
+Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
+and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of the store are nested: `--store.redis-url`,
 `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are refused.
 """
 

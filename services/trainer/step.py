@@ -93,9 +93,10 @@ class TrainingStep:
         claimed = torch.tensor(
             [logprob for sample in samples for logprob in sample.rollout_logprobs], device=trainer_logprobs.device
         )
-        log_ratio = trainer_logprobs - claimed
+        # In float64: the ratios are near 1, and float32 would cancel to noise, even below zero.
+        log_ratio = trainer_logprobs.double() - claimed.double()
         # The estimator k3 of http://joschu.net/blog/kl-approx.html: never negative, low variance.
-        kl = (log_ratio.exp() - 1 - log_ratio).mean().item()
+        kl = (torch.expm1(log_ratio) - log_ratio).mean().item()
         if not kl <= self._policy_mismatch_threshold:
             raise PolicyMismatch(
                 f"the rollout's logprobs are not those of {samples[0].digest}: policy_mismatch_kl is {kl:.3g}, the "

@@ -27,6 +27,8 @@ from foundry.identity import CartridgeHeader
 ATTENTION = "foundry"
 # Rotary types whose angles do not depend on how long the sequence is: only then can cached keys be reused.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+# What models pass to their attention function beside the usual, and what would silently be left out.
+UNSUPPORTED_ATTENTION = ("sliding_window", "softcap", "s_aux")
 
 
 class AttentionPlan(Protocol):
@@ -46,8 +48,10 @@ def _attention(
     *,
     scaling: float,
     plan: AttentionPlan,
-    **unused: Any,
+    **extras: Any,
 ) -> tuple[Tensor, None]:
+    if wanted := [name for name in UNSUPPORTED_ATTENTION if extras.get(name) is not None]:
+        raise ModelUnsupported(f"layer {module.layer_idx} asks for attention with {', '.join(wanted)}")
     out_THD = plan.attend(module.layer_idx, query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
     return out_THD.unsqueeze(0), None
 

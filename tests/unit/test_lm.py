@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foundry.errors import InvalidArgument, ModelUnsupported
-from foundry.lm import FrozenLM
+from foundry.lm import ATTENTION, FrozenLM
 from tests.tiny import build_tiny_model
 
 NUM_TOKENS = 90
@@ -71,6 +72,15 @@ def test_sequences_that_cannot_be_packed_are_refused(lm: FrozenLM) -> None:
     prefix = lm.prefill(random_ids(500, lm))
     with pytest.raises(InvalidArgument, match=r"13 tokens behind a prefix of 500.* 512"):
         lm.packed_hidden([random_ids(13, lm)], [prefix])
+
+
+@pytest.mark.parametrize("extra", ["sliding_window", "softcap", "s_aux"])
+def test_attention_that_a_plan_would_leave_out_is_refused(lm: FrozenLM, extra: str) -> None:
+    attention = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+    layer = lm.model.base_model.layers[0].self_attn
+    tensor = torch.zeros(1, 4, 3, 16)
+    with pytest.raises(ModelUnsupported, match=extra):
+        attention(layer, tensor, tensor, tensor, None, scaling=1.0, plan=None, **{extra: 1.0})
 
 
 @pytest.mark.parametrize(

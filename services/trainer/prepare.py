@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from foundry.cartridge import TrainableCartridge, cut_context
@@ -29,7 +29,6 @@ from services.trainer.teacher import Teacher
 # Where no held-out file is given one prompt in eight is held out, at least four, at most half.
 HELDOUT_SHARE = 8
 MIN_HELDOUT = 4
-Tell = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Preparation:

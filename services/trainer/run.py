@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from foundry.errors import CartridgeNotFound
 from foundry.identity import Buffer
@@ -24,8 +24,6 @@ from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Guards, Prompt, Sample, derive_seed
 from services.trainer.step import Signal, TrainingStep, Update
 from services.trainer.teacher import Teacher
-
-T = TypeVar("T")
 
 
 class Run:
@@ -113,7 +111,8 @@ class Run:
 
     async def _publish(self, update: Update) -> None:
         with self._timed("publish"):
-            await self._publish_policy({"loss": update.loss, "policy_mismatch_kl": update.policy_mismatch_kl})
+            measured = {"loss": update.loss, "policy_mismatch_kl": update.policy_mismatch_kl}
+            await self._publish_policy(measured, parent=self.progress.policy.digest)
 
     async def _report(self, samples: Sequence[Sample], update: Update) -> None:
         progress, guards = self.progress, Guards.of(samples)
@@ -197,7 +196,8 @@ class Run:
         await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
         self._control.checkpointed(step)
 
-    async def _publish_policy(self, measured: Mapping[str, float] | None = None) -> None:
+    async def _publish_policy(self, measured: Mapping[str, float] | None = None, *, parent: str | None = None) -> None:
+        """`parent` is known to the step that made the version; what is published again has none to tell."""
         progress, spec = self.progress, self.spec
         stored = self._training.cartridge.snapshot().to_bytes()
         draft = ManifestDraft(
@@ -205,7 +205,7 @@ class Run:
             run=self.claimed.run_id,
             attempt=self.claimed.attempt,
             step=progress.step,
-            parent=progress.policy.digest or None,
+            parent=parent,
             document=spec.document,
             init="first-tokens",
             objective=spec.objective,

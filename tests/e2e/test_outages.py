@@ -72,7 +72,7 @@ def test_a_server_that_is_killed(
 def test_redis_emptied(
     stack: Stack, services: tuple[Process, Process, Process], calm: dict[int, dict[str, Any]]
 ) -> None:
-    """Redis is killed and comes back with nothing: the version in hand was nowhere else and is published again."""
+    """Redis is killed and comes back with nothing, of the versions between the first and the last too."""
 
     async def run(store: CartridgeStore) -> dict[int, dict[str, Any]]:
         run_id = await create_run(store, "emptied", durable_every=100)

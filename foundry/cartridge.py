@@ -5,6 +5,7 @@ Shape suffixes as in `foundry.lm`: KV is [L, 2, G, P, D], contiguous, so its byt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from foundry.errors import CartridgeTooLong, InvalidArgument, ShapeMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.lm import FrozenLM
+from foundry.memory import allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,10 @@ class Cartridge:
 
     @classmethod
     def from_bytes(cls, stored: CartridgeBytes, device: torch.device | str = "cpu") -> Cartridge:
+        """On the CPU the tensor is the stored memory itself, where that can be written to (torch takes no other)."""
         header = stored.header
-        # torch wants a writable buffer; on another device the copy is the transfer itself.
-        flat = torch.frombuffer(bytearray(stored.data), dtype=getattr(torch, header.dtype))
+        data = memoryview(stored.data)
+        flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=getattr(torch, header.dtype))
         kv = flat.view(header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
         return cls(header, kv.to(device))
 
@@ -71,8 +74,19 @@ class TrainableCartridge:
         """KV [L, 2, G, P, D] in the published dtype; gradients reach the master's trainable tokens only."""
         return torch.cat([self.frozen_L2GFD, self.master_L2GRD], dim=3).to(self.dtype)
 
+    @torch.no_grad()
     def snapshot(self) -> Cartridge:
-        return Cartridge(self.header, self.cast().detach())
+        """A copy in the published dtype, made in one pass."""
+        frozen, master = self.frozen_L2GFD, self.master_L2GRD
+        shape = (*master.shape[:3], frozen.shape[3] + master.shape[3], master.shape[4])
+        if master.device.type == "cpu":
+            memory = allocate(math.prod(shape) * self.dtype.itemsize)
+            kv_L2GPD = torch.frombuffer(memory, dtype=self.dtype).view(shape)
+        else:
+            kv_L2GPD = torch.empty(shape, dtype=self.dtype, device=master.device)
+        kv_L2GPD[:, :, :, : frozen.shape[3]] = frozen
+        kv_L2GPD[:, :, :, frozen.shape[3] :] = master
+        return Cartridge(self.header, kv_L2GPD)
 
 
 def cut_context(context: Sequence[int], closing: Sequence[int], num_tokens: int) -> list[int]:

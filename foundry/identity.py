@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,6 +18,9 @@ from foundry.errors import DigestMismatch, InvalidArgument, ShapeMismatch
 FORMAT = "foundry-cartridge/1"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Far above what any model has: damaged headers must not make us reserve the machine.
+MAX_LAYERS = 4096
+MAX_PROLOGUE_BYTES = 2**22
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
 Buffer = bytes | bytearray | memoryview
@@ -50,6 +53,10 @@ class CartridgeHeader:
         for name in ("num_layers", "num_kv_heads", "head_dim", "num_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"cartridge {name} is {getattr(self, name)}, must be at least 1", field=name)
+        if self.num_layers > MAX_LAYERS:
+            raise InvalidArgument(
+                f"cartridge num_layers is {self.num_layers}, at most {MAX_LAYERS}", field="num_layers"
+            )
         if not 0 <= self.num_frozen <= self.num_tokens:
             raise InvalidArgument(
                 f"cartridge num_frozen is {self.num_frozen}, must be within 0..{self.num_tokens}", field="num_frozen"
@@ -67,6 +74,26 @@ class CartridgeHeader:
     def canonical(self) -> bytes:
         """The header as the digest sees it: JSON, sorted keys, no spaces, UTF-8."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    def file_prologue(self) -> bytes:
+        """What precedes the tensor bytes in the safetensors file (https://github.com/huggingface/safetensors#format).
+
+        The library sorts tensors by name; ours stand in layer order: the file's data section is the hashed bytes.
+        """
+        shape = [self.num_kv_heads, self.num_tokens, self.head_dim]
+        half = self.layer_bytes // 2
+        entries: dict[str, Any] = {"__metadata__": {"foundry": self.canonical().decode()}}
+        for layer in range(self.num_layers):
+            for part, name in enumerate(("key", "value")):
+                begin = layer * self.layer_bytes + part * half
+                entries[f"layers.{layer}.{name}"] = {
+                    "dtype": _SAFETENSORS_DTYPES[self.dtype],
+                    "shape": shape,
+                    "data_offsets": [begin, begin + half],
+                }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CartridgeHeader:
@@ -98,57 +125,72 @@ class CartridgeBytes:
         if (found := self.digest()) != digest:
             raise DigestMismatch(f"cartridge bytes hash to {found}, expected {digest}")
 
-    def file_prologue(self) -> bytes:
-        """What precedes `data` in the safetensors file (https://github.com/huggingface/safetensors#format).
-
-        The library sorts tensors by name; ours stand in layer order: the file's data section is the hashed bytes.
-        """
-        header = self.header
-        shape = [header.num_kv_heads, header.num_tokens, header.head_dim]
-        half = header.layer_bytes // 2
-        entries: dict[str, Any] = {"__metadata__": {"foundry": header.canonical().decode()}}
-        for layer in range(header.num_layers):
-            for part, name in enumerate(("key", "value")):
-                begin = layer * header.layer_bytes + part * half
-                entries[f"layers.{layer}.{name}"] = {
-                    "dtype": _SAFETENSORS_DTYPES[header.dtype],
-                    "shape": shape,
-                    "data_offsets": [begin, begin + half],
-                }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
-
     def file_parts(self) -> Iterator[Buffer]:
         """The safetensors file, in order, without copying the tensor bytes."""
-        yield self.file_prologue()
-        yield self.data
+        yield self.header.file_prologue()
+        view = memoryview(self.data).cast("B")
+        for begin in range(0, len(view), self.header.layer_bytes):
+            yield view[begin : begin + self.header.layer_bytes]
 
     @classmethod
     def from_file(cls, content: Buffer) -> CartridgeBytes:
         """Read a file written by `file_parts`. Raises InvalidArgument or ShapeMismatch on anything else."""
-        view = memoryview(content)
-        if len(view) < 8 or (length := struct.unpack("<Q", view[:8])[0]) > len(view) - 8:
-            raise InvalidArgument("cartridge file is cut short: its safetensors header is incomplete")
-        try:
-            entries = json.loads(bytes(view[8 : 8 + length]))
-            header = CartridgeHeader.from_dict(json.loads(entries["__metadata__"]["foundry"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
-        cartridge = cls(header, view[8 + length :])
-        if bytes(view[: 8 + length]) != cartridge.file_prologue():
-            raise InvalidArgument("cartridge file lists its tensors in another order or shape than its header says")
-        return cartridge
+        header, begin = read_prologue(content)
+        return cls(header, memoryview(content)[begin:])
 
 
-def digest_of(header: CartridgeHeader, chunks: Sequence[Buffer] | Iterator[Buffer]) -> str:
-    """BLAKE3 over the canonical header and the tensor bytes, given in order in any cut."""
-    from blake3 import blake3
+def prologue_bytes(content: Buffer) -> int:
+    """How long a cartridge file's prologue is, by its first 8 bytes. Raises InvalidArgument if it can't be one."""
+    if len(content) < 8:
+        raise InvalidArgument("cartridge file is cut short: it has no safetensors header")
+    length: int = 8 + struct.unpack("<Q", memoryview(content)[:8])[0]
+    if length > MAX_PROLOGUE_BYTES:
+        raise InvalidArgument(
+            f"cartridge file claims a header of {length} bytes, at most {MAX_PROLOGUE_BYTES} are read"
+        )
+    return length
 
-    hasher = blake3(header.canonical(), max_threads=blake3.AUTO)
-    for chunk in chunks:
-        hasher.update(chunk)
-    return f"blake3:{hasher.hexdigest()}"
+
+def read_prologue(content: Buffer) -> tuple[CartridgeHeader, int]:
+    """The header of a cartridge file, and where its tensor bytes begin. `content` may end after the prologue.
+
+    Raises InvalidArgument.
+    """
+    length = prologue_bytes(content)
+    if length > len(content):
+        raise InvalidArgument("cartridge file is cut short: its safetensors header is incomplete")
+    prologue = bytes(memoryview(content)[:length])
+    try:
+        entries = json.loads(prologue[8:])
+        header = CartridgeHeader.from_dict(json.loads(entries["__metadata__"]["foundry"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
+    if prologue != header.file_prologue():
+        raise InvalidArgument("cartridge file lists its tensors in another order or shape than its header says")
+    return header, length
+
+
+class Digester:
+    """BLAKE3 over the canonical header and the tensor bytes, given in order in any cut; large cuts use all cores."""
+
+    def __init__(self, header: CartridgeHeader) -> None:
+        from blake3 import blake3
+
+        self._hasher = blake3(header.canonical(), max_threads=blake3.AUTO)
+
+    def update(self, part: Buffer) -> None:
+        self._hasher.update(part)
+
+    def digest(self) -> str:
+        return f"blake3:{self._hasher.hexdigest()}"
+
+
+def digest_of(header: CartridgeHeader, parts: Iterable[Buffer]) -> str:
+    """The digest of a cartridge whose tensor bytes are `parts`, one after the other."""
+    digester = Digester(header)
+    for part in parts:
+        digester.update(part)
+    return digester.digest()
 
 
 def check_digest(digest: str, *, field: str = "digest") -> str:

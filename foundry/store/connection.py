@@ -11,10 +11,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from redis import ConnectionPool
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
+from redis.connection import ConnectionInterface
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
@@ -24,6 +26,7 @@ from redis.exceptions import (
     ReadOnlyError,
     TimeoutError,
 )
+from redis.retry import Retry as SyncRetry
 
 from foundry.errors import StoreFull, StoreUnavailable
 
@@ -58,12 +61,26 @@ class Connection:
         )
         # Whoever waits for an event holds a connection meanwhile, and must not take it from those who work.
         self._waiting = Redis.from_url(url, max_connections=_WAITING_CONNECTIONS, **options)
+        self._blocking = ConnectionPool.from_url(
+            url,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            protocol=2,
+            retry=SyncRetry(NoBackoff(), 0),
+        )
         self.on_empty: Callable[[], Awaitable[object]] = _nothing_restores
         self._scripts: dict[tuple[str, bool], AsyncScript] = {}
 
     async def close(self) -> None:
         await self.redis.aclose()
         await self._waiting.aclose()
+
+    def open_blocking(self) -> ConnectionInterface:
+        """A connection of its own, to be closed by the caller: connected and authenticated. Raises StoreUnavailable."""
+        connection = self._blocking.make_connection()
+        with redis_errors():
+            connection.connect()  # type: ignore[no-untyped-call]
+        return connection
 
     async def run(self, script: str, *args: str | int) -> Reply:
         """Run a script on restored pointers. The reply's first item is its status, a str; bytes are decoded."""

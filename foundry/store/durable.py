@@ -18,7 +18,8 @@ from collections.abc import Iterable
 import structlog
 
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
-from foundry.identity import CartridgeBytes
+from foundry.identity import CartridgeBytes, CartridgeHeader, prologue_bytes, read_prologue
+from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
 from foundry.store.objects import Objects
@@ -28,6 +29,11 @@ log = structlog.get_logger(__name__)
 # Numbers handed out per write of a limit: what a loss of Redis may skip.
 LIMIT_STEP = 100
 _MAX_READS = 16
+# What a cartridge file's prologue rarely exceeds.
+_PROLOGUE_GUESS_BYTES = 2**16
+# Large enough that a request's own cost does not show, small enough that a repeated one does not hurt.
+_RANGE_BYTES = 2**23
+_RANGES_AT_ONCE = 4
 _TOMBSTONE = {"withdrawn": True}
 _MANIFEST_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
 _TAG_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
@@ -35,8 +41,9 @@ _LIMIT_KEY = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
 
 
 class Durable:
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, *, max_cartridge_bytes: int) -> None:
         self._objects = objects
+        self._max_cartridge_bytes = max_cartridge_bytes
         self._reads = asyncio.Semaphore(_MAX_READS)
 
     # Bytes
@@ -46,15 +53,52 @@ class Durable:
         await self._objects.put(_blob_key(digest), stored.file_parts())
 
     async def get_blob(self, digest: str) -> CartridgeBytes | None:
-        """The blob, unverified; None if there is none. Raises DigestMismatch if it is no cartridge file at all."""
+        """The bytes, verified; None if there are none. Raises DigestMismatch if they are not what `digest` names.
+
+        Read in ranges of whole layers, several at once, each repeated by itself when it is cut.
+        """
+        key = _blob_key(digest)
         try:
-            content = await self._objects.get(_blob_key(digest))
+            header, begin = await self._read_prologue(key)
+            with Incoming(header) as incoming:
+                await self._fill(incoming, key, begin)
+                return await asyncio.to_thread(incoming.finish, digest)
         except NotFound:
             return None
-        try:
-            return CartridgeBytes.from_file(content)
         except (InvalidArgument, ShapeMismatch) as error:
             raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
+
+    async def _read_prologue(self, key: str) -> tuple[CartridgeHeader, int]:
+        size = (await self._objects.head(key)).size
+        content = await self._objects.get_range(key, 0, min(size, _PROLOGUE_GUESS_BYTES))
+        if (length := prologue_bytes(content)) > len(content):
+            content = await self._objects.get_range(key, 0, min(size, length))
+        header, begin = read_prologue(content)
+        if header.num_bytes > self._max_cartridge_bytes:
+            raise InvalidArgument(f"it claims {header.num_bytes} bytes, at most {self._max_cartridge_bytes} are read")
+        if size != begin + header.num_bytes:
+            raise ShapeMismatch(f"the file has {size} bytes, its header says {begin + header.num_bytes}")
+        return header, begin
+
+    async def _fill(self, incoming: Incoming, key: str, begin: int) -> None:
+        layers = max(1, _RANGE_BYTES // incoming.header.layer_bytes)
+        step, size = layers * incoming.header.layer_bytes, incoming.header.num_bytes
+        reads = asyncio.Semaphore(_RANGES_AT_ONCE)
+
+        async def read(at: int) -> None:
+            end = min(at + step, size)
+            async with reads:
+                incoming.memory[at:end] = await self._objects.get_range(key, begin + at, begin + end)
+
+        tasks = [asyncio.create_task(read(at)) for at in range(0, size, step)]
+        try:
+            for index, task in enumerate(tasks):
+                await task
+                incoming.landed(min((index + 1) * step, size))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # Manifests
 

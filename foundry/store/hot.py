@@ -1,65 +1,99 @@
-"""Hot bytes: the tensors of the newest versions, in Redis, in chunks well under 4 MiB."""
+"""Hot bytes: the tensors of the newest versions, in Redis, layer by layer in chunks well under 4 MiB.
+
+    bytes:<digest>              JSON {header, chunks}
+    bytes:<digest>:<i>          chunk i: the next at most 2 MiB of a layer, layers in order
+    staged:<token>:<i>          the same on the way in, under a name of the upload's own
+
+An upload goes to its own keys and is moved under the digest by the commit, so bytes under a digest are always whole,
+publishers never write into each other's, and the digest may be computed while they are sent. What no commit takes
+expires.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import TypeVar
 
-from foundry.errors import DigestMismatch, InvalidArgument, ShapeMismatch
+from foundry.errors import DigestMismatch, InvalidArgument, NotFound
 from foundry.identity import CartridgeBytes, CartridgeHeader
+from foundry.store import bulk
 from foundry.store.connection import Connection, redis_errors
+from foundry.store.incoming import Incoming
 
 CHUNK_BYTES = 2 * 2**20
-# Chunks per round trip: bounds what one reply or request holds in memory.
-_BATCH = 8
-# Bytes that no commit has claimed by then are garbage of a publisher that died.
-_UNCLAIMED_SECONDS = 3600
+# An upload must be committed by then; what is left of publishers that died takes memory no longer.
+STAGED_SECONDS = 600
+# Transfers at once, of one process; each takes the memory of a cartridge.
+_MAX_TRANSFERS = 4
+
+T = TypeVar("T")
 
 
 class HotBytes:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, max_cartridge_bytes: int) -> None:
         self._connection = connection
+        self._max_cartridge_bytes = max_cartridge_bytes
+        # Threads of their own: transfers wait for the network, and must not keep others from hashing or decoding.
+        self._threads = ThreadPoolExecutor(_MAX_TRANSFERS, thread_name_prefix="hot bytes")
 
-    async def put(self, digest: str, stored: CartridgeBytes) -> None:
-        """Write the bytes; they expire unless a commit keeps them. Raises StoreUnavailable or StoreFull."""
-        redis = self._connection.redis
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def stage(self, token: str, stored: CartridgeBytes) -> None:
+        """Upload under the keys of `token`. Raises StoreUnavailable or StoreFull."""
         view = memoryview(stored.data).cast("B")
-        num_chunks = -(-len(view) // CHUNK_BYTES)
-        with redis_errors():
-            for begin in range(0, num_chunks, _BATCH):
-                async with redis.pipeline(transaction=False) as batch:
-                    for index in range(begin, min(begin + _BATCH, num_chunks)):
-                        chunk = view[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
-                        # NX: equal bytes may be in use already, and must not get an expiry from us.
-                        batch.set(_chunk_key(digest, index), chunk, nx=True, ex=_UNCLAIMED_SECONDS)
-                    await batch.execute()
-            meta = json.dumps({"header": asdict(stored.header), "chunks": num_chunks})
-            await redis.set(_key(digest), meta, nx=True, ex=_UNCLAIMED_SECONDS)
+        pieces = [(_staged_key(token, i), view[begin:end]) for i, (begin, end) in enumerate(chunks(stored.header))]
+        await self._in_thread(lambda: bulk.send(self._connection.open_blocking, pieces, expire_seconds=STAGED_SECONDS))
 
     async def get(self, digest: str) -> CartridgeBytes | None:
-        """The bytes as Redis has them, unverified; None if a part is missing. Raises DigestMismatch if senseless."""
-        redis = self._connection.redis
+        """The bytes, verified; None if a part is missing. Raises DigestMismatch if they are not what `digest` names."""
         with redis_errors():
-            text = await redis.get(_key(digest))
-            if text is None:
-                return None
-            try:
-                meta = json.loads(text)
-                header, num_chunks = CartridgeHeader.from_dict(meta["header"]), int(meta["chunks"])
-            except (ValueError, KeyError, TypeError, InvalidArgument) as error:
-                raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error!r}") from error
-            data = bytearray()
-            for begin in range(0, num_chunks, _BATCH):
-                keys = [_chunk_key(digest, index) for index in range(begin, min(begin + _BATCH, num_chunks))]
-                chunks: list[bytes | None] = await redis.mget(keys)  # type: ignore[assignment]  # replies are not decoded
-                for chunk in chunks:
-                    if chunk is None:
-                        return None
-                    data += chunk
+            text = await self._connection.redis.get(_key(digest))
+        if text is None:
+            return None
+        header = self._header(digest, text)
         try:
-            return CartridgeBytes(header, memoryview(data).toreadonly())
-        except ShapeMismatch as error:
-            raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error}") from error
+            return await self._in_thread(lambda: self._receive(digest, header))
+        except NotFound:
+            return None
+
+    def _header(self, digest: str, text: bytes | str) -> CartridgeHeader:
+        try:
+            header = CartridgeHeader.from_dict(json.loads(text)["header"])
+        except (ValueError, KeyError, TypeError, InvalidArgument) as error:
+            raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error!r}") from error
+        if header.num_bytes > self._max_cartridge_bytes:
+            raise DigestMismatch(f"the hot copy of {digest} claims {header.num_bytes} bytes, more than is ever stored")
+        return header
+
+    def _receive(self, digest: str, header: CartridgeHeader) -> CartridgeBytes:
+        with Incoming(header) as incoming:
+            bounds = chunks(header)
+            pieces = [(_chunk_key(digest, i), incoming.memory[begin:end]) for i, (begin, end) in enumerate(bounds)]
+            for num_filled in bulk.receive(self._connection.open_blocking, pieces):
+                incoming.landed(bounds[num_filled - 1][1])
+            return incoming.finish(digest)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def chunks(header: CartridgeHeader) -> list[tuple[int, int]]:
+    """Bounds of the chunks: no chunk holds bytes of two layers."""
+    bounds = []
+    for layer in range(header.num_layers):
+        begin, end = layer * header.layer_bytes, (layer + 1) * header.layer_bytes
+        bounds += [(at, min(at + CHUNK_BYTES, end)) for at in range(begin, end, CHUNK_BYTES)]
+    return bounds
+
+
+def meta(header: CartridgeHeader) -> str:
+    """The value of `bytes:<digest>`; scripts read the number of chunks off its end."""
+    return json.dumps({"header": asdict(header), "chunks": len(chunks(header))})
 
 
 def _key(digest: str) -> str:
@@ -68,3 +102,7 @@ def _key(digest: str) -> str:
 
 def _chunk_key(digest: str, index: int) -> str:
     return f"foundry:bytes:{digest}:{index}"
+
+
+def _staged_key(token: str, index: int) -> str:
+    return f"foundry:staged:{token}:{index}"

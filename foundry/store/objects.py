@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,6 +25,11 @@ from foundry.identity import Buffer
 
 # EFBIG, ENOSPC and EDQUOT arrive as text only; the names are those of S3 servers with quotas.
 _FULL = re.compile(r"(os error|\[Errno) (27|28|122)\b|QuotaExceeded|InsufficientStorage|507 Insufficient Storage")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    size: int
 
 
 class Objects:
@@ -66,6 +72,17 @@ class Objects:
         """Raises NotFound."""
         with _typed_errors(key):
             return memoryview(await (await obstore.get_async(self._store, key)).bytes_async())
+
+    async def get_range(self, key: str, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end). Raises NotFound."""
+        with _typed_errors(key):
+            return memoryview(await obstore.get_range_async(self._store, key, start=begin, end=end))
+
+    async def head(self, key: str) -> ObjectInfo:
+        """Raises NotFound."""
+        with _typed_errors(key):
+            found = await obstore.head_async(self._store, key)
+        return ObjectInfo(found["size"])
 
     async def exists(self, key: str) -> bool:
         try:

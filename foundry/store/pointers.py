@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from foundry.errors import CartridgeNotFound, Conflict, Fenced
-from foundry.store import scripts
+from foundry.store import hot, scripts
 from foundry.store.connection import Connection, Reply
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
@@ -68,6 +68,11 @@ class Pointers:
         reply = await self._connection.run(scripts.RELEASE, name, run, attempt)
         _refuse_fenced(reply, name, run, attempt)
 
+    async def check_owner(self, draft: ManifestDraft) -> None:
+        """Raises Fenced unless the caller is the owner."""
+        reply = await self._connection.run(scripts.CHECK_OWNER, draft.name, draft.run, draft.attempt)
+        _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
+
     async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached:
         """The same run, step and digest get the same number again. Raises Fenced unless the caller is the owner."""
         reply = await self._connection.run(
@@ -81,8 +86,11 @@ class Pointers:
     async def raise_limit(self, name: str, limit: int) -> None:
         await self._connection.run(scripts.RAISE_LIMIT, name, limit)
 
-    async def commit(self, manifest: Manifest, *, durable: bool, keep_hot: int, event_stream_length: int) -> Commit:
-        """Make the version visible, move `latest` forward, announce it, trim older hot bytes.
+    async def commit(
+        self, manifest: Manifest, token: str, *, durable: bool, keep_hot: int, event_stream_length: int
+    ) -> Commit:
+        """Give the bytes staged under `token` their digest, make the version visible, move `latest` forward, announce
+        it, trim older hot bytes: all in one step.
 
         Raises Fenced unless the caller is the owner.
         """
@@ -98,6 +106,8 @@ class Pointers:
             manifest.to_json(),
             keep_hot,
             event_stream_length,
+            token,
+            hot.meta(manifest.header),
         )
         _refuse_fenced(reply, manifest.name, manifest.run, manifest.attempt)
         return Commit(reply[0])
@@ -172,6 +182,9 @@ class Pointers:
 
     async def drop_bytes(self, digest: str) -> None:
         await self._connection.run(scripts.DROP_BYTES, digest)
+
+    async def drop_staged(self, token: str, num_chunks: int) -> None:
+        await self._connection.run(scripts.DROP_STAGED, token, num_chunks)
 
     async def events(self, after: str) -> AsyncIterator[Published]:
         if after == "$":

@@ -12,7 +12,8 @@ Keys, all starting with `foundry:` (`name:` is `name:<cartridge name>` and so on
     hot:             zset    versions whose bytes are in Redis
     refs:<digest>    set     "<name>@<version>" that keep the hot bytes
     leases:<digest>  zset    holder -> expiry in ms
-    bytes:<digest>   string  JSON {header, chunks}; `bytes:<digest>:<i>` are the chunks
+    bytes:<digest>   string  JSON {header, chunks}; `bytes:<digest>:<i>` are the chunks (see hot.py)
+    staged:<token>:<i>       chunks of an upload that no commit has taken yet
     events           stream  published versions
 """
 
@@ -39,14 +40,19 @@ local function leased(digest)
   return call('ZCARD', leases) > 0
 end
 
+-- No cjson: a script must not fail on a record that is corrupt.
+local function count_chunks(meta) return tonumber(string.match(meta, '"chunks": (%d+)}$') or 0) end
+
 local function keys_of_bytes(digest)
   local meta = call('GET', key('bytes', digest))
   if not meta then return {} end
   local keys = {key('bytes', digest)}
-  -- No cjson: a script must not fail on a record that is corrupt.
-  local count = tonumber(string.match(meta, '"chunks": (%d+)}$') or 0)
-  for i = 0, count - 1 do table.insert(keys, key('bytes', digest) .. ':' .. i) end
+  for i = 0, count_chunks(meta) - 1 do table.insert(keys, key('bytes', digest) .. ':' .. i) end
   return keys
+end
+
+local function drop_bytes(digest)
+  for _, chunk in ipairs(keys_of_bytes(digest)) do call('UNLINK', chunk) end
 end
 
 local function drop_hot(name, version, digest)
@@ -58,7 +64,7 @@ local function drop_hot(name, version, digest)
     local last = call('ZRANGE', key('leases', digest), -1, -1, 'WITHSCORES')[2]
     for _, chunk in ipairs(keys_of_bytes(digest)) do call('PEXPIREAT', chunk, string.format('%d', last)) end
   else
-    for _, chunk in ipairs(keys_of_bytes(digest)) do call('UNLINK', chunk) end
+    drop_bytes(digest)
   end
 end
 
@@ -130,6 +136,9 @@ return {'ok'}
 """
 )
 
+# name, run, attempt -> ok | fenced
+CHECK_OWNER = _LIBRARY + "return fence(ARGV[1], ARGV[2], ARGV[3]) or {'ok'}\n"
+
 # name, run, attempt, step, digest, durable -> ok, version | committed, version, value | limit, counter | fenced
 RESERVE = (
     _LIBRARY
@@ -171,7 +180,7 @@ return {'ok'}
 """
 )
 
-# name, run, attempt, step, digest, durable, version, manifest, keep_hot, events
+# name, run, attempt, step, digest, durable, version, manifest, keep_hot, events, token, meta of the bytes
 # -> ok | unreserved | incomplete | fenced
 COMMIT = (
     _LIBRARY
@@ -185,12 +194,17 @@ local reserved = call('HGET', key('pending', name), version)
 if not reserved or string.sub(reserved, 1, -3) ~= table.concat({run, attempt, step, digest}, ' ') then
   return {'unreserved'}
 end
-local chunks = keys_of_bytes(digest)
-if #chunks < 2 then return {'incomplete'} end
-for _, chunk in ipairs(chunks) do
-  if call('EXISTS', chunk) == 0 then return {'incomplete'} end
+local staged, bytes, count = key('staged', ARGV[11]), key('bytes', digest), count_chunks(ARGV[12])
+for i = 0, count - 1 do
+  if call('EXISTS', staged .. ':' .. i) == 0 then return {'incomplete'} end
 end
-for _, chunk in ipairs(chunks) do call('PERSIST', chunk) end
+-- Also over bytes that are there: they are the same, unless damaged, and then this repairs them.
+drop_bytes(digest)
+for i = 0, count - 1 do
+  call('RENAME', staged .. ':' .. i, bytes .. ':' .. i)
+  call('PERSIST', bytes .. ':' .. i)
+end
+call('SET', bytes, ARGV[12])
 call('SADD', key('refs', digest), name .. '@' .. version)
 call('ZADD', key('hot', name), version, version)
 call('HDEL', key('pending', name), version)
@@ -312,4 +326,13 @@ UNLEASE = _LIBRARY + "call('ZREM', key('leases', ARGV[1]), ARGV[2]) return {'ok'
 LEASES = _LIBRARY + "leased(ARGV[1]) return {'ok', call('ZRANGE', key('leases', ARGV[1]), 0, -1)}\n"
 
 # digest -> ok. For bytes found to be corrupt.
-DROP_BYTES = _LIBRARY + "for _, chunk in ipairs(keys_of_bytes(ARGV[1])) do call('UNLINK', chunk) end return {'ok'}\n"
+DROP_BYTES = _LIBRARY + "drop_bytes(ARGV[1]) return {'ok'}\n"
+
+# token, number of chunks -> ok
+DROP_STAGED = (
+    _LIBRARY
+    + """
+for i = 0, tonumber(ARGV[2]) - 1 do call('UNLINK', key('staged', ARGV[1]) .. ':' .. i) end
+return {'ok'}
+"""
+)

@@ -30,6 +30,9 @@ class StoreSettings(BaseModel):
     recovery_lease_seconds: float = Field(default=30.0, gt=0)
     """After Redis was lost: how long the workers of running runs have to report before others get them."""
 
+    max_cartridge_bytes: int = Field(default=16 * 2**30, ge=1)
+    """Largest cartridge that is read: what claims to be larger is damaged."""
+
     max_document_bytes: int = Field(default=16 * 2**20, ge=1)
     """Largest document that is stored."""
 

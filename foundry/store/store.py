@@ -22,7 +22,7 @@ from foundry.store import rebuild
 from foundry.store.connection import Connection
 from foundry.store.documents import DocumentStore
 from foundry.store.durable import Durable
-from foundry.store.hot import HotBytes
+from foundry.store.hot import HotBytes, chunks
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
 from foundry.store.objects import Objects
@@ -48,8 +48,8 @@ class CartridgeStore:
         )
         self._connection.on_empty = self.rebuild
         self._pointers = Pointers(self._connection)
-        self._durable = Durable(self.objects)
-        self._hot = HotBytes(self._connection)
+        self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
         # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
@@ -77,6 +77,7 @@ class CartridgeStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._hot.close()
         await self._connection.close()
 
     async def ping(self) -> None:
@@ -116,42 +117,51 @@ class CartridgeStore:
         Repeating a publish (same run, step and digest) returns the version it made. Raises Fenced unless `draft.run`
         and `draft.attempt` hold the name. After an error nothing has become visible and the call may be repeated.
         """
-        digest = await asyncio.to_thread(stored.digest)
         for _ in range(_PUBLISH_ATTEMPTS):
-            reservation = await self._reserve(draft, digest, durable=durable)
-            if (manifest := reservation.committed) is not None:
-                if durable:
-                    await self.make_durable(manifest.name, manifest.version)
+            await self._pointers.check_owner(draft)
+            token = uuid.uuid4().hex
+            # Hashed while it is sent.
+            digest, _sent = await asyncio.gather(asyncio.to_thread(stored.digest), self._hot.stage(token, stored))
+            manifest = await self._publish_staged(token, stored, draft, digest, durable=durable)
+            if manifest is not None:
                 return manifest
-            manifest = Manifest.of(
-                draft,
-                header=stored.header,
-                digest=digest,
-                version=reservation.version,
-                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            )
-            if durable:
-                await self._durable.put_blob(digest, stored)
-            await self._hot.put(digest, stored)
-            if durable:
-                manifest = await self._durable.put_manifest(manifest)
-            outcome = await self._pointers.commit(
-                manifest,
-                durable=durable,
-                keep_hot=self.settings.keep_hot,
-                event_stream_length=self.settings.event_stream_length,
-            )
-            if outcome is Commit.DONE:
-                return manifest
-            if durable and outcome is Commit.RESERVATION_LOST:
-                # The next attempt gets another number; nothing may find this one when pointers are restored.
-                await self._durable.withdraw(manifest.name, manifest.version)
-            if outcome is Commit.BYTES_LOST:
-                # What is left of them would not be written over.
-                await self._pointers.drop_bytes(digest)
         raise StoreUnavailable(
             f"Redis lost the publication of {draft.name} step {draft.step} {_PUBLISH_ATTEMPTS} times"
         )
+
+    async def _publish_staged(
+        self, token: str, stored: CartridgeBytes, draft: ManifestDraft, digest: str, *, durable: bool
+    ) -> Manifest | None:
+        """None if Redis was emptied meanwhile: all has to be done again."""
+        reservation = await self._reserve(draft, digest, durable=durable)
+        if (manifest := reservation.committed) is not None:
+            await self._pointers.drop_staged(token, len(chunks(stored.header)))
+            if durable:
+                await self.make_durable(manifest.name, manifest.version)
+            return manifest
+        manifest = Manifest.of(
+            draft,
+            header=stored.header,
+            digest=digest,
+            version=reservation.version,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+        if durable:
+            await self._durable.put_blob(digest, stored)
+            manifest = await self._durable.put_manifest(manifest)
+        outcome = await self._pointers.commit(
+            manifest,
+            token,
+            durable=durable,
+            keep_hot=self.settings.keep_hot,
+            event_stream_length=self.settings.event_stream_length,
+        )
+        if outcome is Commit.DONE:
+            return manifest
+        if durable and outcome is Commit.RESERVATION_LOST:
+            # The next attempt gets another number; nothing may find this one when pointers are restored.
+            await self._durable.withdraw(manifest.name, manifest.version)
+        return None
 
     async def _reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation:
         while True:
@@ -221,7 +231,6 @@ class CartridgeStore:
         failure: StoreUnavailable | DigestMismatch | None = None
         try:
             if (hot := await self._hot.get(digest)) is not None:
-                await asyncio.to_thread(hot.verify, digest)
                 return hot
         except StoreUnavailable as error:
             failure = error
@@ -231,7 +240,6 @@ class CartridgeStore:
             with suppress(StoreUnavailable):
                 await self._pointers.drop_bytes(digest)
         if (blob := await self._durable.get_blob(digest)) is not None:
-            await asyncio.to_thread(blob.verify, digest)
             return blob
         raise failure or CartridgeNotFound(f"no cartridge has digest {digest}", field="digest")
 

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foundry.errors import CartridgeNotFound, Conflict, Fenced, InvalidArgument, StoreFull
-from foundry.store import CartridgeStore, StoreSettings
+from foundry.store import CartridgeStore, Manifest, StoreSettings
 from foundry.store.durable import LIMIT_STEP
+from foundry.store.hot import CHUNK_BYTES, STAGED_SECONDS
 from tests.store_data import cartridge, draft
 from tests.valkey import Valkey
 
@@ -209,8 +211,9 @@ async def test_numbers_beyond_the_limit_wait_for_object_storage(store: Cartridge
     ("part", "method", "left"),
     [
         # The first step that does not happen, and what object storage holds then.
+        ("_hot", "stage", []),
+        ("_pointers", "reserve", []),
         ("_durable", "put_blob", []),
-        ("_hot", "put", ["blobs"]),
         ("_durable", "put_manifest", ["blobs"]),
         ("_pointers", "commit", ["blobs", "cartridges"]),
     ],
@@ -235,9 +238,10 @@ async def test_a_torn_publish_is_never_visible(
     # The next attempt starts over; what the dead one left is not seen even when pointers are restored from storage.
     await store.acquire("report", "run-a", 2)
     after = await store.publish(cartridge(2), draft(step=1, attempt=2), durable=True)
-    assert after.version == 3
+    # What died after it had reserved leaves a gap.
+    assert after.version == (2 if part == "_hot" or method == "reserve" else 3)
     await store._connection.redis.flushall()
-    assert [manifest.version for manifest in await store.versions("report")] == [1, 3]
+    assert [manifest.version for manifest in await store.versions("report")] == [1, after.version]
     assert (await store.fetch(after.digest)).digest() == after.digest
 
 
@@ -264,7 +268,11 @@ async def test_unclaimed_hot_bytes_expire_and_claimed_ones_do_not(
     redis = store._connection.redis
     assert await redis.ttl(f"foundry:bytes:{kept.digest}") == -1
     assert await redis.ttl(f"foundry:bytes:{kept.digest}:0") == -1
-    assert await redis.ttl(f"foundry:bytes:{cartridge(1).digest()}:0") > 0
+    assert await redis.exists(f"foundry:bytes:{cartridge(1).digest()}") == 0
+    staged = [key async for key in redis.scan_iter("foundry:staged:*")]
+    assert len(staged) == 2
+    for key in staged:
+        assert 0 < await redis.ttl(key) <= STAGED_SECONDS
 
 
 async def test_hot_bytes_lost_before_the_commit_are_written_again(
@@ -274,14 +282,32 @@ async def test_hot_bytes_lost_before_the_commit_are_written_again(
     commit = store._pointers.commit
     digest = cartridge(0).digest()
 
-    async def evicted(*args: object, **kwargs: object) -> object:
+    async def evicted(manifest: Manifest, token: str, **values: Any) -> object:
         monkeypatch.undo()
-        await store._connection.redis.delete(f"foundry:bytes:{digest}:0")
-        return await commit(*args, **kwargs)  # type: ignore[arg-type]
+        assert await store._connection.redis.delete(f"foundry:staged:{token}:0") == 1
+        return await commit(manifest, token, **values)
 
     monkeypatch.setattr(store._pointers, "commit", evicted)
     assert (await store.publish(cartridge(0), draft(), durable=False)).version == 1
     assert (await store.fetch(digest)).digest() == digest
+
+
+async def test_publishing_bytes_again_repairs_the_damaged_hot_copy(store: CartridgeStore) -> None:
+    """Under another name: the reservation does not know the bytes, their digest is the same."""
+    digest = cartridge(0, num_bytes=3 * CHUNK_BYTES).digest()
+    for name in ("report", "copy"):
+        await store.acquire(name, f"run-{name}", 1)
+        await store.publish(cartridge(0, num_bytes=3 * CHUNK_BYTES), draft(name, run=f"run-{name}"), durable=False)
+        assert (await store.fetch(digest)).digest() == digest
+        if name == "report":
+            await store._connection.redis.setrange(f"foundry:bytes:{digest}:1", 5, b"!")
+
+
+async def test_publishing_again_leaves_nothing_staged(store: CartridgeStore) -> None:
+    await store.acquire("report", "run-a", 1)
+    for _ in range(2):
+        await store.publish(cartridge(0), draft(), durable=False)
+    assert [key async for key in store._connection.redis.scan_iter("foundry:staged:*")] == []
 
 
 # Full disks

@@ -19,6 +19,9 @@ from services.rollout.engine.scheduler import Scheduled, Scheduler
 from services.rollout.engine.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.slots import Slots
 
+# Of what torch allocates, and the store too (foundry.memory).
+_ALIGNMENT_BYTES = 64
+
 
 class TorchEngine:
     """See `Engine`. Requests are checked before they come here: what does not fit is a fault of the caller."""
@@ -53,9 +56,10 @@ class TorchEngine:
             self._scheduler.finish(self._sequences.pop(sequence_id))
 
     def load(self, digest: str, cartridge: Cartridge) -> None:
-        # A copy of its own even where dtype and device agree: memory that torch allocated is aligned alike every time,
-        # and products over memory aligned otherwise may differ in the last bit.
-        kv_L2GPD = cartridge.kv_L2GPD.to(self._lm.device, self._lm.dtype, copy=True)
+        kv_L2GPD = cartridge.kv_L2GPD.to(self._lm.device, self._lm.dtype)
+        if kv_L2GPD.data_ptr() % _ALIGNMENT_BYTES:
+            # Products over memory that is aligned otherwise may differ in the last bit.
+            kv_L2GPD = kv_L2GPD.clone()
         self._cartridges[digest] = LoadedCartridge(digest, kv_L2GPD)
 
     def unload(self, digest: str) -> None:

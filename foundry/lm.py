@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foundry.errors import InvalidArgument, ModelNotFound, ModelUnsupported, ShapeMismatch
 from foundry.fingerprint import fingerprint_model
-from foundry.identity import CartridgeHeader
+from foundry.identity import CartridgeHeader, Dtype
 
 ATTENTION = "foundry"
 # Rotary types whose angles do not depend on how long the sequence is: only then can cached keys be reused.
@@ -123,16 +123,17 @@ class FrozenLM:
         self.eos_ids: frozenset[int] = frozenset([eos] if isinstance(eos, int) else eos or [])
 
     @classmethod
-    def load(cls, directory: Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> FrozenLM:
-        """Load a model directory. `dtype` defaults to bfloat16 on CUDA and float32 elsewhere.
+    def load(cls, directory: Path, *, device: str = "cpu", dtype: Dtype = "auto") -> FrozenLM:
+        """Load a model directory. `auto` is bfloat16 on CUDA and float32 elsewhere.
 
         Raises ModelNotFound or ModelUnsupported.
         """
         if not directory.is_dir():
             raise ModelNotFound(f"no model directory at {directory}")
         fingerprint = fingerprint_model(directory)
-        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         return cls(model.to(device), tokenizer, fingerprint)
 

@@ -30,7 +30,7 @@ async def serve(settings: RolloutSettings) -> int:
     telemetry.serve_metrics(settings.metrics_port)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
     store = await CartridgeStore.open(settings.store)
     parts = Parts.build(settings, lm, store)
     parts.driver.start()

@@ -26,7 +26,7 @@ async def serve(settings: TeacherSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
     servicer = TeacherServicer(lm, settings)
     teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, server.grpc)
     telemetry.serve_metrics(settings.metrics_port)

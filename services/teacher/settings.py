@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from foundry.identity import Dtype
 from foundry.settings import ServiceSettings
 
 
@@ -18,6 +19,9 @@ class TeacherSettings(ServiceSettings):
 
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:1, mps."""
+
+    dtype: Dtype = "auto"
+    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
 
     num_threads: int = 0
     """CPU threads of torch; 0 leaves its default."""

@@ -28,7 +28,7 @@ async def serve(settings: TrainerSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
     store = await CartridgeStore.open(settings.store)
     worker = Worker(lm, settings, store)
     trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(worker, store.runs), server.grpc)

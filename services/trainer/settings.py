@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from foundry.identity import Dtype
 from foundry.settings import ServiceSettings
 from foundry.store.settings import StoreSettings
 
@@ -22,6 +23,9 @@ class TrainerSettings(ServiceSettings):
 
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:1, mps."""
+
+    dtype: Dtype = "auto"
+    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
 
     num_threads: int = 0
     """CPU threads of torch; 0 leaves its default."""

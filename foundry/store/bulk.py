@@ -20,7 +20,9 @@ from foundry.errors import DigestMismatch, NotFound, StoreFull, StoreUnavailable
 log = structlog.get_logger(__name__)
 
 # Requests sent ahead of the replies: hides the round trip, bounds what the server holds for us.
-_AHEAD = 4
+_AHEAD = 2
+# Connections in a row that are closed before a single piece has passed.
+_MAX_FRUITLESS = 3
 _READ_BUFFER_BYTES = 4096
 
 Piece = tuple[str, memoryview]
@@ -28,7 +30,7 @@ Piece = tuple[str, memoryview]
 
 
 def send(connect: Callable[[], ConnectionInterface], pieces: Sequence[Piece], *, expire_seconds: int) -> None:
-    """Set the keys. Resumes where it was cut; raises StoreUnavailable when a connection moves nothing, StoreFull."""
+    """Set the keys. Resumes where it was cut; raises StoreUnavailable when nothing moves, StoreFull."""
     for _ in _resuming(connect, pieces, lambda link, rest: link.set_all(rest, expire_seconds)):
         pass
 
@@ -46,7 +48,7 @@ def _resuming(
     pieces: Sequence[Piece],
     work: Callable[[_Link, Sequence[Piece]], Iterator[None]],
 ) -> Iterator[int]:
-    done = 0
+    done = num_fruitless = 0
     while done < len(pieces):
         before = done
         try:
@@ -55,7 +57,9 @@ def _resuming(
                     done += 1
                     yield done
         except (OSError, EOFError, ValueError) as error:
-            if done == before:
+            num_fruitless = num_fruitless + 1 if done == before else 0
+            # A server that is silent has used up its time; one that hangs up is asked again.
+            if num_fruitless > _MAX_FRUITLESS or isinstance(error, TimeoutError):
                 raise StoreUnavailable(f"Redis can't be used: {error!r} at {pieces[done][0]}") from error
             log.warning("transfer_cut", key=pieces[done][0], num_done=done, num_pieces=len(pieces), error=repr(error))
 

@@ -18,6 +18,7 @@ from services.rollout.engine.sampler import sample
 from services.rollout.engine.scheduler import Scheduled, Scheduler
 from services.rollout.engine.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.slots import Slots
+from services.rollout.engine.upload import Upload
 
 # Of what torch allocates, and the store too (foundry.memory).
 _ALIGNMENT_BYTES = 64
@@ -34,6 +35,7 @@ class TorchEngine:
         self._scheduler = Scheduler(Slots(self._kv), prefill_tokens_per_step)
         self._cartridges: dict[str, LoadedCartridge] = {}
         self._sequences: dict[int, Sequence] = {}
+        self._upload = Upload(lm.device, lm.dtype) if lm.device.type == "cuda" else None
         self._num_heads = lm.model.config.get_text_config().num_attention_heads
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
@@ -56,7 +58,10 @@ class TorchEngine:
             self._scheduler.finish(self._sequences.pop(sequence_id))
 
     def load(self, digest: str, cartridge: Cartridge) -> None:
-        kv_L2GPD = cartridge.kv_L2GPD.to(self._lm.device, self._lm.dtype)
+        if self._upload is not None:
+            kv_L2GPD = self._upload.copy(cartridge.kv_L2GPD)
+        else:
+            kv_L2GPD = cartridge.kv_L2GPD.to(self._lm.device, self._lm.dtype)
         if kv_L2GPD.data_ptr() % _ALIGNMENT_BYTES:
             # Products over memory that is aligned otherwise may differ in the last bit.
             kv_L2GPD = kv_L2GPD.clone()

@@ -1,8 +1,8 @@
 """What a new version costs the sequences in flight on a GPU: python -m benchmarks.gpu_swap
 
 Runs with torch and transformers alone. A model of Llama-3.2-3B's shape with random weights decodes 32 sequences behind
-a 2048-token cartridge (234.9 MB) while others like it are loaded beside it from pageable host memory: by the engine's own
-way (pinned staging, a stream of its own), and by a plain `.to(device)`. First it checks the engine on this device
+a 2048-token cartridge (234.9 MB) while others like it are loaded beside it from pageable host memory: by the engine's
+own way (pinned staging, a stream of its own), and by a plain `.to(device)`. First the engine is checked on this device
 against a float32 forward.
 """
 

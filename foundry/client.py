@@ -169,15 +169,31 @@ class Cartridges:
         self._http = http
 
     def get(self, reference: str) -> Json:
-        """{name, tags, version: manifest} of what a reference means now."""
+        """{name, tags, version: manifest, lineage, durable, hot} of what a reference means now."""
         return self._http.json("GET", _cartridge(reference))
 
     def versions(self, name: str) -> list[Json]:
         """Manifests, oldest first."""
         return self._http.listing(f"{_cartridge(name)}/versions")
 
-    def tag(self, name: str, tag: str, version: int) -> None:
-        self._http.json("PUT", f"{_cartridge(name)}/tags/{quote(tag, safe='')}", json={"version": version})
+    def tag(self, name: str, tag: str, version: int) -> Json:
+        """{version, previous}: what the tag means now and what it meant before, or None."""
+        return self._http.json("PUT", f"{_cartridge(name)}/tags/{quote(tag, safe='')}", json={"version": version})
+
+    def tag_history(self, name: str, tag: str) -> Json:
+        """{version, history}: what the tag means and, newest first, what it meant before."""
+        return self._http.json("GET", f"{_cartridge(name)}/tags/{quote(tag, safe='')}")
+
+    def rollback_tag(self, name: str, tag: str) -> Json:
+        """Let the tag mean what it meant before: {version, previous}. Raises Conflict if there is no such version."""
+        return self._http.json("POST", f"{_cartridge(name)}/tags/{quote(tag, safe='')}/rollback")
+
+    def rollback(self, name: str, to: str) -> Json:
+        """Publish an older version's bytes (its number, a tag or a digest) as a new version; its manifest.
+
+        Raises Conflict while a run holds the name.
+        """
+        return self._http.json("POST", f"{_cartridge(name)}/rollback", json={"to": to})
 
     def untag(self, name: str, tag: str) -> None:
         self._http.json("DELETE", f"{_cartridge(name)}/tags/{quote(tag, safe='')}")

@@ -184,6 +184,15 @@ class StoreUnavailable(Unavailable):
     reason = "STORE_UNAVAILABLE"
 
 
+class StoreRefused(StoreUnavailable):
+    """Redis or the object store answers, but not to us: wrong credentials, no permission, no such bucket.
+
+    Durable versions are still served where they can be, as with any store that is away; but no caller waits for it.
+    """
+
+    reason = "STORE_REFUSED"
+
+
 class DeadlineExceeded(FoundryError):
     """The call's budget ran out."""
 

@@ -20,6 +20,8 @@ class ServiceSettings(BaseSettings):
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
+        # Errors name the setting; what was written there may be a secret.
+        hide_input_in_errors=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         nested_model_default_partial_update=True,

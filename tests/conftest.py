@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from foundry.store import CartridgeStore, StoreSettings
-from tests.valkey import Valkey
+from tests.seaweed import Seaweed
+from tests.valkey import PASSWORD, TESTER, Valkey
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`@pytest.mark.storages("file", "s3")` runs what uses `storage` on each of them; without it on files alone."""
+    marker = metafunc.definition.get_closest_marker("storages")
+    if marker is not None and "storage" in metafunc.fixturenames:
+        metafunc.parametrize("storage", marker.args, indirect=True)
 
 
 @pytest.fixture
@@ -20,11 +29,31 @@ async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A running S3 server, the same for all tests; each has a prefix of its own."""
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
 @pytest.fixture
-def store_settings(valkey: Valkey, tmp_path: Path) -> StoreSettings:
-    return StoreSettings.model_validate(
-        {"redis_url": valkey.url, "objects_url": f"file://{tmp_path}/objects", "redis_timeout_seconds": 5}
-    )
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str | bool]:
+    """Settings of an empty object storage."""
+    if getattr(request, "param", "file") == "file":
+        return {"objects_url": f"file://{tmp_path}/objects"}
+    seaweed: Seaweed = request.getfixturevalue("seaweed")
+    return seaweed.settings(uuid.uuid4().hex)
+
+
+@pytest.fixture
+def store_settings(valkey: Valkey, storage: dict[str, str | bool]) -> StoreSettings:
+    """On a server that lets us do what docs/store.md says, and what tests do besides."""
+    redis = {"redis_url": valkey.url, "redis_username": TESTER, "redis_password": PASSWORD, "redis_timeout_seconds": 5}
+    return StoreSettings.model_validate(redis | storage)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -15,6 +16,14 @@ from foundry.local.ports import reserve
 from foundry.local.process import spawn
 
 _START_SECONDS = 20.0
+
+# A user with exactly the rights that docs/store.md tells operators to give.
+USER = "foundry"
+PASSWORD = "planted-password-of-redis"
+_DOCUMENTED = re.compile(r"```acl\nuser foundry on >PASSWORD (?P<rules>[^\n]+)\n```")
+# With this one besides what tests alone do: look at, damage and empty what the store keeps.
+TESTER = "tester"
+_TESTER_RULES = "+flushall +config|set +scan +strlen +ttl +setrange +append"
 
 
 class Valkey:
@@ -32,6 +41,10 @@ class Valkey:
         return f"redis://127.0.0.1:{self._port.getsockname()[1]}"
 
     @property
+    def port(self) -> int:
+        return int(self._port.getsockname()[1])
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -39,6 +52,9 @@ class Valkey:
     async def start(self) -> None:
         command = [str(get_binary_path()), "--port", self.url.rpartition(":")[2], "--bind", "127.0.0.1", "--save", ""]
         command += ["--dir", str(self._directory), "--appendonly", "yes" if self._persistent else "no"]
+        rules = documented_rules()
+        for user, more in ((USER, ""), (TESTER, _TESTER_RULES)):
+            command += ["--user", user, "on", f">{PASSWORD}", *rules.split(), *more.split()]
         with (self._directory / "valkey.log").open("ab") as log:
             self._process = spawn(command, stdout=log, stderr=log)
         client = Redis.from_url(self.url)
@@ -66,3 +82,10 @@ class Valkey:
     def close(self) -> None:
         self.kill()
         self._port.close()
+
+
+def documented_rules() -> str:
+    page = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+    found = _DOCUMENTED.search(page)
+    assert found is not None, "docs/store.md has no ACL"
+    return found["rules"]

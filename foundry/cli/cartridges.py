@@ -10,7 +10,9 @@ from foundry.cli.gateway import connect
 from foundry.cli.terminal import Json, note, print_json, print_table
 from foundry.errors import InvalidArgument
 
-app = typer.Typer(help="List, show, tag and remove cartridges.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, show, tag, promote, roll back and remove cartridges.", no_args_is_help=True, rich_markup_mode=None
+)
 Name = Annotated[str, typer.Argument(help="name or tenant/name.")]
 
 
@@ -45,7 +47,7 @@ def show(
     reference: Annotated[str, typer.Argument(help="name, name@17, name@latest, name@tag or name@blake3:HEX.")],
     as_json: Json = False,
 ) -> None:
-    """The manifest of the version that a reference means."""
+    """The version that a reference means: where it comes from, what is known about it, where its bytes are."""
     with connect(start=False) as client:
         found = client.cartridges.get(reference)
     if as_json:
@@ -54,9 +56,16 @@ def show(
     manifest = found["version"]
     header = manifest.pop("header")
     print(f"{manifest.pop('name')}@{manifest.pop('version')}  {manifest.pop('digest')}")
-    values: dict[str, Any] = {**manifest, **header, "tags": _tags(found["tags"])}
+    parents = [f"{ancestor['version'] or ancestor['digest']}" for ancestor in found["lineage"]]
+    values: dict[str, Any] = {
+        **manifest,
+        "parents": " <- ".join(parents),
+        "tags": _tags(found["tags"]),
+        "kept": ", ".join(place for place in ("durable", "hot") if found[place]),
+        **header,
+    }
     for key, value in values.items():
-        if key != "object" and value not in (None, "", {}):
+        if key not in ("object", "parent") and value not in (None, "", {}):
             print(f"  {key:18} {value}")
 
 
@@ -97,6 +106,46 @@ def tag(
         found = client.cartridges.get(reference)
         client.cartridges.tag(found["name"], tag, found["version"]["version"])
     note(f"{found['name']}@{tag} is now version {found['version']['version']}.")
+
+
+@app.command()
+def promote(
+    reference: Annotated[str, typer.Argument(help="The version, e.g. handbook@17 or handbook@latest.")],
+    tag: Annotated[str, typer.Argument(help="The tag that is to mean it, e.g. prod.")],
+) -> None:
+    """Move a tag to a version and print from where to where; 'rollback' undoes it."""
+    with connect(start=False) as client:
+        found = client.cartridges.get(reference)
+        moved = client.cartridges.tag(found["name"], tag, found["version"]["version"])
+    print(f"{found['name']}@{tag}: {moved['previous'] or 'nothing'} -> {moved['version']}")
+
+
+@app.command()
+def rollback(
+    name: Name,
+    tag: Annotated[str | None, typer.Argument(help="The tag that goes back to what it meant before.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Instead: the version whose bytes become latest, e.g. 17 or a tag.")
+    ] = None,
+) -> None:
+    """Let a tag mean what it meant before; or, with --to, publish an older version again as the newest.
+
+    The first can be repeated, one step further back each time. The second makes a new version, because latest only goes
+    forward.
+    """
+    if (tag is None) == (to is None):
+        raise InvalidArgument(
+            f"say what goes back: 'rollback {name} TAG' for a tag, 'rollback {name} --to VERSION' for latest"
+        )
+    with connect(start=False) as client:
+        if tag is not None:
+            moved = client.cartridges.rollback_tag(name, tag)
+            print(f"{name}@{tag}: {moved['previous']} -> {moved['version']}")
+            return
+        assert to is not None
+        latest = client.cartridges.get(name)["version"]["version"]
+        new = client.cartridges.rollback(name, to)
+    print(f"{name}@latest: {latest} -> {new['version']} ({new['init']})")
 
 
 @app.command()

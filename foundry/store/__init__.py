@@ -2,6 +2,7 @@
 
 from foundry.store.checkpoints import Checkpoints
 from foundry.store.documents import DocumentInfo, DocumentStore
+from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_tag
 from foundry.store.objects import Objects
@@ -11,9 +12,11 @@ from foundry.store.run_spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpec
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.store import CartridgeStore
+from foundry.store.tag_record import TagRecord
 
 __all__ = [
     "OBJECTIVES",
+    "Ancestor",
     "CartridgeId",
     "CartridgeStore",
     "Checkpoints",
@@ -34,6 +37,8 @@ __all__ = [
     "RunStore",
     "SelfStudyPrompts",
     "StoreSettings",
+    "TagRecord",
     "check_name",
     "check_tag",
+    "lineage",
 ]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import structlog
 from redis.connection import ConnectionInterface
 
-from foundry.errors import DigestMismatch, NotFound, StoreFull, StoreUnavailable
+from foundry.errors import DigestMismatch, NotFound, StoreFull, StoreRefused, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -114,6 +114,8 @@ class _Link:
             raise EOFError("the connection was closed")
         if line.startswith(b"-OOM"):
             raise StoreFull(f"Redis is full: {line[1:-2].decode(errors='replace')}")
+        if line.startswith(b"-NOPERM"):
+            raise StoreRefused(f"Redis refused {key}: check the user's ACL (docs/store.md): {line[1:-2].decode()}")
         if not line.startswith(kind):
             raise StoreUnavailable(f"Redis refused {key}: {line[:200].decode(errors='replace').strip()}")
         return line[1:-2]

@@ -11,24 +11,28 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from redis import ConnectionPool
-from redis.asyncio import BlockingConnectionPool, Redis
+import redis.asyncio.connection as connections
+import redis.connection as blocking_connections
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
-from redis.connection import ConnectionInterface
 from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
     BusyLoadingError,
     ConnectionError,
     MasterDownError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    ResponseError,
     TimeoutError,
 )
-from redis.retry import Retry as SyncRetry
+from redis.retry import Retry as BlockingRetry
 
-from foundry.errors import StoreFull, StoreUnavailable
+from foundry.errors import StoreFull, StoreRefused, StoreUnavailable
+from foundry.store.credentials import RedisAccess
 
 # Redis hands scripts nothing else that tells one life of a server from the next.
 _EPOCH = """
@@ -40,34 +44,35 @@ _READ = "return {'ok', redis.call(unpack(ARGV))}"
 
 _CONNECTIONS = 64
 _WAITING_CONNECTIONS = 10_000
+_CLASSES = {
+    "tcp": (connections.Connection, blocking_connections.Connection),
+    "tls": (connections.SSLConnection, blocking_connections.SSLConnection),
+    "unix": (connections.UnixDomainSocketConnection, blocking_connections.UnixDomainSocketConnection),
+}
 
 Reply = list[Any]
 
 
 class Connection:
-    """One pool of connections. Errors of the server become StoreUnavailable or StoreFull."""
+    """Two pools of connections. Errors of the server become StoreUnavailable, StoreRefused or StoreFull."""
 
-    def __init__(self, url: str, *, timeout_seconds: float) -> None:
+    def __init__(self, access: RedisAccess, *, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        options: dict[str, Any] = {
+        # What every connection is made with, blocking ones too: place, user, password, TLS, timeouts. Has secrets.
+        self.options: dict[str, Any] = access.options | {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
-            # Once, for an idle connection that the server closed. All else is retried by callers, with a budget.
-            "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
         }
+        kind, self._blocking_kind = _CLASSES[access.transport]
+        # Once, for an idle connection that the server closed. All else is retried by callers, with a budget.
+        retry = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+        pooled = self.options | {"connection_class": kind, "retry": retry}
         # Commands wait for a free connection; a pool of the other kind refuses them.
         self.redis = Redis.from_pool(
-            BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=timeout_seconds, **options)
+            BlockingConnectionPool(max_connections=_CONNECTIONS, timeout=timeout_seconds, **pooled)
         )
         # Whoever waits for an event holds a connection meanwhile, and must not take it from those who work.
-        self._waiting = Redis.from_url(url, max_connections=_WAITING_CONNECTIONS, **options)
-        self._blocking = ConnectionPool.from_url(
-            url,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=timeout_seconds,
-            protocol=2,
-            retry=SyncRetry(NoBackoff(), 0),
-        )
+        self._waiting = Redis.from_pool(ConnectionPool(max_connections=_WAITING_CONNECTIONS, **pooled))
         self.on_empty: Callable[[], Awaitable[object]] = _nothing_restores
         self._scripts: dict[tuple[str, bool], AsyncScript] = {}
 
@@ -75,9 +80,13 @@ class Connection:
         await self.redis.aclose()
         await self._waiting.aclose()
 
-    def open_blocking(self) -> ConnectionInterface:
-        """A connection of its own, to be closed by the caller: connected and authenticated. Raises StoreUnavailable."""
-        connection = self._blocking.make_connection()
+    def open_blocking(self) -> blocking_connections.AbstractConnection:
+        """One more connection, for a thread that moves bulk bytes: connected, authenticated, speaking RESP2.
+
+        The caller closes it with `disconnect()`. Blocks for `timeout_seconds` at the most. Raises as commands do.
+        """
+        options = self.options | {"protocol": 2, "retry": BlockingRetry(NoBackoff(), 0)}
+        connection: blocking_connections.AbstractConnection = self._blocking_kind(**options)
         with redis_errors():
             connection.connect()  # type: ignore[no-untyped-call]
         return connection
@@ -129,22 +138,29 @@ class Connection:
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Raises StoreUnavailable or StoreFull for what Redis or the way to it refuses; other replies are our bugs."""
+    """Raises StoreUnavailable, StoreRefused or StoreFull for what Redis or the way to it refuses; other replies are our
+    bugs. None of these texts holds a password."""
     try:
         yield
     except OutOfMemoryError as error:
         raise StoreFull(f"Redis is full: {error}") from error
-    except (
-        # Wrong passwords are ConnectionErrors too.
-        ConnectionError,
-        TimeoutError,
-        OSError,
-        BusyLoadingError,
-        MasterDownError,
-        ReadOnlyError,
-        NoPermissionError,
-    ) as error:
+    except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+        raise _refused(error) from error
+    except ResponseError as error:
+        # What a script may not do has no type of its own.
+        if "ACL failure in script" in str(error):
+            raise _refused(error) from error
+        raise
+    except (ConnectionError, TimeoutError, OSError, BusyLoadingError, MasterDownError, ReadOnlyError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise StoreRefused(f"Redis' certificate is not trusted, check store.redis_ca_file: {error}") from error
         raise StoreUnavailable(f"Redis can't be used: {error}") from error
+
+
+def _refused(error: Exception) -> StoreRefused:
+    return StoreRefused(
+        f"Redis refused us: check user and password (store.redis_*) and the user's ACL (docs/store.md): {error}"
+    )
 
 
 def _decoded(reply: Any) -> Any:

@@ -2,7 +2,7 @@
 
     blobs/blake3/<hex>.safetensors              tensors, by content
     cartridges/<name>/<version:010d>.json       a manifest; or a tombstone where a publisher was replaced
-    cartridges/<name>/tags/<tag>.json           {"version": n}
+    cartridges/<name>/tags/<tag>.json           {"version": n, "history": [older...], "moved_ms": t}
     counters/<name>/<limit:016d>                numbers up to the highest limit may have been handed out
 
 The limits outlive everything else, so that no number is used twice even if Redis and all versions are gone.
@@ -22,7 +22,8 @@ from foundry.identity import CartridgeBytes, CartridgeHeader, prologue_bytes, re
 from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
-from foundry.store.objects import Objects
+from foundry.store.objects import ETag, Objects
+from foundry.store.tag_record import TagRecord
 
 log = structlog.get_logger(__name__)
 
@@ -168,17 +169,38 @@ class Durable:
 
     # Tags
 
-    async def put_tag(self, name: str, tag: str, version: int) -> None:
-        await self._objects.put(_tag_key(name, tag), [json.dumps({"version": version}).encode()])
+    async def put_tag(self, name: str, tag: str, record: TagRecord, over: ETag | None) -> bool:
+        """Write what a tag means, over the record that `over` names or over none. False if another one stands there."""
+        key, content = _tag_key(name, tag), record.to_json().encode()
+        if over is None:
+            return await self._objects.put_if_absent(key, content)
+        return await self._objects.put_if_match(key, content, over)
 
     async def delete_tag(self, name: str, tag: str) -> None:
         await self._objects.delete(_tag_key(name, tag))
 
+    async def tag(self, name: str, tag: str) -> tuple[TagRecord | None, ETag | None]:
+        """The record and its ETag; an unreadable one is as none, but is written over. (None, None) if there is none."""
+        key = _tag_key(name, tag)
+        async with self._reads:
+            try:
+                content, etag = await self._objects.get_with_etag(key)
+            except NotFound:
+                return None, None
+        try:
+            return TagRecord.from_json(bytes(content)), etag
+        except InvalidArgument as error:
+            log.error("tag_unreadable", key=key, error=error.message)
+            return None, etag
+
     async def tags(self, name: str) -> dict[str, int]:
+        return {tag: record.version for tag, record in (await self.tag_records(name)).items()}
+
+    async def tag_records(self, name: str) -> dict[str, TagRecord]:
         keys = await self._objects.keys_here(f"cartridges/{name}/tags")
         found = [match["tag"] for key in keys if (match := _TAG_KEY.fullmatch(key)) and match["name"] == name]
-        versions = await asyncio.gather(*(self._read_tag(name, tag) for tag in found))
-        return dict(zip(found, versions, strict=True))
+        records = await asyncio.gather(*(self.tag(name, tag) for tag in found))
+        return {tag: record for tag, (record, _) in zip(found, records, strict=True) if record is not None}
 
     # Names
 
@@ -232,10 +254,6 @@ class Durable:
                 # One unreadable file must not take the other versions with it.
                 log.error("manifest_unreadable", key=key, error=str(error))
                 return None
-
-    async def _read_tag(self, name: str, tag: str) -> int:
-        async with self._reads:
-            return int(json.loads(bytes(await self._objects.get(_tag_key(name, tag))))["version"])
 
 
 def _manifest_at(content: bytes) -> Manifest | None:

@@ -2,65 +2,141 @@
 
 Every put is atomic: a reader sees the whole object or none, also when the disk fills up half way (obstore writes
 local files beside their place and links them in).
+
+Compare-and-set is the storage's own for s3, gs and az (If-Match on the ETag or generation). Directories have none:
+there all writers of one store take turns by a lock (flock) on the file `.lock` in its root. A process that dies gives
+the lock back; one that is stopped while it holds it makes the others fail after _LOCK_SECONDS.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import ObjectStore, from_url
 
-from foundry.errors import FoundryError, NotFound, StoreFull, StoreUnavailable
+from foundry.errors import FoundryError, InvalidArgument, NotFound, StoreFull, StoreRefused, StoreUnavailable
 from foundry.identity import Buffer
+from foundry.store.credentials import S3Access
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta, UpdateVersion
+
+# Larger objects are sent in parts, several at a time.
+_ONE_REQUEST_BYTES = 5 * 2**20
+_LIST_PAGE = 1000
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+_LET_GO_SECONDS = 0.1
 
 # EFBIG, ENOSPC and EDQUOT arrive as text only; the names are those of S3 servers with quotas.
 _FULL = re.compile(r"(os error|\[Errno) (27|28|122)\b|QuotaExceeded|InsufficientStorage|507 Insufficient Storage")
+_EXPIRED = re.compile(r"\b(ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|RequestExpired)\b")
+_NO_BUCKET = re.compile(
+    r"\b(NoSuchBucket|InvalidBucketName|ContainerNotFound|ContainerBeingDeleted)\b|bucket does not exist"
+)
+# Where obstore has no type for it: answers to a list or a delete, other stores' spellings, EACCES and EROFS.
+_REFUSED = re.compile(
+    r"\b(AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthorizationHeaderMalformed"
+    r"|401 Unauthorized|403 Forbidden|AuthenticationFailed|AuthorizationFailure|InvalidAuthenticationInfo)\b"
+    r"|\(os error (13|30)\)"
+)
+# Hands out a machine's own credentials, and is asked where none were given. Failing may pass; having none will not.
+_METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
+_ANSWER = re.compile(r"<Code>(?P<code>[^<]*)</Code>.*?<Message>(?P<message>[^<]*)</Message>", re.DOTALL)
+# Signed addresses carry what signs them.
+_SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-[a-z-]+|x-goog-[a-z-]+|[a-z_]*token)=)[^&\s)]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ETag:
+    """Which content an object had; only good for `put_if_match`. gs tells contents apart by `generation`."""
+
+    etag: str | None
+    generation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
+    """What a listing says of an object. `size` is in bytes, `last_modified` in UTC by the storage's clock."""
+
+    key: str
     size: int
+    last_modified: datetime
+    etag: ETag
 
 
 class Objects:
-    """Keys and bytes. Raises StoreUnavailable, StoreFull or NotFound; nothing of obstore leaves this class."""
+    """Keys and bytes. Nothing of obstore leaves this class.
 
-    def __init__(self, store: ObjectStore, root: Path | None) -> None:
+    All methods raise StoreUnavailable while the storage can't be reached, StoreRefused if it does not take our
+    credentials or has no such bucket, and StoreFull if it takes no more; those that read an object raise NotFound.
+    """
+
+    def __init__(self, store: ObjectStore, url: str, root: Path | None) -> None:
         self._store = store
-        # Set for file://, where durability needs an fsync that obstore does not do.
+        self._url = url
+        # Set for file://, where durability needs an fsync and compare-and-set a lock that obstore does not do.
         self._root = root
 
     @classmethod
-    def open(cls, url: str, *, retry_seconds: float) -> Objects:
-        """Nothing is read or written, besides making the directory of a file:// store."""
-        with _typed_errors(url):
+    def open(cls, url: str, *, retry_seconds: float, s3: S3Access | None = None) -> Objects:
+        """Nothing is read or written, besides making the directory of a file:// store.
+
+        `s3` wins over the AWS_* variables of the environment; gs and az have theirs (GOOGLE_*, AZURE_*) alone.
+        """
+        atexit.register(_let_go)
+        try:
             if url.startswith("file://"):
                 root = Path(unquote(urlsplit(url).path))
                 _make_directory(root)
-                return cls(from_url(url), root)
+                return cls(from_url(url), url, root)
             if url.startswith("memory://"):
-                return cls(from_url(url), None)
-            return cls(from_url(url, retry_config={"retry_timeout": timedelta(seconds=retry_seconds)}), None)
+                return cls(from_url(url), url, None)
+            options: dict[str, Any] = {"retry_config": {"retry_timeout": timedelta(seconds=retry_seconds)}}
+            if s3 is not None:
+                options |= s3.options()
+            return cls(from_url(url, **options), url, None)
+        except (BaseError, ValueError, TypeError) as error:
+            raise InvalidArgument(
+                f"object storage {url} can't be opened: {_text_of(error)}", field="objects_url"
+            ) from None
+
+    # Writing
 
     async def put(self, key: str, parts: Iterable[Buffer]) -> None:
-        """Write the concatenation of `parts`, over whatever stands there; they are not joined in memory."""
-        with _typed_errors(key):
-            await obstore.put_async(self._store, key, [memoryview(part).cast("B") for part in parts])
+        """Write the concatenation of `parts`, over whatever stands there; large ones are not joined in memory."""
+        views = [memoryview(part).cast("B") for part in parts]
+        content = b"".join(views) if sum(view.nbytes for view in views) <= _ONE_REQUEST_BYTES else views
+        with self._typed_errors(key, writing=True):
+            await obstore.put_async(self._store, key, content)
         await self._settle(key)
 
     async def put_if_absent(self, key: str, content: bytes) -> bool:
-        """Write a small object unless there is one (If-None-Match: *). False if there was."""
-        with _typed_errors(key):
+        """Write a small object unless there is one (If-None-Match: *). False if there was.
+
+        That may be our own, where an answer was lost and the storage's client asked again.
+        """
+        with self._typed_errors(key, writing=True):
             try:
                 await obstore.put_async(self._store, key, content, mode="create")
             except AlreadyExistsError:
@@ -68,59 +144,225 @@ class Objects:
         await self._settle(key)
         return True
 
-    async def get(self, key: str) -> memoryview:
-        """Raises NotFound."""
-        with _typed_errors(key):
-            return memoryview(await (await obstore.get_async(self._store, key)).bytes_async())
+    async def put_if_match(self, key: str, content: bytes, etag: ETag) -> bool:
+        """Write a small object if its content is still the one that `etag` names (If-Match). False if it is not.
 
-    async def get_range(self, key: str, begin: int, end: int) -> memoryview:
-        """Bytes [begin, end). Raises NotFound."""
-        with _typed_errors(key):
-            return memoryview(await obstore.get_range_async(self._store, key, start=begin, end=end))
-
-    async def head(self, key: str) -> ObjectInfo:
-        """Raises NotFound."""
-        with _typed_errors(key):
-            found = await obstore.head_async(self._store, key)
-        return ObjectInfo(found["size"])
-
-    async def exists(self, key: str) -> bool:
-        try:
-            with _typed_errors(key):
-                await obstore.head_async(self._store, key)
-        except NotFound:
-            return False
+        False also if our own write was repeated after its answer was lost: read again before you conclude anything.
+        Only writers that use this method (and `put_if_absent` before the first one) exclude each other.
+        """
+        with self._typed_errors(key, writing=True):
+            if self._root is not None:
+                return await asyncio.to_thread(_put_file_if_match, self._store, self._root, key, content, etag)
+            expected: UpdateVersion = {}
+            if etag.etag is not None:
+                expected["e_tag"] = etag.etag
+            if etag.generation is not None:
+                expected["version"] = etag.generation
+            try:
+                await obstore.put_async(self._store, key, content, mode=expected)
+            except PreconditionError:
+                return False
+            except FileNotFoundError as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                return False
         return True
 
     async def delete(self, key: str) -> None:
         """Nothing to delete is no error."""
-        with _typed_errors(key), suppress(FileNotFoundError):
-            await obstore.delete_async(self._store, key)
+        with self._typed_errors(key, writing=True):
+            try:
+                await obstore.delete_async(self._store, key)
+            except FileNotFoundError as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+
+    # Reading
+
+    async def get(self, key: str) -> memoryview:
+        """Raises NotFound."""
+        with self._typed_errors(key):
+            return memoryview(await (await obstore.get_async(self._store, key)).bytes_async())
+
+    async def get_with_etag(self, key: str) -> tuple[memoryview, ETag]:
+        """The object and what `put_if_match` needs to replace it. Raises NotFound."""
+        with self._typed_errors(key):
+            found = await obstore.get_async(self._store, key)
+            return memoryview(await found.bytes_async()), _etag(found.meta)
+
+    async def get_range(self, key: str, begin: int, end: int) -> memoryview:
+        """Bytes `begin` up to, not including, `end`. Raises NotFound, and InvalidArgument unless all of them exist."""
+        if not 0 <= begin <= end:
+            raise InvalidArgument(f"{begin}..{end} is not a range of bytes", field="range")
+        if begin == end:
+            await self.head(key)
+            return memoryview(b"")
+        try:
+            with self._typed_errors(key):
+                found = memoryview(await obstore.get_range_async(self._store, key, start=begin, end=end))
+        except StoreRefused:
+            raise
+        except StoreUnavailable:
+            # Storages differ in what they call a range that begins behind the end.
+            found = memoryview(b"")
+            if (await self.head(key)).size > begin:
+                raise
+        if found.nbytes != end - begin:
+            raise InvalidArgument(f"{self._url} {key} has no bytes {begin}..{end}, it is shorter", field="range")
+        return found
+
+    async def head(self, key: str) -> ObjectInfo:
+        """Size, time and ETag without the bytes. Raises NotFound."""
+        with self._typed_errors(key):
+            return _info(await obstore.head_async(self._store, key))
+
+    async def exists(self, key: str) -> bool:
+        """False also if there is no such bucket: the answer to a HEAD does not tell."""
+        try:
+            await self.head(key)
+        except NotFound:
+            return False
+        return True
+
+    # Listing
+
+    async def scan(self, directory: str) -> AsyncIterator[ObjectInfo]:
+        """Every object under `directory`, however deep, in no order; one page is held at a time."""
+        pages = aiter(obstore.list(self._store, directory, chunk_size=_LIST_PAGE))
+        while True:
+            with self._typed_errors(directory):
+                try:
+                    page = await anext(pages)
+                except StopAsyncIteration:
+                    return
+            for entry in page:
+                if entry["path"] != _LOCK:
+                    yield _info(entry)
 
     async def keys(self, directory: str) -> list[str]:
         """Sorted keys under `directory`, however deep."""
-        with _typed_errors(directory):
-            found = await obstore.list(self._store, directory).collect_async()
-        return sorted(entry["path"] for entry in found)
+        return sorted([info.key async for info in self.scan(directory)])
 
     async def keys_here(self, directory: str) -> list[str]:
         """Sorted keys directly in `directory`."""
-        with _typed_errors(directory):
+        with self._typed_errors(directory):
             found = await obstore.list_with_delimiter_async(self._store, directory)
-        return sorted(entry["path"] for entry in found["objects"])
+        return sorted(entry["path"] for entry in found["objects"] if entry["path"] != _LOCK)
+
+    async def check(self) -> None:
+        """Raises what any other call would raise: asks for a key that is never written."""
+        async for _ in self.scan("never/written"):
+            pass
 
     async def _settle(self, key: str) -> None:
         if self._root is None:
             return
-        with _typed_errors(key), suppress(FileNotFoundError):  # deleted again by somebody else
+        with self._typed_errors(key), suppress(FileNotFoundError):  # deleted again by somebody else
             await asyncio.to_thread(_fsync, self._root / key)
+
+    @contextmanager
+    def _typed_errors(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except (BaseError, OSError) as error:
+            # Not `from error`: its text may hold a signed address, and would stand in every traceback.
+            raise self._typed(key, error, writing=writing) from None
+
+    def _typed(self, key: str, error: Exception, *, writing: bool) -> FoundryError:
+        what = f"object storage {self._url}"
+        text = _text_of(error)
+        if _FULL.search(text):
+            return StoreFull(f"{what} is full, {key} was not written: {text}")
+        # What is missing when something is written can only be the bucket.
+        if _NO_BUCKET.search(text) or (isinstance(error, FileNotFoundError) and writing and self._root is None):
+            return StoreRefused(f"{what} has no such bucket: make it, or check store.objects_url ({text})")
+        if isinstance(error, FileNotFoundError):
+            return NotFound(f"{what} has no {key}")
+        if _EXPIRED.search(text):
+            return StoreRefused(f"{what} refused {key}: the credentials have expired, or a clock is wrong ({text})")
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
+            if self._root is not None:
+                return StoreRefused(f"{what} refused {key}: check who may read and write the directory ({text})")
+            return StoreRefused(
+                f"{what} refused {key}: check its credentials (store.objects_* settings, else AWS_*, GOOGLE_* or "
+                f"AZURE_* variables) and that they may read, write, list and delete there ({text})"
+            )
+        if _METADATA.search(text):
+            if "404 Not Found" in text:
+                return StoreRefused(f"{what}: no credentials were given, and this machine has none of its own ({text})")
+            return StoreUnavailable(f"{what}: no credentials were given, and the machine's own can't be had: {text}")
+        return StoreUnavailable(f"{what} failed at {key}: {text}")
+
+
+def _let_go() -> None:
+    """obstore's threads hold objects of a call for a moment after it has returned, and end the process with SIGABRT if
+    the interpreter has gone meanwhile (0.12.1: 3 of 25 processes that ended right after a call)."""
+    atexit.unregister(_let_go)
+    time.sleep(_LET_GO_SECONDS)
+
+
+def _text_of(error: Exception) -> str:
+    """What the storage said, without the page of debug output that obstore appends and without signatures."""
+    text = str(error).split("\n\nDebug source", 1)[0]
+    if answer := _ANSWER.search(text):
+        text = f"{text[: text.find('<')].strip()} {answer['code']}: {answer['message']}"
+    return _SIGNATURE.sub(r"\1**********", text)
+
+
+def _etag(meta: ObjectMeta) -> ETag:
+    return ETag(meta["e_tag"], meta["version"])
+
+
+def _info(meta: ObjectMeta) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], meta["last_modified"], _etag(meta))
+
+
+# Directories
 
 
 def _make_directory(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        raise StoreRefused(f"can't make the object store's directory {root}: {error}") from error
     except OSError as error:
         raise StoreUnavailable(f"can't make the object store's directory {root}: {error}") from error
+
+
+def _put_file_if_match(store: ObjectStore, root: Path, key: str, content: bytes, etag: ETag) -> bool:
+    with _locked(root / _LOCK):
+        try:
+            standing = obstore.head(store, key)
+        except FileNotFoundError:
+            return False
+        if _etag(standing) != etag:
+            return False
+        obstore.put(store, key, content)
+        _fsync(root / key)
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock on `path`. A file, because over NFS a directory can't be locked; never deleted, because a writer
+    might wait for the one that is gone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        # Not a wait without end: its thread could not be cancelled.
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(
+                        f"another process has held {path} for {_LOCK_SECONDS:.0f} s: is it stopped?"
+                    ) from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:
@@ -131,21 +373,3 @@ def _fsync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _typed_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"object storage has no {what}") from error
-    except (BaseError, OSError) as error:
-        raise _typed(what, error) from error
-
-
-def _typed(what: str, error: Exception) -> FoundryError:
-    # obstore appends a page of debug output.
-    text = str(error).split("\n\nDebug source", 1)[0]
-    if _FULL.search(text):
-        return StoreFull(f"object storage is full, {what} was not written: {text}")
-    return StoreUnavailable(f"object storage failed at {what}: {text}")

@@ -14,6 +14,7 @@ from foundry.store import hot, scripts
 from foundry.store.connection import Connection, Reply
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.tag_record import TagRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,13 @@ class Pointers:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def acquire(self, name: str, run: str, attempt: int) -> list[int]:
-        """Become the owner. The reply: versions that earlier owners reserved and may have left manifests for."""
-        reply = await self._connection.run(scripts.ACQUIRE, name, run, attempt)
+    async def acquire(self, name: str, run: str, attempt: int, *, hold_seconds: float | None = None) -> list[int]:
+        """Become the owner. The reply: versions that earlier owners reserved and may have left manifests for.
+
+        After `hold_seconds` another may become it; without them only when the owner released the name.
+        """
+        hold_ms = "" if hold_seconds is None else int(hold_seconds * 1000)
+        reply = await self._connection.run(scripts.ACQUIRE, name, run, attempt, hold_ms)
         _refuse_fenced(reply, name, run, attempt)
         if reply[0] == "conflict":
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
@@ -145,13 +150,38 @@ class Pointers:
         flat = await self._connection.read("HGETALL", f"foundry:tags:{name}")
         return {tag: int(version) for tag, version in zip(flat[::2], flat[1::2], strict=True)}
 
+    async def hot(self, name: str) -> set[int]:
+        return {int(version) for version in await self._connection.read("ZRANGE", f"foundry:hot:{name}", 0, -1)}
+
     async def mark_durable(self, name: str, version: int) -> bool:
         """False if the version is gone."""
         return bool((await self._connection.run(scripts.MARK_DURABLE, name, version))[0] == "ok")
 
-    async def tag(self, name: str, tag: str, version: int) -> None:
-        if (await self._connection.run(scripts.TAG, name, tag, version))[0] == "missing":
+    async def tag(self, name: str, tag: str, version: int) -> int | None:
+        """What the tag meant before."""
+        reply = await self._connection.run(scripts.TAG, name, tag, version)
+        if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+        return int(reply[1]) if reply[1] else None
+
+    async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
+        """What the tag means now and what it meant until now. Raises Conflict if there is no version to go back to."""
+        reply = await self._connection.run(scripts.ROLLBACK_TAG, name, tag)
+        if reply[0] == "missing":
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+        if reply[0] == "first":
+            raise Conflict(
+                f"{name}@{tag} can't go back: version {reply[1]} is the first it ever meant, of those that still exist",
+                field="tag",
+            )
+        return int(reply[1]), int(reply[2])
+
+    async def tag_record(self, name: str, tag: str) -> TagRecord | None:
+        reply = await self._connection.run(scripts.TAG_RECORD, name, tag)
+        if reply[0] == "missing":
+            return None
+        moved_ms, *history = (int(word) for word in reply[2].split())
+        return TagRecord(int(reply[1]), tuple(history), moved_ms)
 
     async def untag(self, name: str, tag: str) -> None:
         if (await self._connection.run(scripts.UNTAG, name, tag))[0] == "missing":

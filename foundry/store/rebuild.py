@@ -60,6 +60,15 @@ end
 return {'ok'}
 """
 
+# name, JSON {tag: "<moved ms> <older versions>"}
+_RESTORE_TAG_HISTORY = """
+if restored then return {'restored'} end
+local histories = 'foundry:tag-history:' .. ARGV[1]
+redis.call('DEL', histories)
+for tag, history in pairs(cjson.decode(ARGV[2])) do redis.call('HSET', histories, tag, history) end
+return {'ok'}
+"""
+
 _END = """
 redis.call('SET', 'foundry:epoch', server_run)
 return {'ok'}
@@ -80,10 +89,13 @@ async def rebuild(connection: Connection, durable: Durable, runs: RunStore) -> b
     names = sorted({*begin[1], *await durable.names(), *limits})
     for name in names:
         manifests = await durable.manifests(name)
-        truth = _truth(manifests, await durable.tags(name))
+        tags = await durable.tag_records(name)
+        truth = _truth(manifests, {tag: record.version for tag, record in tags.items()})
         # A version above the limit can only come from a store that was copied by hand; its number is taken too.
         limit = max(limits.get(name, 0), max((manifest.version for manifest in manifests), default=0))
         await connection.run_restoring(_RESTORE_NAME, name, limit, truth)
+        histories = {tag: " ".join(map(str, (record.moved_ms, *record.history))) for tag, record in tags.items()}
+        await connection.run_restoring(_RESTORE_TAG_HISTORY, name, json.dumps(histories))
     num_runs = await runs.restore()
     await connection.run_restoring(_END)
     log.info("pointers_restored", num_names=len(names), num_unfinished_runs=num_runs)

@@ -3,12 +3,13 @@
 Keys, all starting with `foundry:` (`name:` is `name:<cartridge name>` and so on):
 
     names            set     cartridge names
-    name:            hash    counter, limit, latest, owner_run, owner_attempt, released
+    name:            hash    counter, limit, latest, owner_run, owner_attempt, released, held_until (ms; '' for ever)
     versions:        hash    version -> "<digest> <manifest JSON>"
     durable:         set     versions whose manifest is in object storage
     steps:           hash    "<run> <step>" -> "<version> <digest>"
     pending:         hash    reserved version -> "<run> <attempt> <step> <digest> <durable 0|1>"
     tags:            hash    tag -> version
+    tag-history:     hash    tag -> "<when it was moved, ms> <versions that it meant before, newest first>"
     hot:             zset    versions whose bytes are in Redis
     refs:<digest>    set     "<name>@<version>" that keep the hot bytes
     leases:<digest>  zset    holder -> expiry in ms
@@ -16,6 +17,9 @@ Keys, all starting with `foundry:` (`name:` is `name:<cartridge name>` and so on
     staged:<token>:<i>       chunks of an upload that no commit has taken yet
     events           stream  published versions
 """
+
+# Versions that a tag meant before and can go back to.
+MAX_TAG_HISTORY = 32
 
 _LIBRARY = """
 local call = redis.call
@@ -32,6 +36,13 @@ local function fence(name, run, attempt)
     return {'fenced', held[3] ~= '1' and held[1] or '', held[2] or ''}
   end
   return nil
+end
+
+-- Who holds the name now, or nil.
+local function holder(name)
+  local held = call('HMGET', key('name', name), 'owner_run', 'released', 'held_until')
+  local ended = (held[3] or '') ~= '' and tonumber(held[3]) <= now_ms()
+  return held[2] ~= '1' and not ended and held[1] or nil
 end
 
 local function leased(digest)
@@ -93,7 +104,8 @@ local function trim(name, keep)
 end
 """
 
-# name, run, attempt -> ok, pending durable versions of others | conflict, owner | fenced, run, attempt
+# name, run, attempt, ms to hold it or ''
+# -> ok, pending durable versions of others | conflict, owner | fenced, run, attempt
 ACQUIRE = (
     _LIBRARY
     + """
@@ -101,10 +113,12 @@ local name, run, attempt = ARGV[1], ARGV[2], ARGV[3]
 local newest = call('HGET', key('run', run), 'attempt')
 if newest and tonumber(newest) > tonumber(attempt) then return {'fenced', run, newest} end
 local state = key('name', name)
-local held = call('HMGET', state, 'owner_run', 'owner_attempt', 'released')
+local held = call('HMGET', state, 'owner_run', 'owner_attempt')
 if held[1] == run and tonumber(attempt) < tonumber(held[2]) then return {'fenced', run, held[2]} end
-if held[1] and held[1] ~= run and held[3] ~= '1' then return {'conflict', held[1]} end
-call('HSET', state, 'owner_run', run, 'owner_attempt', attempt, 'released', '0')
+local other = holder(name)
+if other and other ~= run then return {'conflict', other} end
+local held_until = ARGV[4] ~= '' and string.format('%d', now_ms() + ARGV[4]) or ''
+call('HSET', state, 'owner_run', run, 'owner_attempt', attempt, 'released', '0', 'held_until', held_until)
 local stale, pending = {}, call('HGETALL', key('pending', name))
 for i = 1, #pending, 2 do
   local by, as, durable = string.match(pending[i + 1], '^(%S+) (%d+) .* (%d)$')
@@ -253,13 +267,65 @@ return {'ok'}
 """
 )
 
-# name, tag, version -> ok | missing. Only durable versions are tagged.
-TAG = (
+_TAGS = (
     _LIBRARY
     + """
-if call('SISMEMBER', key('durable', ARGV[1]), ARGV[3]) == 0 then return {'missing'} end
-call('HSET', key('tags', ARGV[1]), ARGV[2], ARGV[3])
-return {'ok'}
+local name, tag = ARGV[1], ARGV[2]
+local meant = call('HGET', key('tags', name), tag)
+
+-- The versions that the tag meant before, newest first.
+local function history()
+  local older = {}
+  for word in string.gmatch(call('HGET', key('tag-history', name), tag) or '', '%d+') do table.insert(older, word) end
+  table.remove(older, 1)
+  return older
+end
+
+local function move(version, older)
+  while #older > MAX_HISTORY do table.remove(older) end
+  call('HSET', key('tags', name), tag, version)
+  table.insert(older, 1, string.format('%d', now_ms()))
+  call('HSET', key('tag-history', name), tag, table.concat(older, ' '))
+end
+""".replace("MAX_HISTORY", str(MAX_TAG_HISTORY))
+)
+
+# name, tag, version -> ok, version before or '' | missing. Only durable versions are tagged.
+TAG = (
+    _TAGS
+    + """
+if call('SISMEMBER', key('durable', name), ARGV[3]) == 0 then return {'missing'} end
+if meant == ARGV[3] then return {'ok', meant} end
+local older = history()
+if meant then table.insert(older, 1, meant) end
+move(ARGV[3], older)
+return {'ok', meant or ''}
+"""
+)
+
+# name, tag -> ok, version, version before | missing | first. Versions that were deleted since are passed over.
+ROLLBACK_TAG = (
+    _TAGS
+    + """
+if not meant then return {'missing'} end
+local older = history()
+while #older > 0 do
+  local version = table.remove(older, 1)
+  if version ~= meant and call('SISMEMBER', key('durable', name), version) == 1 then
+    move(version, older)
+    return {'ok', version, meant}
+  end
+end
+return {'first', meant}
+"""
+)
+
+# name, tag -> ok, version, history | missing
+TAG_RECORD = (
+    _TAGS
+    + """
+if not meant then return {'missing'} end
+return {'ok', meant, call('HGET', key('tag-history', name), tag) or '0'}
 """
 )
 
@@ -268,6 +334,7 @@ UNTAG = (
     _LIBRARY
     + """
 if call('HDEL', key('tags', ARGV[1]), ARGV[2]) == 0 then return {'missing'} end
+call('HDEL', key('tag-history', ARGV[1]), ARGV[2])
 return {'ok'}
 """
 )
@@ -296,11 +363,13 @@ DELETE_NAME = (
     + """
 local name = ARGV[1]
 if call('SISMEMBER', 'foundry:names', name) == 0 then return {'missing'} end
-local held = call('HMGET', key('name', name), 'owner_run', 'released')
-if held[1] and held[2] ~= '1' then return {'conflict', held[1]} end
+local other = holder(name)
+if other then return {'conflict', other} end
 local all = call('HGETALL', key('versions', name))
 for i = 1, #all, 2 do drop_hot(name, all[i], digest_of(all[i + 1])) end
-for _, kind in ipairs({'versions', 'durable', 'steps', 'pending', 'tags', 'hot'}) do call('DEL', key(kind, name)) end
+for _, kind in ipairs({'versions', 'durable', 'steps', 'pending', 'tags', 'tag-history', 'hot'}) do
+  call('DEL', key(kind, name))
+end
 call('HDEL', key('name', name), 'latest')
 call('SREM', 'foundry:names', name)
 return {'ok'}

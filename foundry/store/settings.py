@@ -2,21 +2,92 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+import re
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr, field_validator, model_validator
+
+_HIDDEN = "**********"
+
+
+class SecretUrl(Secret[str]):
+    """A URL that may hold a password: shown with the password replaced."""
+
+    def _display(self) -> str:
+        # To the last @: a password that is not percent-encoded may hold one.
+        shown = re.sub(r"(?s)(://[^:@]*):.*@", rf"\1:{_HIDDEN}@", self.get_secret_value())
+        shown = re.sub(r"(?i)([?&][^=&]*(?:password|secret|token)[^=&]*=)[^&]*", rf"\1{_HIDDEN}", shown)
+        # What is no URL may be a password in the wrong place.
+        return shown if re.match(r"(rediss?|unix)://", shown) else _HIDDEN
 
 
 class StoreSettings(BaseModel):
-    """Settings of the store; the same in every service that shares one."""
+    """Settings of the store; the same in every service that shares one.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Of a secret and its `_file` one is set at most. Files, such as a mounted Kubernetes secret's, are read when the
+    service starts.
+    """
 
-    redis_url: SecretStr
-    """Redis or Valkey, one primary (no cluster): `redis://`, `rediss://` (TLS; `?ssl_ca_certs=PATH`) or `unix://`,
-    with user and password in it. Keys start with `foundry:`."""
+    # Errors name the field, and don't show what was written there.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
-    objects_url: str = Field(pattern=r"^(file|s3|gs|az|memory)://")
-    """Object storage: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. Credentials: in
-    the environment."""
+    redis_url: SecretUrl
+    """Redis or Valkey, one primary (no cluster): `redis://HOST:PORT/DB`, `rediss://` (TLS) or `unix:///PATH`. Keys
+    start with `foundry:`. A user and password may stand in it, percent-encoded; it is shown without the password."""
+
+    redis_username: str = ""
+    """ACL user; empty is Redis' default user."""
+
+    redis_password: SecretStr | None = None
+    """Password of the user."""
+
+    redis_password_file: Path | None = None
+    """File that holds the password."""
+
+    redis_ca_file: Path | None = None
+    """PEM file of the authorities that may sign Redis' certificate; without it those of the system."""
+
+    redis_certificate_file: Path | None = None
+    """PEM file of our certificate, where Redis asks for one (`tls-auth-clients`)."""
+
+    redis_key_file: Path | None = None
+    """PEM file of the key of our certificate, without a passphrase."""
+
+    objects_url: str
+    """Object storage: `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`. What the settings below don't say about
+    s3 is taken from the usual variables (`AWS_*`), and all about gs and az from theirs (`GOOGLE_*`, `AZURE_*`)."""
+
+    objects_endpoint: str | None = None
+    """URL of an S3 server other than Amazon's."""
+
+    objects_region: str | None = None
+    """Region of the S3 bucket."""
+
+    objects_access_key_id: SecretStr | None = None
+    """S3 access key id; needs the secret key too."""
+
+    objects_access_key_id_file: Path | None = None
+    """File that holds the access key id."""
+
+    objects_secret_access_key: SecretStr | None = None
+    """S3 secret access key."""
+
+    objects_secret_access_key_file: Path | None = None
+    """File that holds the secret access key."""
+
+    objects_session_token: SecretStr | None = None
+    """S3 session token, where the key is a temporary one."""
+
+    objects_session_token_file: Path | None = None
+    """File that holds the session token."""
+
+    objects_allow_http: bool = False
+    """Speak to the S3 server without TLS, where its URL is `http://`."""
+
+    objects_ca_file: Path | None = None
+    """PEM file of an authority that may sign the S3 server's certificate, besides those of the system."""
 
     keep_hot: int = Field(default=4, ge=1)
     """Newest versions per name whose bytes stay in Redis. Tagged, leased and latest ones stay besides."""
@@ -38,3 +109,34 @@ class StoreSettings(BaseModel):
 
     event_stream_length: int = Field(default=10_000, ge=1)
     """Events kept in Redis: of published versions, and of each run (approximate)."""
+
+    @field_validator("objects_url")
+    @classmethod
+    def _no_credentials_in_objects_url(cls, url: str) -> str:
+        if not re.match(r"(file|s3|gs|az|memory)://", url):
+            raise ValueError("expected file://, s3://, gs:// or az://")
+        if not url.startswith(("file:", "memory:")) and ("@" in url or urlsplit(url).query):
+            raise ValueError("credentials don't belong into this URL: use the settings for them, or the environment")
+        return url
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        for name in ("redis_password", "objects_access_key_id", "objects_secret_access_key", "objects_session_token"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"store.{name} and store.{name}_file are both set: use one")
+        given = {name: self._has(f"objects_{name}") for name in ("access_key_id", "secret_access_key", "session_token")}
+        if given["access_key_id"] != given["secret_access_key"] or (
+            given["session_token"] and not given["access_key_id"]
+        ):
+            raise ValueError("store.objects_access_key_id and store.objects_secret_access_key belong together")
+        if (self.redis_certificate_file is None) != (self.redis_key_file is None):
+            raise ValueError("store.redis_certificate_file and store.redis_key_file belong together")
+        only_s3 = ("endpoint", "region", "ca_file", "allow_http")
+        if not self.objects_url.startswith("s3:") and (
+            any(given.values()) or any(getattr(self, f"objects_{name}") for name in only_s3)
+        ):
+            raise ValueError("the store.objects_* settings are for s3; gs and az take GOOGLE_* and AZURE_* variables")
+        return self
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) is not None or getattr(self, f"{name}_file") is not None

@@ -16,10 +16,19 @@ from datetime import UTC, datetime
 
 import structlog
 
-from foundry.errors import CartridgeNotFound, DigestMismatch, InvalidArgument, StoreUnavailable
+from foundry.errors import (
+    CartridgeNotFound,
+    Conflict,
+    DigestMismatch,
+    Fenced,
+    InvalidArgument,
+    StoreRefused,
+    StoreUnavailable,
+)
 from foundry.identity import CartridgeBytes, check_digest
 from foundry.store import rebuild
 from foundry.store.connection import Connection
+from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.documents import DocumentStore
 from foundry.store.durable import Durable
 from foundry.store.hot import HotBytes, chunks
@@ -29,6 +38,7 @@ from foundry.store.objects import Objects
 from foundry.store.pointers import Commit, LimitReached, Pointers, Published, Reservation
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
+from foundry.store.tag_record import TagRecord
 
 log = structlog.get_logger(__name__)
 
@@ -42,10 +52,10 @@ class CartridgeStore:
 
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
-        self.objects = Objects.open(settings.objects_url, retry_seconds=settings.objects_retry_seconds)
-        self._connection = Connection(
-            settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds
+        self.objects = Objects.open(
+            settings.objects_url, retry_seconds=settings.objects_retry_seconds, s3=S3Access.of(settings)
         )
+        self._connection = Connection(RedisAccess.of(settings), timeout_seconds=settings.redis_timeout_seconds)
         self._connection.on_empty = self.rebuild
         self._pointers = Pointers(self._connection)
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
@@ -61,14 +71,30 @@ class CartridgeStore:
     async def open(cls, settings: StoreSettings) -> CartridgeStore:
         """Connect, and restore the pointers if Redis is empty.
 
-        A Redis that can't be reached is no error here: durable versions can be read without it.
+        A Redis that can't be reached is no error here: durable versions can be read without it. Raises StoreRefused if
+        Redis or the object storage does not take our credentials, which waiting would not change.
         """
         store = cls(settings)
         try:
-            await store.rebuild()
+            await store._meet()
+        except StoreRefused:
+            await store.close()
+            raise
+        return store
+
+    async def _meet(self) -> None:
+        try:
+            await self.objects.check()
+        except StoreRefused:
+            raise
+        except StoreUnavailable as error:
+            log.warning("store_opened_without_object_storage", error=error.message)
+        try:
+            await self.rebuild()
+        except StoreRefused:
+            raise
         except StoreUnavailable as error:
             log.warning("store_opened_without_redis", error=error.message)
-        return store
 
     async def close(self) -> None:
         tasks: list[asyncio.Task[bool] | asyncio.Task[CartridgeBytes]] = [*self._fetches.values()]
@@ -95,12 +121,15 @@ class CartridgeStore:
 
     # Publishing
 
-    async def acquire(self, name: str, run_id: str, attempt: int) -> None:
-        """Become the only publisher of `name`; the same owner may ask again.
+    async def acquire(self, name: str, run_id: str, attempt: int, *, hold_seconds: float | None = None) -> None:
+        """Become the only publisher of `name`, until it is released or `hold_seconds` have passed; the same owner may
+        ask again.
 
         Raises Conflict while another run holds it, Fenced if a newer attempt of this run does.
         """
-        withdrawn = await self._pointers.acquire(check_name(name), check_run(run_id), attempt)
+        withdrawn = await self._pointers.acquire(
+            check_name(name), check_run(run_id), attempt, hold_seconds=hold_seconds
+        )
         for version in withdrawn:
             # Our predecessor is fenced by now, but may be about to write this manifest.
             await self._durable.withdraw(name, version)
@@ -268,6 +297,13 @@ class CartridgeStore:
         except StoreUnavailable:
             return {manifest.version for manifest in await self._durable.manifests(name)}
 
+    async def hot_versions(self, name: str) -> set[int]:
+        """The versions whose bytes are in Redis; none without Redis."""
+        try:
+            return await self._pointers.hot(check_name(name))
+        except StoreUnavailable:
+            return set()
+
     async def names(self) -> list[str]:
         """All cartridge names; without Redis only those with a durable version."""
         try:
@@ -281,6 +317,16 @@ class CartridgeStore:
             return await self._pointers.tags(check_name(name))
         except StoreUnavailable:
             return await self._durable.tags(name)
+
+    async def tag_record(self, name: str, tag: str) -> TagRecord:
+        """What a tag means and meant before. Raises CartridgeNotFound."""
+        try:
+            record = await self._pointers.tag_record(check_name(name), check_tag(tag))
+        except StoreUnavailable:
+            record, _ = await self._durable.tag(name, tag)
+        if record is None:
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+        return record
 
     def subscribe(self, last_id: str = "$") -> AsyncIterator[Published]:
         """Versions as they are published, after the event `last_id` ("$": from now, "0-0": all that are kept).
@@ -304,12 +350,57 @@ class CartridgeStore:
                 await self._durable.delete_manifest(name, version)
                 raise CartridgeNotFound(f"cartridge {manifest.id} was deleted meanwhile", field="version")
 
-    async def tag(self, name: str, tag: str, version: int) -> None:
-        """Point a tag at a version, which becomes durable. Raises CartridgeNotFound."""
+    async def tag(self, name: str, tag: str, version: int) -> int | None:
+        """Point a tag at a version, which becomes durable. Returns what it meant before. Raises CartridgeNotFound."""
         check_tag(tag)
         await self.make_durable(name, version)
-        await self._pointers.tag(name, tag, version)
+        before = await self._pointers.tag(name, tag, version)
         await self._settle_tag(name, tag)
+        return before
+
+    async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
+        """Let a tag mean what it meant before; again for the one before that. Returns (version now, version until now).
+
+        Raises CartridgeNotFound if there is no such tag, Conflict if no version is left that it meant before.
+        """
+        now, before = await self._pointers.rollback_tag(check_name(name), check_tag(tag))
+        await self._settle_tag(name, tag)
+        return now, before
+
+    async def rollback(self, name: str, to: Reference) -> Manifest:
+        """Publish the bytes that `to` means as a new version: `latest` only goes forward. What is known about the old
+        version is carried over; the parent is what was latest.
+
+        Raises CartridgeNotFound, and Conflict while a run holds the name or if latest has those bytes already.
+        """
+        if to.name != check_name(name):
+            raise InvalidArgument(f"{to} is no version of {name}", field="to")
+        run = f"rollback-{uuid.uuid4().hex[:8]}"
+        # With an end, because nobody takes over from a process that dies in it.
+        await self.acquire(name, run, 1, hold_seconds=_LEASE_WHILE_COPYING_SECONDS)
+        try:
+            old, latest = await self.resolve(to), await self.resolve(name)
+            if old.digest == latest.digest:
+                raise Conflict(f"{latest} has the bytes of {to} already", field="to")
+            async with self.leased(old.digest, run, _LEASE_WHILE_COPYING_SECONDS):
+                manifest = await self.manifest(name, old.version)
+                draft = ManifestDraft(
+                    name=name,
+                    run=run,
+                    attempt=1,
+                    step=manifest.step,
+                    parent=latest.digest,
+                    document=manifest.document,
+                    init=f"rollback of {old}",
+                    objective=manifest.objective,
+                    tokens_seen=manifest.tokens_seen,
+                    metrics=manifest.metrics,
+                )
+                return await self.publish(await self.fetch(old.digest), draft, durable=True)
+        finally:
+            # Not released, it ends by itself; taken over, it is over.
+            with suppress(Fenced, StoreUnavailable):
+                await self.release(name, run, 1)
 
     async def untag(self, name: str, tag: str) -> None:
         """Raises CartridgeNotFound if there is no such tag."""
@@ -318,15 +409,16 @@ class CartridgeStore:
 
     async def _settle_tag(self, name: str, tag: str) -> None:
         """Make object storage agree with Redis, which decides the order of concurrent changes."""
-        version = (await self._pointers.tags(name)).get(tag)
         while True:
-            if version is None:
+            # In this order: what another writes after the first of these reads is not written over.
+            written, etag = await self._durable.tag(name, tag)
+            record = await self._pointers.tag_record(name, tag)
+            if record == written:
+                return
+            if record is None:
                 await self._durable.delete_tag(name, tag)
             else:
-                await self._durable.put_tag(name, tag, version)
-            written, version = version, (await self._pointers.tags(name)).get(tag)
-            if version == written:
-                return
+                await self._durable.put_tag(name, tag, record, etag)
 
     async def delete(self, name: str, version: int | None = None) -> None:
         """Delete a version, or the name with all its versions and tags. Blobs are left to the sweeper.

@@ -1,7 +1,7 @@
 """/v1/cartridges: names, versions and tags.
 
-A name may be `tenant/name`: paths that end in `/versions`, `/versions/N` or `/tags/TAG` mean those parts of the name
-before them.
+A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/tags/TAG` or `/rollback` mean those parts
+of the name before them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastapi import Path as InPath
 from pydantic import BaseModel, ConfigDict
 
 from foundry.errors import CartridgeNotFound
-from foundry.store import Manifest, Reference, check_name
+from foundry.store import Manifest, Reference, check_name, lineage
 from services.gateway.listing import for_each
 from services.gateway.state import Gateway, GatewayDep
 
@@ -28,6 +28,13 @@ class TagRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: int
+
+
+class RollbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    to: str
+    """Which version: its number, a tag or a digest; the name may stand before it."""
 
 
 @router.get("/v1/cartridges")
@@ -57,10 +64,24 @@ async def delete_version(name: Name, version: int, gateway: GatewayDep) -> Respo
 
 @router.put("/v1/cartridges/{name:path}/tags/{tag}")
 async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep) -> Json:
-    """Point a tag at a version, which becomes durable."""
+    """Point a tag at a version, which becomes durable. `previous` is what it meant before."""
     check_name(name)
-    await gateway.store.tag(name, tag, asked.version)
-    return {"object": "cartridge.tag", "name": name, "tag": tag, "version": asked.version}
+    previous = await gateway.store.tag(name, tag, asked.version)
+    return _tag(name, tag, asked.version, previous=previous)
+
+
+@router.get("/v1/cartridges/{name:path}/tags/{tag}")
+async def get_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+    """What a tag means and, newest first, what it meant before."""
+    record = await gateway.store.tag_record(name, tag)
+    return _tag(name, tag, record.version, history=list(record.history))
+
+
+@router.post("/v1/cartridges/{name:path}/tags/{tag}/rollback")
+async def rollback_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+    """Let a tag mean what it meant before. 409 if there is no version left that it meant before."""
+    version, previous = await gateway.store.rollback_tag(name, tag)
+    return _tag(name, tag, version, previous=previous)
 
 
 @router.delete("/v1/cartridges/{name:path}/tags/{tag}", status_code=204)
@@ -69,10 +90,31 @@ async def delete_tag(name: Name, tag: str, gateway: GatewayDep) -> Response:
     return Response(status_code=204)
 
 
+@router.post("/v1/cartridges/{name:path}/rollback")
+async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep) -> Json:
+    """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
+    check_name(name)
+    reference = Reference.parse(asked.to if asked.to.startswith(f"{name}@") else f"{name}@{asked.to}", field="to")
+    return _version(await gateway.store.rollback(name, reference))
+
+
 @router.get("/v1/cartridges/{reference:path}")
 async def cartridge(reference: str, gateway: GatewayDep) -> Json:
-    """The version that a reference means now: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`."""
-    return await _summary(gateway, reference)
+    """The version that a reference means now: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`.
+
+    With `lineage` (its parents, the nearest first, the last one without a number where it is not known any more) and
+    where its bytes are.
+    """
+    manifest, summary = await _found(gateway, reference)
+    store, name = gateway.store, manifest.name
+    known, durable, hot = await asyncio.gather(
+        store.versions(name), store.durable_versions(name), store.hot_versions(name)
+    )
+    return summary | {
+        "lineage": [asdict(ancestor) for ancestor in lineage(manifest, known)],
+        "durable": manifest.version in durable,
+        "hot": manifest.version in hot,
+    }
 
 
 @router.delete("/v1/cartridges/{name:path}", status_code=204)
@@ -83,6 +125,10 @@ async def delete_cartridge(name: Name, gateway: GatewayDep) -> Response:
 
 
 async def _summary(gateway: Gateway, reference: str) -> Json:
+    return (await _found(gateway, reference))[1]
+
+
+async def _found(gateway: Gateway, reference: str) -> tuple[Manifest, Json]:
     try:
         found = await gateway.store.resolve(Reference.parse(reference, field="reference"))
     except CartridgeNotFound as error:
@@ -91,7 +137,11 @@ async def _summary(gateway: Gateway, reference: str) -> Json:
     manifest, tags = await asyncio.gather(
         gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)
     )
-    return {"object": "cartridge", "name": found.name, "tags": tags, "version": _version(manifest)}
+    return manifest, {"object": "cartridge", "name": found.name, "tags": tags, "version": _version(manifest)}
+
+
+def _tag(name: str, tag: str, version: int, **more: Any) -> Json:
+    return {"object": "cartridge.tag", "name": name, "tag": tag, "version": version, **more}
 
 
 def _version(manifest: Manifest) -> Json:

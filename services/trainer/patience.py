@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from foundry.errors import AlignmentError, Cancelled, DeadlineExceeded, FoundryError, ResourceExhausted, Unavailable
+from foundry.errors import (
+    AlignmentError,
+    Cancelled,
+    DeadlineExceeded,
+    FoundryError,
+    ResourceExhausted,
+    StoreRefused,
+    Unavailable,
+)
 from services.trainer import metrics
 
 log = structlog.get_logger(__name__)
@@ -17,6 +25,11 @@ T = TypeVar("T")
 
 # Cancelled is what a server that is being stopped answers; the call itself was never cancelled here.
 _PASSING = (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled, AlignmentError)
+
+
+def _passes(error: BaseException) -> bool:
+    # Credentials don't become right by waiting.
+    return isinstance(error, _PASSING) and not isinstance(error, StoreRefused)
 
 
 @dataclass
@@ -46,7 +59,7 @@ class Patience:
             return alignment_errors > self.max_alignment_errors or stop_after_delay(self.budget_seconds)(state)
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_PASSING),
+            retry=retry_if_exception(_passes),
             wait=wait_random_exponential(multiplier=0.1, max=self.max_wait_seconds),
             stop=stop,
             after=after,

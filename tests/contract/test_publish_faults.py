@@ -23,6 +23,8 @@ from foundry.store.hot import CHUNK_BYTES, STAGED_SECONDS
 from tests.store_data import cartridge, draft
 from tests.valkey import Valkey
 
+pytestmark = pytest.mark.storages("file", "s3")
+
 
 class Crash(BaseException):
     """Stands for the death of the process: nothing of ours catches it."""
@@ -324,6 +326,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.storages("file")
 async def test_nothing_is_published_where_a_file_cannot_grow(store: CartridgeStore, tmp_path: Path) -> None:
     await store.acquire("report", "run-a", 1)
     before = await store.publish(cartridge(0), draft(), durable=True)

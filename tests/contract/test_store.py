@@ -12,6 +12,8 @@ from foundry.store import CartridgeId, CartridgeStore, Manifest, StoreSettings
 from foundry.store.hot import CHUNK_BYTES
 from tests.store_data import cartridge, draft
 
+pytestmark = pytest.mark.storages("file", "s3")
+
 
 async def publish(store: CartridgeStore, step: int, *, durable: bool = False, content: int | None = None) -> Manifest:
     return await store.publish(cartridge(step if content is None else content), draft(step=step), durable=durable)
@@ -220,6 +222,7 @@ async def test_a_hot_copy_that_lacks_a_chunk_falls_back_to_the_blob(owned: Cartr
     assert (await owned.fetch(digest)).digest() == digest
 
 
+@pytest.mark.storages("file")
 async def test_corrupt_in_both_places_is_a_digest_mismatch(owned: CartridgeStore, blob: Path) -> None:
     digest = (await publish(owned, 0, durable=True)).digest
     await owned._connection.redis.setrange(f"foundry:bytes:{digest}:0", 5, b"!")
@@ -235,6 +238,7 @@ async def test_a_corrupt_hot_only_version_is_a_digest_mismatch(owned: CartridgeS
         await owned.fetch(digest)
 
 
+@pytest.mark.storages("file")
 async def test_a_cut_blob_is_a_digest_mismatch_and_publishing_again_repairs_it(
     owned: CartridgeStore, blob: Path
 ) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from foundry.errors import AlignmentError, FoundryError, InvalidArgument, PolicyMismatch, StoreUnavailable, Unavailable
+from foundry.errors import (
+    AlignmentError,
+    FoundryError,
+    InvalidArgument,
+    PolicyMismatch,
+    StoreRefused,
+    StoreUnavailable,
+    Unavailable,
+)
 from services.trainer.patience import Patience
 
 
@@ -36,7 +44,7 @@ async def test_wrong_answers_end_the_patience_soon() -> None:
     assert flaky.calls == 4
 
 
-@pytest.mark.parametrize("error", [InvalidArgument("bad"), PolicyMismatch("stale")])
+@pytest.mark.parametrize("error", [InvalidArgument("bad"), PolicyMismatch("stale"), StoreRefused("no")])
 async def test_what_cannot_pass_is_raised_at_once(error: FoundryError) -> None:
     flaky = Flaky(error, 1)
     with pytest.raises(type(error)):

@@ -42,6 +42,10 @@ demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minu
 test: install  ## run all tests
 	$(BIN)/python -m pytest
 
+# Which ones: make kills FOUNDRY_KILLS_SEED=7. The kills are listed at the end.
+kills: install  ## kill services and Valkey 200 times during one run (25 minutes on 2 cores)
+	FOUNDRY_KILLS=200 $(BIN)/python -m pytest tests/chaos/test_kills.py -s
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,4 +59,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo test lint types check clean
+.PHONY: help install proto docs drift demo test kills lint types check clean

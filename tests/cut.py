@@ -40,6 +40,7 @@ class CuttingProxy:
             asyncio.create_task(self._forward(upstream_reader, writer, left)),
         ]
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        self.num_cut += left[0] is not None and left[0] <= 0
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
@@ -54,7 +55,6 @@ class CuttingProxy:
                 if left[0] is not None:
                     left[0] -= len(part)
                     if left[0] <= 0:
-                        self.num_cut += 1
                         return
                 self.num_bytes += len(part)
                 writer.write(part)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import httpx
@@ -58,6 +59,15 @@ class Process:
             self._process.wait()
             self._process = None
 
+    def freeze(self) -> None:
+        """SIGSTOP: it keeps its connections and answers nobody."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
     def stop(self) -> int:
         """SIGTERM; the exit status."""
         assert self._process is not None
@@ -86,19 +96,20 @@ class Process:
 class Stack:
     """Valkey, a store, rollout servers of one tiny model, and a gateway before them."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, persistent_valkey: bool = False, **store: Any) -> None:
+        """`store`: settings of the store that every process here gets."""
         self.directory = directory
         self.model = build_tiny_model(directory / "models" / "tiny")
         self.lm = FrozenLM.load(self.model)
-        self.valkey = Valkey(directory)
-        self.settings = StoreSettings.model_validate(
-            {"redis_url": self.valkey.url, "objects_url": f"file://{directory}/objects", "max_document_bytes": 100_000}
-        )
-        self._environment = {
-            "FOUNDRY_STORE__REDIS_URL": self.valkey.url,
-            "FOUNDRY_STORE__OBJECTS_URL": self.settings.objects_url,
-            "FOUNDRY_STORE__MAX_DOCUMENT_BYTES": str(self.settings.max_document_bytes),
+        self.valkey = Valkey(directory, persistent=persistent_valkey)
+        values = {
+            "redis_url": self.valkey.url,
+            "objects_url": f"file://{directory}/objects",
+            "max_document_bytes": 100_000,
+            **store,
         }
+        self.settings = StoreSettings.model_validate(values)
+        self._environment = {f"FOUNDRY_STORE__{name.upper()}": str(value) for name, value in values.items()}
         self._processes: list[Process] = []
         self._ports: list[socket.socket] = []
 

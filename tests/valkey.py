@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -23,11 +24,11 @@ PASSWORD = "planted-password-of-redis"
 _DOCUMENTED = re.compile(r"```acl\nuser foundry on >PASSWORD (?P<rules>[^\n]+)\n```")
 # With this one besides what tests alone do: look at, damage and empty what the store keeps.
 TESTER = "tester"
-_TESTER_RULES = "+flushall +config|set +scan +strlen +ttl +setrange +append"
+_TESTER_RULES = "+flushall +script|flush +config|set +scan +strlen +ttl +setrange +append"
 
 
 class Valkey:
-    """`persistent` writes an append-only file, so that a restarted server has what it had."""
+    """`persistent` writes an append-only file before it answers, so that a restarted server has what it had."""
 
     def __init__(self, directory: Path, *, persistent: bool = False) -> None:
         self._directory = directory
@@ -52,6 +53,7 @@ class Valkey:
     async def start(self) -> None:
         command = [str(get_binary_path()), "--port", self.url.rpartition(":")[2], "--bind", "127.0.0.1", "--save", ""]
         command += ["--dir", str(self._directory), "--appendonly", "yes" if self._persistent else "no"]
+        command += ["--appendfsync", "always"]
         rules = documented_rules()
         for user, more in ((USER, ""), (TESTER, _TESTER_RULES)):
             command += ["--user", user, "on", f">{PASSWORD}", *rules.split(), *more.split()]
@@ -74,6 +76,11 @@ class Valkey:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def lose(self) -> None:
+        """SIGKILL, and what it wrote is gone: it comes back empty."""
+        self.kill()
+        shutil.rmtree(self._directory / "appendonlydir", ignore_errors=True)
 
     async def restart(self) -> None:
         self.kill()

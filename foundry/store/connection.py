@@ -24,6 +24,7 @@ from redis.exceptions import (
     ConnectionError,
     MasterDownError,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -146,15 +147,24 @@ def redis_errors() -> Iterator[None]:
         raise StoreFull(f"Redis is full: {error}") from error
     except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
         raise _refused(error) from error
+    except (
+        ConnectionError,
+        TimeoutError,
+        OSError,
+        BusyLoadingError,
+        MasterDownError,
+        ReadOnlyError,
+        # It was restarted between loading a script and running it.
+        NoScriptError,
+    ) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise StoreRefused(f"Redis' certificate is not trusted, check store.redis_ca_file: {error}") from error
+        raise StoreUnavailable(f"Redis can't be used: {error}") from error
     except ResponseError as error:
         # What a script may not do has no type of its own.
         if "ACL failure in script" in str(error):
             raise _refused(error) from error
         raise
-    except (ConnectionError, TimeoutError, OSError, BusyLoadingError, MasterDownError, ReadOnlyError) as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise StoreRefused(f"Redis' certificate is not trusted, check store.redis_ca_file: {error}") from error
-        raise StoreUnavailable(f"Redis can't be used: {error}") from error
 
 
 def _refused(error: Exception) -> StoreRefused:

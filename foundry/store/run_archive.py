@@ -56,8 +56,9 @@ class RunArchive:
         """Undo `create`."""
         await self._objects.delete(f"runs/{run_id}/run.json")
 
-    async def begin_attempt(self, run_id: str, attempt: int) -> None:
-        await self._objects.put_if_absent(f"runs/{run_id}/attempts/{attempt:06d}", b"")
+    async def begin_attempt(self, run_id: str, attempt: int) -> bool:
+        """False if it had begun before."""
+        return await self._objects.put_if_absent(f"runs/{run_id}/attempts/{attempt:06d}", b"")
 
     async def desire(self, run_id: str, desired: str) -> None:
         await self._objects.put(f"runs/{run_id}/desired.json", [json.dumps({"desired": desired}).encode()])

@@ -185,12 +185,13 @@ return {'ok'}
 """
 )
 
-# id, spec, name, created ms, attempt, desired, lease ms, state or '', error, result, finished ms -> ok
+# server run, id, spec, name, created ms, attempt, desired, lease ms, state or '', error, result, finished ms
+# -> ok | over: another restored it, or another server is there now
 RESTORE = (
     _LIBRARY
     + """
-if restored then return {'restored'} end
-local id, spec, name, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
+if restored or server_run ~= ARGV[1] then return {'over'} end
+local _, id, spec, name, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
 local run = run_key(id)
 local known = call('HMGET', run, 'attempt', 'state')
 if tonumber(known[1] or 0) > tonumber(attempt) then attempt = known[1] end

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from foundry.errors import Conflict, Fenced, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
@@ -128,7 +129,11 @@ class RunStore:
             if reply[0] == "ok":
                 run_id, attempt, desired = reply[1], int(reply[2]), desired_of(reply[4])
                 # Before the worker acts: an attempt that did anything must not be forgotten with Redis.
-                await self._archive.begin_attempt(run_id, attempt)
+                if not await self._archive.begin_attempt(run_id, attempt):
+                    # Redis forgot that it gave this attempt out, perhaps to a worker that still acts on it: the next.
+                    with suppress(Fenced):
+                        await self.requeue(run_id, attempt)
+                    continue
                 if desired is not Desired.CANCEL:
                     return ClaimedRun(run_id=run_id, attempt=attempt, spec=RunSpec.from_json(reply[3]), desired=desired)
                 await self.finish(run_id, attempt, RunState.CANCELLED)
@@ -216,13 +221,14 @@ class RunStore:
 
     # For rebuild
 
-    async def restore(self) -> int:
-        """Put all runs back into Redis; returns how many are not over."""
+    async def restore(self, server_run: str) -> int:
+        """Put all runs back into the Redis of that run id; returns how many are not over."""
         runs = await self._archive.runs()
         for run in runs:
             final = run.final
             await self._connection.run_restoring(
                 scripts.RESTORE,
+                server_run,
                 run.run_id,
                 run.spec,
                 run.name,

@@ -53,7 +53,7 @@ class Patience:
             reason = error.reason if isinstance(error, FoundryError) else "INTERNAL"
             metrics.RETRIES.labels(what, reason).inc()
             self.waiting_for = f"{what}: {error}"
-            log.warning("waiting", what=what, reason=reason, error=str(error), attempt=state.attempt_number)
+            log.warning("waiting", what=what, reason=reason, error=str(error), tries=state.attempt_number)
 
         def stop(state: RetryCallState) -> bool:
             return alignment_errors > self.max_alignment_errors or stop_after_delay(self.budget_seconds)(state)

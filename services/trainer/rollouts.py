@@ -64,9 +64,16 @@ class Rollouts:
         requests = [self._request(prompt, cartridges, sampling, skip_prefix_cache) for prompt in prompts]
         num_servers = len(self._stubs)
         shares = [requests[server::num_servers] for server in range(num_servers)]
-        answered = await asyncio.gather(
-            *(self._ask(server, share, cartridges) for server, share in enumerate(shares) if share)
-        )
+        asked = [
+            asyncio.create_task(self._ask(server, share, cartridges)) for server, share in enumerate(shares) if share
+        ]
+        try:
+            answered = await asyncio.gather(*asked)
+        finally:
+            # When one fails: what is asked again must not be decoded beside what is left of this, for other bits.
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
         dealt = [iter(share) for share in answered]
         return [next(dealt[index % num_servers]) for index in range(len(prompts))]
 

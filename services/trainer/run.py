@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from foundry.errors import CartridgeNotFound
+from foundry.errors import CartridgeNotFound, Unavailable
 from foundry.identity import Buffer
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective, objective_named
@@ -24,6 +25,9 @@ from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Guards, Prompt, Sample, derive_seed
 from services.trainer.step import Signal, TrainingStep, Update
 from services.trainer.teacher import Teacher
+
+# A version is published again so often while it is asked for; a server that reads another store never finds it.
+_MAX_LOSSES = 5
 
 
 class Run:
@@ -76,21 +80,20 @@ class Run:
             for copy in range(self.spec.samples_per_prompt)
         ]
 
+        losses = itertools.count(1)
+
         async def attempt() -> list[Sample]:
             policy = self.progress.policy
             try:
                 return await self._rollouts.sample(
                     prompts, policy, temperature=self.spec.temperature, max_new_tokens=self.spec.max_new_tokens
                 )
-            except CartridgeNotFound:
+            except CartridgeNotFound as error:
+                if next(losses) > _MAX_LOSSES:
+                    raise
                 # Redis was emptied and this version was not durable: the same bytes are published again.
                 await self._publish_policy()
-                return await self._rollouts.sample(
-                    prompts,
-                    self.progress.policy,
-                    temperature=self.spec.temperature,
-                    max_new_tokens=self.spec.max_new_tokens,
-                )
+                raise Unavailable(f"{error.message}; it was published again") from error
 
         with self._timed("rollout"):
             return await self._patience.call("rollout", attempt)
@@ -128,6 +131,7 @@ class Run:
             {
                 "type": "step",
                 "step": progress.step,
+                "attempt": self.claimed.attempt,
                 "num_steps": self.spec.num_steps,
                 "objective": self.spec.objective,
                 "loss": update.loss,
@@ -174,9 +178,8 @@ class Run:
     async def _end(self) -> None:
         if self._control.cancelled:
             await self._keep()
-        await self._patience.call(
-            "store", lambda: self._store.make_durable(self.spec.name, self.progress.policy.version)
-        )
+        # The same version again, unless Redis lost it.
+        await self._publish_policy(durable=True)
         await self._patience.call(
             "store", lambda: self._store.release(self.spec.name, self.claimed.run_id, self.claimed.attempt)
         )
@@ -196,7 +199,9 @@ class Run:
         await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
         self._control.checkpointed(step)
 
-    async def _publish_policy(self, measured: Mapping[str, float] | None = None, *, parent: str | None = None) -> None:
+    async def _publish_policy(
+        self, measured: Mapping[str, float] | None = None, *, parent: str | None = None, durable: bool = False
+    ) -> None:
         """`parent` is known to the step that made the version; what is published again has none to tell."""
         progress, spec = self.progress, self.spec
         stored = self._training.cartridge.snapshot().to_bytes()
@@ -212,7 +217,7 @@ class Run:
             tokens_seen=progress.tokens_seen,
             metrics=measured or {},
         )
-        durable = progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
+        durable = durable or progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
         manifest = await self._patience.call("store", lambda: self._store.publish(stored, draft, durable=durable))
         self.progress = replace(progress, policy=CartridgeId(spec.name, manifest.version, manifest.digest))
 

@@ -18,6 +18,7 @@ from foundry.store import Objects, StoreSettings
 from foundry.store.credentials import S3Access
 from foundry.store.objects import ETag, ObjectInfo
 from tests.seaweed import BUCKET, KEY, READER_KEY, READER_SECRET, REGION, SECRET, Seaweed
+from tests.tls import Authority, TlsFront
 
 both = pytest.mark.storages("file", "s3")
 NUM_WRITERS = 16
@@ -278,6 +279,23 @@ async def test_the_usual_variables_work(seaweed: Seaweed, monkeypatch: pytest.Mo
     monkeypatch.setenv("AWS_SESSION_TOKEN", "of another key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of another key")
     assert await open_objects(seaweed.settings("by-environment")).keys("") == ["key"]
+
+
+async def test_an_authority_of_our_own_may_sign_for_the_server(seaweed: Seaweed, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    front = TlsFront(authority, int(seaweed.endpoint.rpartition(":")[2]))
+    await front.start()
+    tls = seaweed.settings("tls") | {
+        "objects_endpoint": f"https://127.0.0.1:{front.port}",
+        "objects_allow_http": False,
+    }
+    trusting = open_objects(tls, objects_ca_file=str(authority.file))
+    assert await trusting.put_if_absent("key", b"x")
+    with pytest.raises(StoreUnavailable):
+        await open_objects(tls).get("key")
+    with pytest.raises(InvalidArgument, match="objects_ca_file"):
+        open_objects(tls, objects_ca_file="/no/ca.pem")
+    await front.close()
 
 
 async def test_a_storage_that_does_not_answer_is_unavailable() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from foundry.errors import AlignmentError
+from foundry.errors import AlignmentError, Unavailable
 from foundry.rpc.server import Server
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
@@ -24,12 +25,22 @@ class Scripted(rollout_pb2_grpc.RolloutServicer):
     def __init__(self) -> None:
         self.changes: dict[str, Any] = {}
         self.leave_out = False
+        self.refuses = False
+        # Set: answers don't come until the call is cancelled.
+        self.cancelled: asyncio.Event | None = None
         self.requests: list[rollout_pb2.GenerateRequest] = []
 
     async def GenerateBatch(
         self, request: rollout_pb2.GenerateBatchRequest, context: object
     ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
         self.requests += request.requests
+        if self.refuses:
+            raise Unavailable("going away")
+        if self.cancelled is not None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled.set()
         # In reverse: completions come in the order in which they end.
         for index in reversed(range(len(request.requests) - self.leave_out)):
             asked = request.requests[index]
@@ -122,3 +133,14 @@ async def test_a_missing_answer_is_an_error(servers: tuple[list[Scripted], Rollo
     scripted[0].leave_out = True
     with pytest.raises(AlignmentError, match="answered 2 of 3"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+
+
+async def test_what_one_server_refuses_is_cancelled_on_the_others(servers: tuple[list[Scripted], Rollouts]) -> None:
+    """Otherwise the same prompts, asked again, would be decoded beside their first copies, to other bits."""
+    scripted, rollouts = servers
+    scripted[0].cancelled = asyncio.Event()
+    scripted[1].refuses = True
+    with pytest.raises(Unavailable):
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    async with asyncio.timeout(5):
+        await scripted[0].cancelled.wait()

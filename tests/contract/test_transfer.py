@@ -200,3 +200,11 @@ def test_transfers_keep_within_their_memory(valkey: Valkey, tmp_path: Path) -> N
     assert durable_published < 1.2
     # A few ranges of 8 MiB are under way: half of this small one.
     assert durable_fetched < 1.7
+
+
+async def test_a_process_may_transfer_for_ever(store: CartridgeStore) -> None:
+    """More often than a pool of the client library makes connections."""
+    await store.acquire("report", "run-a", 1)
+    manifest = await store.publish(layered(1, 1024), draft(), durable=False)
+    for _ in range(120):
+        await store.fetch(manifest.digest)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from foundry.errors import StoreUnavailable
 from foundry.store import CartridgeStore, DocumentPrompts, RunSpec, RunState
 from tests.services import Process, Stack, wait_serving
 
@@ -54,6 +56,19 @@ async def step_events(store: CartridgeStore, run_id: str) -> AsyncIterator[dict[
             assert event["state"] == RunState.SUCCEEDED, event
 
 
+async def follow(store: CartridgeStore, run_id: str) -> AsyncIterator[dict[str, Any]]:
+    """Events of a run until it has ended, past outages of Redis; what only a lost Redis knew is left out."""
+    after, over = "0-0", False
+    while not over:
+        try:
+            async for event_id, event in store.runs.events(run_id, after):
+                # Ids are times: those of an emptied Redis come after all that was before.
+                after, over = event_id, event["type"] == "finished"
+                yield event
+        except StoreUnavailable:
+            await asyncio.sleep(0.02)
+
+
 def numbers(event: dict[str, Any]) -> dict[str, Any]:
-    """What a run computes; how long it took is the machine's, and numbers of versions depend on what was lost."""
-    return {key: value for key, value in event.items() if key not in ("seconds", "version")}
+    """What a run computes; how long it took is the machine's; attempts and version numbers depend on what was lost."""
+    return {key: value for key, value in event.items() if key not in ("seconds", "version", "attempt")}

@@ -46,6 +46,9 @@ test: install  ## run all tests
 kills: install  ## kill services and Valkey 200 times during one run (25 minutes on 2 cores)
 	FOUNDRY_KILLS=200 $(BIN)/python -m pytest tests/chaos/test_kills.py -s
 
+faults: install  ## 10,000 seeded faults at the seams of store and RPC (a quarter of an hour; CI runs 500 with the tests)
+	FOUNDRY_FAULTS=10000 FOUNDRY_FAULTS_RESULT=benchmarks/results/faults.json $(BIN)/python -m pytest tests/chaos/test_faults.py
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -59,4 +62,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo test kills lint types check clean
+.PHONY: help install proto docs drift demo test faults kills lint types check clean

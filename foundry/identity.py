@@ -124,8 +124,9 @@ class CartridgeBytes:
 
     def verify(self, digest: str) -> None:
         """Raises DigestMismatch unless these are the bytes that `digest` names."""
-        if (found := self.digest()) != digest:
-            raise DigestMismatch(f"cartridge bytes hash to {found}, expected {digest}")
+        digester = Digester(self.header)
+        digester.update(self.data)
+        digester.verify(digest)
 
     def file_parts(self) -> Iterator[Buffer]:
         """The safetensors file, in order, without copying the tensor bytes."""
@@ -186,6 +187,11 @@ class Digester:
     def digest(self) -> str:
         return f"blake3:{self._hasher.hexdigest()}"
 
+    def verify(self, digest: str) -> None:
+        """Raises DigestMismatch unless what it was given is what `digest` names."""
+        if (found := self.digest()) != digest:
+            raise DigestMismatch(f"cartridge bytes hash to {found}, expected {digest}")
+
 
 def digest_of(header: CartridgeHeader, parts: Iterable[Buffer]) -> str:
     """The digest of a cartridge whose tensor bytes are `parts`, one after the other."""
@@ -220,3 +226,24 @@ def ids_checksum(ids: Sequence[int], begin: int, end: int) -> str:
     The range is hashed too, so that scores moved by one position do not pass for the right ones.
     """
     return content_digest(struct.pack(f"<II{len(ids)}I", begin, end, *ids))
+
+
+def answer_checksum(prompt_ids: Sequence[int], ids: Sequence[int], logprobs: Sequence[float]) -> str:
+    """Binds an answer to its prompt and to every bit of itself, as little-endian uint32 and float32.
+
+    The proof compares logprobs; alone it would let pass a last token for which another one as likely was put.
+    """
+    lengths = struct.pack("<III", len(prompt_ids), len(ids), len(logprobs))
+    packed_ids = struct.pack(f"<{len(prompt_ids) + len(ids)}I", *prompt_ids, *ids)
+    return content_digest(lengths + packed_ids + struct.pack(f"<{len(logprobs)}f", *logprobs))
+
+
+def tensors_checksum(tensors: Sequence[tuple[str, Sequence[int], bytes]]) -> str:
+    """Of dtype, shape and bytes of each tensor of a message: what TCP lets pass must not become a training signal."""
+    from blake3 import blake3
+
+    hasher = blake3()
+    for dtype, shape, data in tensors:
+        hasher.update(json.dumps([dtype, list(shape), len(data)]).encode())
+        hasher.update(data)
+    return f"blake3:{hasher.hexdigest()}"

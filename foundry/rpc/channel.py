@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from foundry.errors import DeadlineExceeded
+from foundry.errors import AlignmentError, DeadlineExceeded
 from foundry.rpc.limits import CHANNEL_OPTIONS
 from foundry.rpc.status import from_rpc_error
+
+T = TypeVar("T")
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
@@ -27,6 +29,13 @@ def typed_errors(peer: str) -> Iterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, peer) from error
+
+
+def decoded(message: T | None, peer: str) -> T:
+    """The message. Raises AlignmentError where gRPC hands out None for one whose bytes it could not read."""
+    if message is None:
+        raise AlignmentError(f"{peer} sent a message that was damaged on the way")
+    return message
 
 
 async def wait_until_serving(channel: grpc.aio.Channel, peer: str, *, timeout_seconds: float) -> None:

@@ -11,7 +11,15 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from foundry.errors import BY_REASON, Cancelled, DeadlineExceeded, FoundryError, InvalidArgument, Unavailable
+from foundry.errors import (
+    BY_REASON,
+    Cancelled,
+    DeadlineExceeded,
+    FoundryError,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 
 _DOMAIN = "foundry"
 
@@ -33,7 +41,11 @@ def to_status(error: FoundryError) -> grpc.Status:
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
     """What a client raises: the server's type where it named one, otherwise the nearest by status code."""
     message = error.details() or "no details"
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    except ValueError:
+        # The two places where a status stands contradict each other: one was damaged on the way.
+        status = None
     reason, field, retry_after_seconds = None, None, None
     for detail in status.details if status is not None else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
@@ -54,6 +66,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
         grpc.StatusCode.UNAVAILABLE: Unavailable,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
         grpc.StatusCode.CANCELLED: Cancelled,
+        # gRPC itself, of frames that make no sense or too large: ours would have named the type.
+        grpc.StatusCode.INTERNAL: Unavailable,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
         grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     }
     return nearest.get(error.code(), FoundryError)(f"{peer}: {error.code().name}: {message}")

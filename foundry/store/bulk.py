@@ -24,6 +24,7 @@ _AHEAD = 2
 # Connections in a row that are closed before a single piece has passed.
 _MAX_FRUITLESS = 3
 _READ_BUFFER_BYTES = 4096
+_MAX_LINE_BYTES = 1024
 
 Piece = tuple[str, memoryview]
 """A key and its value: to be sent, or memory that the value exactly fills."""
@@ -109,7 +110,7 @@ class _Link:
 
     def _reply(self, kind: bytes, key: str) -> bytes:
         """What follows the mark `kind` in the next reply's first line."""
-        line: bytes = self._replies.readline()
+        line: bytes = self._replies.readline(_MAX_LINE_BYTES)
         if not line.endswith(b"\r\n"):
             raise EOFError("the connection was closed")
         if line.startswith(b"-OOM"):

@@ -67,7 +67,11 @@ class Checkpoints:
         return None
 
     async def _read(self, stem: str) -> bytes:
-        expected = json.loads(bytes(await self._objects.get(f"{stem}.json")))["digest"]
+        record = bytes(await self._objects.get(f"{stem}.json"))
+        try:
+            expected = json.loads(record)["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DigestMismatch(f"the record of checkpoint {stem} is damaged: {error!r}") from error
         try:
             content = bytes(await self._objects.get(f"{stem}.safetensors"))
         except NotFound as error:

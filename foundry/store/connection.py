@@ -3,10 +3,16 @@
 `foundry:epoch` holds the run id of the server for which pointers were last restored. A server that restarted (empty or
 with an old snapshot) or a replica that took over has another run id; then every checked script answers `empty` and
 changes nothing until `on_empty` has restored the pointers from object storage.
+
+Arguments and replies of scripts carry a checksum: a bit that flips on the way (TCP's own 16-bit sum misses some) moves
+no pointer and is read by nobody as another version. A reply's also covers its call: where a flipped bit puts requests
+and replies out of step, nobody takes the answer to another question.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,12 +22,12 @@ import redis.connection as blocking_connections
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
     ConnectionError,
+    InvalidResponse,
     MasterDownError,
     NoPermissionError,
     NoScriptError,
@@ -41,6 +47,31 @@ local server_run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local restored = redis.call('GET', 'foundry:epoch') == server_run
 """
 _CHECKED = _EPOCH + "if not restored then return {'empty'} end\n"
+# Items of a reply become text one by one, as `_text` has it. The last argument is the checksum of those before it, of
+# which the last makes the call unique.
+_SEALED = """
+local function text(item)
+  if type(item) == 'table' then
+    local items = {}
+    for i = 1, #item do
+      -- Where a reply ends to Redis.
+      if item[i] == nil then break end
+      items[i] = text(item[i])
+    end
+    return '[' .. table.concat(items, ',') .. ']'
+  end
+  if type(item) == 'number' then return string.format('%%d', item) end
+  return item and #item .. ':' .. item or '-'
+end
+local sum = table.remove(ARGV)
+if redis.sha1hex(text(ARGV)) ~= sum then return {'damaged'} end
+table.remove(ARGV)
+local function script()
+%s
+end
+local reply = script()
+return {reply, redis.sha1hex(sum .. text(reply))}
+"""
 _READ = "return {'ok', redis.call(unpack(ARGV))}"
 
 _CONNECTIONS = 64
@@ -75,7 +106,8 @@ class Connection:
         # Whoever waits for an event holds a connection meanwhile, and must not take it from those who work.
         self._waiting = Redis.from_pool(ConnectionPool(max_connections=_WAITING_CONNECTIONS, **pooled))
         self.on_empty: Callable[[], Awaitable[object]] = _nothing_restores
-        self._scripts: dict[tuple[str, bool], AsyncScript] = {}
+        # The script as it is sent, by itself and whether it is checked.
+        self._scripts: dict[tuple[str, bool], str] = {}
 
     async def close(self) -> None:
         await self.redis.aclose()
@@ -116,11 +148,11 @@ class Connection:
         redis = self._waiting if block else self.redis
         with redis_errors():
             streams: Any = await redis.xread({key: after}, count=1000, block=block_ms)
-        return [
-            (entry_id.decode(), {name.decode(): value.decode() for name, value in fields.items()})
-            for _, entries in streams
-            for entry_id, fields in entries
-        ]
+            return [
+                (entry_id.decode(), {name.decode(): value.decode() for name, value in fields.items()})
+                for _, entries in streams
+                for entry_id, fields in entries
+            ]
 
     async def wait_for_token(self, key: str, seconds: float) -> None:
         """Take one item off a list, or give up after `seconds`, at most half the socket's patience."""
@@ -129,18 +161,36 @@ class Connection:
             await self._waiting.blpop([key], timeout=max(0.01, min(seconds, self.timeout_seconds / 2)))
 
     async def _eval(self, script: str, args: tuple[str | int, ...], *, checked: bool) -> Reply:
-        known = self._scripts.get((script, checked))
-        if known is None:
-            text = (_CHECKED if checked else _EPOCH) + script
-            known = self._scripts[script, checked] = self.redis.register_script(text)
+        text = self._scripts.get((script, checked))
+        if text is None:
+            text = self._scripts[script, checked] = _SEALED % ((_CHECKED if checked else _EPOCH) + script)
+        arguments = [*(str(arg).encode() for arg in args), os.urandom(8).hex().encode()]
+        asked = _sha1(_text(arguments))
         with redis_errors():
-            return cast(Reply, _decoded(await known(args=list(args))))
+            reply = await self._call(text, [*arguments, asked])
+        # A reply of another shape is damaged too: whatever it was, its checksum isn't there.
+        if not (isinstance(reply, list) and len(reply) == 2 and reply[1] == _sha1(asked + _text(reply[0]))):
+            # Those that are out of step would never come into step again.
+            await self.redis.connection_pool.disconnect(inuse_connections=False)
+            raise StoreUnavailable("what was said to Redis or what it answered was damaged on the way")
+        return cast(Reply, _decoded(reply[0]))
+
+    async def _call(self, text: str, args: list[bytes]) -> Any:
+        sha = _sha1(text.encode()).decode()
+        try:
+            return await self.redis.evalsha(sha, 0, *args)
+        except NoScriptError:
+            loaded = await self.redis.script_load(text)
+        if loaded not in (sha, sha.encode()):
+            # Another script, which a flipped bit made of ours. Nobody calls it.
+            raise StoreUnavailable("a script was damaged on its way to Redis")
+        return await self.redis.evalsha(sha, 0, *args)
 
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Raises StoreUnavailable, StoreRefused or StoreFull for what Redis or the way to it refuses; other replies are our
-    bugs. None of these texts holds a password."""
+    """Raises StoreUnavailable, StoreRefused or StoreFull for what Redis or the way to it refuses; a script that dies is
+    our bug. None of these texts holds a password."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -151,6 +201,8 @@ def redis_errors() -> Iterator[None]:
         ConnectionError,
         TimeoutError,
         OSError,
+        InvalidResponse,
+        UnicodeDecodeError,
         BusyLoadingError,
         MasterDownError,
         ReadOnlyError,
@@ -164,13 +216,28 @@ def redis_errors() -> Iterator[None]:
         # What a script may not do has no type of its own.
         if "ACL failure in script" in str(error):
             raise _refused(error) from error
-        raise
+        if "user_script" in str(error) and "compiling" not in str(error):
+            raise
+        # Commands and scripts that nobody sent so: they were damaged on the way.
+        raise StoreUnavailable(f"Redis did not understand: {error}") from error
 
 
 def _refused(error: Exception) -> StoreRefused:
     return StoreRefused(
         f"Redis refused us: check user and password (store.redis_*) and the user's ACL (docs/store.md): {error}"
     )
+
+
+def _sha1(content: bytes) -> bytes:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest().encode()
+
+
+def _text(item: Any) -> bytes:
+    if isinstance(item, list):
+        return b"[" + b",".join(map(_text, item)) + b"]"
+    if isinstance(item, bytes):
+        return b"%d:%s" % (len(item), item)
+    return b"-" if item is None else b"%d" % item
 
 
 def _decoded(reply: Any) -> Any:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TypeVar
 
-from foundry.errors import DigestMismatch, InvalidArgument, NotFound
+from foundry.errors import DigestMismatch, InvalidArgument, NotFound, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import bulk
 from foundry.store.connection import Connection, redis_errors
@@ -55,13 +55,15 @@ class HotBytes:
             text = await self._connection.redis.get(_key(digest))
         if text is None:
             return None
+        if not isinstance(text, bytes):
+            raise StoreUnavailable(f"Redis answered {text!r} when asked for {_key(digest)}")
         header = self._header(digest, text)
         try:
             return await self._in_thread(lambda: self._receive(digest, header))
         except NotFound:
             return None
 
-    def _header(self, digest: str, text: bytes | str) -> CartridgeHeader:
+    def _header(self, digest: str, text: bytes) -> CartridgeHeader:
         try:
             header = CartridgeHeader.from_dict(json.loads(text)["header"])
         except (ValueError, KeyError, TypeError, InvalidArgument) as error:

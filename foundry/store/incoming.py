@@ -5,7 +5,6 @@ from __future__ import annotations
 from threading import Condition, Thread
 from types import TracebackType
 
-from foundry.errors import DigestMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester
 from foundry.memory import allocate
 
@@ -45,8 +44,7 @@ class Incoming:
         """The cartridge, once all has landed. Raises DigestMismatch unless these are the bytes `digest` names."""
         self.landed(self.header.num_bytes)
         self.__exit__(None, None, None)
-        if (found := self._digester.digest()) != digest:
-            raise DigestMismatch(f"cartridge bytes hash to {found}, expected {digest}")
+        self._digester.verify(digest)
         return CartridgeBytes(self.header, self.memory)
 
     def _hash(self) -> None:

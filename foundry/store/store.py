@@ -143,7 +143,8 @@ class CartridgeStore:
     async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
         """Store the bytes, then the manifest, then move `latest` forward and announce the version.
 
-        Repeating a publish (same run, step and digest) returns the version it made. Raises Fenced unless `draft.run`
+        Repeating a publish (same run, step and digest) returns the version it made; if durable, its blob is written
+        again, over one that may be damaged. Raises Fenced unless `draft.run`
         and `draft.attempt` hold the name. After an error nothing has become visible and the call may be repeated.
         """
         for _ in range(_PUBLISH_ATTEMPTS):
@@ -166,7 +167,7 @@ class CartridgeStore:
         if (manifest := reservation.committed) is not None:
             await self._pointers.drop_staged(token, len(chunks(stored.header)))
             if durable:
-                await self.make_durable(manifest.name, manifest.version)
+                await self._keep(manifest, stored)
             return manifest
         manifest = Manifest.of(
             draft,
@@ -342,12 +343,16 @@ class CartridgeStore:
         manifest = await self._pointers.manifest(check_name(name), check_version(version))
         if version in await self._pointers.durable(name):
             return
+        await self._keep(manifest, None)
+
+    async def _keep(self, manifest: Manifest, stored: CartridgeBytes | None) -> None:
+        """Write a version's blob and manifest; with no bytes at hand those that the store has."""
         # Trimming would otherwise forget the version while it is copied.
         async with self.leased(manifest.digest, f"make-durable-{uuid.uuid4()}", _LEASE_WHILE_COPYING_SECONDS):
-            await self._durable.put_blob(manifest.digest, await self.fetch(manifest.digest))
+            await self._durable.put_blob(manifest.digest, stored or await self.fetch(manifest.digest))
             await self._durable.put_manifest(manifest)
-            if not await self._pointers.mark_durable(name, version):
-                await self._durable.delete_manifest(name, version)
+            if not await self._pointers.mark_durable(manifest.name, manifest.version):
+                await self._durable.delete_manifest(manifest.name, manifest.version)
                 raise CartridgeNotFound(f"cartridge {manifest.id} was deleted meanwhile", field="version")
 
     async def tag(self, name: str, tag: str, version: int) -> int | None:

@@ -200,6 +200,7 @@ class ScoreResponse(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    TENSORS_CHECKSUM_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     item: _builtins.int
     begin: _builtins.int
@@ -207,6 +208,8 @@ class ScoreResponse(_message.Message):
     ids_checksum: _builtins.str
     """foundry.identity.ids_checksum of the item's ids and this range."""
     context_digest: _builtins.str
+    tensors_checksum: _builtins.str
+    """foundry.identity.tensors_checksum of the tensors above, in the order of their fields."""
     @_builtins.property
     def chosen(self) -> _common_pb2.Tensor:
         """float32 [n]"""
@@ -249,10 +252,11 @@ class ScoreResponse(_message.Message):
         candidates: _common_pb2.Tensor | None = ...,
         hidden: _common_pb2.Tensor | None = ...,
         identity: _common_pb2.Identity | None = ...,
+        tensors_checksum: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "chosen", b"chosen", "hidden", b"hidden", "identity", b"identity", "tail_logprob", b"tail_logprob", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "candidates", b"candidates", "chosen", b"chosen", "context_digest", b"context_digest", "end", b"end", "hidden", b"hidden", "identity", b"identity", "ids_checksum", b"ids_checksum", "item", b"item", "request_id", b"request_id", "tail_logprob", b"tail_logprob", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "candidates", b"candidates", "chosen", b"chosen", "context_digest", b"context_digest", "end", b"end", "hidden", b"hidden", "identity", b"identity", "ids_checksum", b"ids_checksum", "item", b"item", "request_id", b"request_id", "tail_logprob", b"tail_logprob", "tensors_checksum", b"tensors_checksum", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

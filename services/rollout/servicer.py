@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from foundry.errors import Unavailable
+from foundry.identity import answer_checksum
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.admission import Admission, check_cartridge
 from services.rollout.driver import Job
@@ -73,6 +74,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
                         request_index, index, answer = places[place]
                         completion = rollout_pb2.Completion(
                             index=index, identity=answer.identity(output), **answer.add(waiting[place])
+                        )
+                        completion.checksum = answer_checksum(
+                            admissions[request_index].sequences[index].prompt_ids, completion.ids, completion.logprobs
                         )
                         yield rollout_pb2.GenerateBatchResponse(request_index=request_index, completion=completion)
 

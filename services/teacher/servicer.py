@@ -129,6 +129,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         parts = []
         for row in range(0, num_rows, step):
             begin, end = item.score_from + row, item.score_from + min(row + step, num_rows)
+            messages = {name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()}
             parts.append(
                 teacher_pb2.ScoreResponse(
                     request_id=request.request_id,
@@ -138,7 +139,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                     ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
                     context_digest=item.context_digest,
                     identity=self._identity(),
-                    **{name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()},
+                    tensors_checksum=tensors.checksum(messages.values()),
+                    **messages,
                 )
             )
         return parts

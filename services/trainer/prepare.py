@@ -8,7 +8,7 @@ from typing import Any
 
 from foundry.cartridge import TrainableCartridge, cut_context
 from foundry.errors import FingerprintMismatch, InvalidArgument
-from foundry.identity import content_digest
+from foundry.identity import content_digest, ids_digest
 from foundry.lm import FrozenLM
 from foundry.objectives import objective_named
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, DocumentPrompts, Prompts, RunSpec
@@ -66,6 +66,7 @@ class Preparation:
             lm.spec.fingerprint,
             self._template.digest,
             document,
+            ids_digest(context),
             self._settings.teacher_timeout_seconds,
         )
         await self._patience.call("teacher", self._teacher.put_context)

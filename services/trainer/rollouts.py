@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 
 from foundry.errors import AlignmentError
-from foundry.rpc.channel import open_channel, typed_errors
+from foundry.identity import answer_checksum
+from foundry.rpc.channel import decoded, open_channel, typed_errors
 from foundry.store.names import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.trainer.sample import Answer, Prompt, Sample
@@ -86,8 +87,11 @@ class Rollouts:
             stream = self._stubs[server].GenerateBatch(
                 rollout_pb2.GenerateBatchRequest(requests=requests), timeout=self._timeout_seconds
             )
-            async for response in stream:
-                self._check(response.completion, cartridges, peer)
+            async for message in stream:
+                response = decoded(message, peer)
+                if response.request_index >= len(requests):
+                    raise AlignmentError(f"{peer} answered prompt {response.request_index} of {len(requests)}")
+                self._check(response.completion, requests[response.request_index], cartridges, peer)
                 answers[response.request_index] = _answer(response.completion)
         if sorted(answers) != list(range(len(requests))):
             raise AlignmentError(f"{peer} answered {len(answers)} of {len(requests)} prompts")
@@ -112,7 +116,13 @@ class Rollouts:
             skip_prefix_cache=skip_prefix_cache,
         )
 
-    def _check(self, completion: rollout_pb2.Completion, cartridges: Sequence[CartridgeId], peer: str) -> None:
+    def _check(
+        self,
+        completion: rollout_pb2.Completion,
+        request: rollout_pb2.GenerateRequest,
+        cartridges: Sequence[CartridgeId],
+        peer: str,
+    ) -> None:
         identity = completion.identity
         found = (identity.model_fingerprint, identity.template_digest, [each.digest for each in identity.cartridges])
         wanted = (self._model_fingerprint, self._template_digest, [each.digest for each in cartridges])
@@ -123,8 +133,10 @@ class Rollouts:
                 f"{peer} answered with {len(completion.ids)} tokens and {len(completion.logprobs)} logprobs"
             )
         if completion.finish_reason not in (rollout_pb2.FINISH_REASON_STOP, rollout_pb2.FINISH_REASON_LENGTH):
-            reason = rollout_pb2.FinishReason.Name(completion.finish_reason)
-            raise AlignmentError(f"{peer} sent an answer that did not end: {reason}")
+            # A number, because one that was damaged may have no name.
+            raise AlignmentError(f"{peer} sent an answer that did not end: finish_reason {completion.finish_reason}")
+        if completion.checksum != answer_checksum(request.token_ids.ids, completion.ids, completion.logprobs):
+            raise AlignmentError(f"{peer} sent an answer that was damaged, or is another prompt's")
 
 
 def _answer(completion: rollout_pb2.Completion) -> Answer:

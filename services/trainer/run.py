@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from foundry.errors import CartridgeNotFound, Unavailable
+from foundry.errors import CartridgeNotFound, DigestMismatch, Unavailable
 from foundry.identity import Buffer
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective, objective_named
@@ -88,11 +88,11 @@ class Run:
                 return await self._rollouts.sample(
                     prompts, policy, temperature=self.spec.temperature, max_new_tokens=self.spec.max_new_tokens
                 )
-            except CartridgeNotFound as error:
+            except (CartridgeNotFound, DigestMismatch) as error:
                 if next(losses) > _MAX_LOSSES:
                     raise
-                # Redis was emptied and this version was not durable: the same bytes are published again.
-                await self._publish_policy()
+                # Redis was emptied and this version was not durable, or all copies are damaged: the bytes are here.
+                await self._publish_policy(durable=True)
                 raise Unavailable(f"{error.message}; it was published again") from error
 
         with self._timed("rollout"):

@@ -10,7 +10,7 @@ from foundry.errors import AlignmentError, ContextNotFound
 from foundry.identity import ids_checksum
 from foundry.objectives import Objective, TopK
 from foundry.rpc import tensors
-from foundry.rpc.channel import open_channel, typed_errors
+from foundry.rpc.channel import decoded, open_channel, typed_errors
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.trainer.sample import Sample
 from services.trainer.step import Signal
@@ -22,8 +22,15 @@ class Teacher:
     """One document's context on a teacher server."""
 
     def __init__(
-        self, address: str, model_fingerprint: str, template_digest: str, document: str, timeout_seconds: float
+        self,
+        address: str,
+        model_fingerprint: str,
+        template_digest: str,
+        document: str,
+        context_digest: str,
+        timeout_seconds: float,
     ) -> None:
+        """`context_digest` is of the ids that the document must become."""
         self._address = address
         self._channel = open_channel(address)
         self._stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(self._channel)
@@ -31,16 +38,22 @@ class Teacher:
         self._template_digest = template_digest
         self._document = document
         self._timeout_seconds = timeout_seconds
-        self._context_digest = ""
+        self._context_digest = context_digest
 
     async def put_context(self) -> None:
-        """Have the document's KV computed, or found. Raises what the teacher raised, e.g. DocumentTooLong."""
-        with typed_errors(f"teacher {self._address}"):
-            answer = await self._stub.PutContext(
+        """Have the document's KV computed, or found.
+
+        Raises what the teacher raised, e.g. DocumentTooLong, and AlignmentError if it read another document.
+        """
+        peer = f"teacher {self._address}"
+        with typed_errors(peer):
+            message = await self._stub.PutContext(
                 teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
                 timeout=self._timeout_seconds,
             )
-        self._context_digest = answer.context_digest
+        answer = decoded(message, peer)
+        if answer.context_digest != self._context_digest:
+            raise AlignmentError(f"{peer} read the document as {answer.context_digest}, it is {self._context_digest}")
 
     async def score(self, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
         """The teacher's word on every answer token of every sample, in order.
@@ -73,8 +86,10 @@ class Teacher:
             want=want,
         )
         parts: list[list[teacher_pb2.ScoreResponse]] = [[] for _ in samples]
-        with typed_errors(f"teacher {self._address}"):
-            async for response in self._stub.Score(_once(request), timeout=self._timeout_seconds):
+        peer = f"teacher {self._address}"
+        with typed_errors(peer):
+            async for message in self._stub.Score(_once(request), timeout=self._timeout_seconds):
+                response = decoded(message, peer)
                 if response.item >= len(samples):
                     raise AlignmentError(f"the teacher scored item {response.item} of {len(samples)}")
                 parts[response.item].append(response)
@@ -92,7 +107,10 @@ class Teacher:
                 raise AlignmentError(
                     f"item {index}: scores of positions {part.begin} to {part.end} do not belong to the ids sent"
                 )
-            rows = {tensor.shape[0] for field, tensor in part.ListFields() if field.message_type == _TENSOR}
+            scores = [tensor for field, tensor in part.ListFields() if field.message_type == _TENSOR]
+            if part.tensors_checksum != tensors.checksum(scores):
+                raise AlignmentError(f"item {index}: scores from position {part.begin} were damaged on the way")
+            rows = {tensor.shape[0] for tensor in scores}
             if rows != {part.end - part.begin}:
                 raise AlignmentError(
                     f"item {index}: {rows} rows came for the {part.end - part.begin} positions from {part.begin}"

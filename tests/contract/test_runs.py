@@ -333,6 +333,16 @@ async def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs: RunStore) 
         await runs.load_checkpoint(run_id)
 
 
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"digest": "bl\xe1ke3:"}'])
+async def test_a_checkpoint_whose_record_is_damaged_gives_way_to_the_one_before(runs: RunStore, record: bytes) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.save_checkpoint(run_id, 1, 5, [b"five"])
+    await runs.save_checkpoint(run_id, 1, 6, [b"six"])
+    await runs._checkpoints._objects.put(f"runs/{run_id}/checkpoints/000001-0000000006.json", [record])
+    assert await runs.load_checkpoint(run_id) == (5, b"five")
+
+
 async def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
     runs: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

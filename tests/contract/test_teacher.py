@@ -22,7 +22,7 @@ from foundry.errors import (
     InvalidArgument,
     ResourceExhausted,
 )
-from foundry.identity import ids_checksum
+from foundry.identity import ids_checksum, ids_digest
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective, TopK
 from foundry.rpc import tensors
@@ -91,7 +91,8 @@ SAMPLES = [
 
 async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
     template = ChatTemplate(lm.tokenizer)
-    teacher = Teacher(address, lm.spec.fingerprint, template.digest, document, timeout_seconds=30)
+    context_digest = ids_digest(template.context(document)) if document.strip() else ""
+    teacher = Teacher(address, lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30)
     await teacher.put_context()
     return teacher
 
@@ -190,6 +191,44 @@ async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch:
     )
     with pytest.raises(AlignmentError, match="do not belong"):
         await teacher.score(samples, FORWARD)
+    await teacher.close()
+
+
+@pytest.mark.parametrize("harm", ["data", "shape", "dtype"])
+@pytest.mark.parametrize("objective", [FORWARD, Objective("topk", k=4)], ids=lambda objective: objective.kind)
+async def test_scores_that_were_damaged_on_the_way_are_refused(
+    address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch, harm: str, objective: Objective
+) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    honest = TeacherServicer._parts
+
+    def damaged(*args: object) -> list[teacher_pb2.ScoreResponse]:
+        parts = honest(*args)  # type: ignore[arg-type]
+        tensor = parts[0].hidden if objective.needs_hidden else parts[0].topk_logprobs
+        if harm == "data":
+            tensor.data = bytes([tensor.data[0] ^ 1]) + tensor.data[1:]
+        elif harm == "shape":
+            del tensor.shape[:]
+        else:
+            tensor.dtype = "int32"
+        return parts
+
+    monkeypatch.setattr(TeacherServicer, "_parts", damaged)
+    with pytest.raises(AlignmentError, match="damaged"):
+        await teacher.score(SAMPLES, objective)
+    await teacher.close()
+
+
+async def test_a_document_that_was_damaged_on_the_way_is_refused(
+    address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = ChatTemplate.context
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    monkeypatch.setattr(
+        ChatTemplate, "context", lambda self, document, **values: honest(self, document[:-1] + "?", **values)
+    )
+    with pytest.raises(AlignmentError, match="read the document as"):
+        await teacher.put_context()
     await teacher.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from foundry.errors import AlignmentError, Unavailable
+from foundry.identity import answer_checksum
 from foundry.rpc.server import Server
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
@@ -52,6 +53,7 @@ class Scripted(rollout_pb2_grpc.RolloutServicer):
                     model_fingerprint="blake3:model", template_digest="blake3:template", cartridges=asked.cartridges
                 ),
             )
+            completion.checksum = answer_checksum(asked.token_ids.ids, completion.ids, completion.logprobs)
             for name, value in self.changes.items():
                 value(completion) if callable(value) else setattr(completion, name, value)
             yield rollout_pb2.GenerateBatchResponse(request_index=index, completion=completion)
@@ -118,9 +120,27 @@ def cut_off(completion: rollout_pb2.Completion) -> None:
     completion.finish_reason = rollout_pb2.FINISH_REASON_CANCELLED
 
 
-@pytest.mark.parametrize(
-    "lie", [other_bytes, bare_model, no_logprobs, empty, other_model, other_template, cut_off], ids=lambda f: f.__name__
-)
+def flipped_last_id(completion: rollout_pb2.Completion) -> None:
+    completion.ids[-1] ^= 1
+
+
+def flipped_logprob(completion: rollout_pb2.Completion) -> None:
+    completion.logprobs[0] = -0.50000006
+
+
+def unknown_finish_reason(completion: rollout_pb2.Completion) -> None:
+    completion.finish_reason = 17  # type: ignore[assignment]
+
+
+def another_prompts(completion: rollout_pb2.Completion) -> None:
+    completion.checksum = answer_checksum([9], completion.ids, completion.logprobs)
+
+
+LIES = [other_bytes, bare_model, no_logprobs, empty, other_model, other_template, cut_off]
+DAMAGES = [flipped_last_id, flipped_logprob, unknown_finish_reason, another_prompts]
+
+
+@pytest.mark.parametrize("lie", [*LIES, *DAMAGES], ids=lambda f: f.__name__)
 async def test_answers_of_another_policy_are_refused(servers: tuple[list[Scripted], Rollouts], lie: Any) -> None:
     scripted, rollouts = servers
     scripted[1].changes["lie"] = lie

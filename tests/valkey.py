@@ -24,7 +24,7 @@ PASSWORD = "planted-password-of-redis"
 _DOCUMENTED = re.compile(r"```acl\nuser foundry on >PASSWORD (?P<rules>[^\n]+)\n```")
 # With this one besides what tests alone do: look at, damage and empty what the store keeps.
 TESTER = "tester"
-_TESTER_RULES = "+flushall +script|flush +config|set +scan +strlen +ttl +setrange +append"
+_TESTER_RULES = "+flushall +script|flush +config|set +ttl +setrange +append"
 
 
 class Valkey:

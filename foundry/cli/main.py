@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foundry.cli import cartridges, chat, doctor, runs, stack, train
+from foundry.cli import cartridges, chat, doctor, runs, stack, store, train
 from foundry.cli.terminal import Group
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.add_typer(runs.app, name="runs")
 app.command()(chat.chat)
 app.command()(chat.ask)
 app.add_typer(cartridges.app, name="cartridges")
+app.command()(store.gc)
+app.add_typer(store.app, name="store")
 app.command()(doctor.doctor)
 
 

@@ -12,6 +12,7 @@ from foundry.store.run_spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpec
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.store import CartridgeStore
+from foundry.store.sweep import Swept
 from foundry.store.tag_record import TagRecord
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RunStore",
     "SelfStudyPrompts",
     "StoreSettings",
+    "Swept",
     "TagRecord",
     "check_name",
     "check_tag",

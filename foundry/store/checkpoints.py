@@ -12,14 +12,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from datetime import datetime
 
 import structlog
 from blake3 import blake3
 
 from foundry.errors import DigestMismatch, NotFound
 from foundry.identity import Buffer, content_digest
-from foundry.store.objects import Objects
+from foundry.store.objects import ObjectInfo, Objects
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +67,23 @@ class Checkpoints:
         if failure is not None:
             raise failure
         return None
+
+    async def of_runs_that_ended(self, *, before: datetime) -> AsyncIterator[ObjectInfo]:
+        """The files of all runs whose result was written before a time; of a checkpoint the json comes first."""
+        over: set[str] = set()
+        files: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
+        async for entry in self._objects.scan("runs"):
+            run = entry.key.split("/")[1]
+            if entry.key == f"runs/{run}/result.json" and entry.last_modified < before:
+                over.add(run)
+            elif _KEY.fullmatch(entry.key):
+                files[run].append(entry)
+        for run in sorted(over & files.keys()):
+            for entry in sorted(files[run], key=lambda entry: entry.key):
+                yield entry
+
+    async def delete(self, entry: ObjectInfo) -> None:
+        await self._objects.delete(entry.key)
 
     async def _read(self, stem: str) -> bytes:
         record = bytes(await self._objects.get(f"{stem}.json"))

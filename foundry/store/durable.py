@@ -13,16 +13,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 import structlog
 
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
-from foundry.identity import CartridgeBytes, CartridgeHeader, prologue_bytes, read_prologue
+from foundry.identity import CartridgeBytes, CartridgeHeader, Digester, prologue_bytes, read_prologue
 from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
-from foundry.store.objects import ETag, Objects
+from foundry.store.objects import ETag, ObjectInfo, Objects
 from foundry.store.tag_record import TagRecord
 
 log = structlog.get_logger(__name__)
@@ -36,6 +36,7 @@ _PROLOGUE_GUESS_BYTES = 2**16
 _RANGE_BYTES = 2**23
 _RANGES_AT_ONCE = 4
 _TOMBSTONE = {"withdrawn": True}
+_BLOB_KEY = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
 _MANIFEST_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
 _TAG_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
 _LIMIT_KEY = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
@@ -68,6 +69,45 @@ class Durable:
             return None
         except (InvalidArgument, ShapeMismatch) as error:
             raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
+
+    async def check_blob(self, digest: str) -> int | None:
+        """Bytes of the blob, hashed range by range; None if there is none. Raises DigestMismatch."""
+        key = _blob_key(digest)
+        try:
+            header, begin = await self._read_prologue(key)
+            digester = Digester(header)
+            for at in range(begin, begin + header.num_bytes, _RANGE_BYTES):
+                end = min(at + _RANGE_BYTES, begin + header.num_bytes)
+                await asyncio.to_thread(digester.update, await self._objects.get_range(key, at, end))
+        except NotFound:
+            return None
+        except (InvalidArgument, ShapeMismatch) as error:
+            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
+        if (found := digester.digest()) != digest:
+            raise DigestMismatch(f"the blob of {digest} is corrupt: it hashes to {found}")
+        return header.num_bytes
+
+    async def has_blob(self, digest: str) -> bool:
+        return await self._objects.exists(_blob_key(digest))
+
+    async def blob_digests(self) -> AsyncIterator[str]:
+        async for digest, _ in self.blobs():
+            yield digest
+
+    async def blobs(self) -> AsyncIterator[tuple[str, ObjectInfo]]:
+        """All blobs, with the digests that they are named by, in no order."""
+        async for entry in self._objects.scan("blobs"):
+            if match := _BLOB_KEY.fullmatch(entry.key):
+                yield f"blake3:{match['hex']}", entry
+
+    async def blob(self, digest: str) -> ObjectInfo | None:
+        try:
+            return await self._objects.head(_blob_key(digest))
+        except NotFound:
+            return None
+
+    async def delete_blob(self, digest: str) -> None:
+        await self._objects.delete(_blob_key(digest))
 
     async def _read_prologue(self, key: str) -> tuple[CartridgeHeader, int]:
         size = (await self._objects.head(key)).size
@@ -137,6 +177,20 @@ class Durable:
         keys = await self._objects.keys_here(f"cartridges/{name}")
         return await self._read_manifests(key for key in keys if _MANIFEST_KEY.fullmatch(key))
 
+    async def manifest_entries(self) -> AsyncIterator[tuple[str, int, ObjectInfo]]:
+        """(name, version, object) of every manifest and tombstone, unread and in no order."""
+        async for entry in self._objects.scan("cartridges"):
+            if match := _MANIFEST_KEY.fullmatch(entry.key):
+                yield match["name"], int(match["version"]), entry
+
+    async def read_manifest(self, key: str) -> Manifest | None:
+        """None if it is a tombstone or was deleted. Raises InvalidArgument if it is neither that nor a manifest."""
+        async with self._reads:
+            try:
+                return _manifest_at(bytes(await self._objects.get(key)))
+            except NotFound:
+                return None
+
     async def delete_manifest(self, name: str, version: int) -> bool:
         """False if there was none."""
         key = _manifest_key(name, version)
@@ -156,7 +210,7 @@ class Durable:
             if found:
                 return found[0]
         elif selector == LATEST:
-            for version in reversed(await self._versions(name)):
+            for version in reversed(await self.versions(name)):
                 try:
                     return (await self.manifest(name, version)).id
                 except CartridgeNotFound:
@@ -209,14 +263,14 @@ class Durable:
         keys = await self._objects.keys("cartridges")
         return sorted({match["name"] for key in keys if (match := _MANIFEST_KEY.fullmatch(key))})
 
-    async def delete_name(self, name: str) -> bool:
-        """Delete manifests and tags; False if there were none. Limits stay."""
-        keys = [key for key in await self._objects.keys_here(f"cartridges/{name}") if _MANIFEST_KEY.fullmatch(key)]
+    async def delete_name(self, name: str, versions: Iterable[int]) -> bool:
+        """Delete these versions and all tags; False if there were none. Limits stay."""
         # Tags first: a tag must not outlive its version.
         tags = [key for key in await self._objects.keys_here(f"cartridges/{name}/tags") if _TAG_KEY.fullmatch(key)]
-        for key in [*tags, *keys]:
+        manifests = [_manifest_key(name, version) for version in versions]
+        for key in [*tags, *manifests]:
             await self._objects.delete(key)
-        return bool(keys)
+        return bool(manifests)
 
     # Numbers
 
@@ -236,7 +290,8 @@ class Durable:
                 limits[match["name"]] = max(limits.get(match["name"], 0), int(match["limit"]))
         return limits
 
-    async def _versions(self, name: str) -> list[int]:
+    async def versions(self, name: str) -> list[int]:
+        """Numbers of manifests and tombstones, ascending."""
         keys = await self._objects.keys_here(f"cartridges/{name}")
         return sorted(int(match["version"]) for key in keys if (match := _MANIFEST_KEY.fullmatch(key)))
 
@@ -245,15 +300,12 @@ class Durable:
         return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.version)
 
     async def _read_manifest(self, key: str) -> Manifest | None:
-        async with self._reads:
-            try:
-                return _manifest_at(bytes(await self._objects.get(key)))
-            except NotFound:
-                return None  # deleted since it was listed
-            except InvalidArgument as error:
-                # One unreadable file must not take the other versions with it.
-                log.error("manifest_unreadable", key=key, error=str(error))
-                return None
+        try:
+            return await self.read_manifest(key)
+        except InvalidArgument as error:
+            # One unreadable file must not take the other versions with it.
+            log.error("manifest_unreadable", key=key, error=str(error))
+            return None
 
 
 def _manifest_at(content: bytes) -> Manifest | None:

@@ -14,6 +14,7 @@ from foundry.store import hot, scripts
 from foundry.store.connection import Connection, Reply
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.sweep_scripts import FORGET
 from foundry.store.tag_record import TagRecord
 
 
@@ -66,8 +67,9 @@ class Pointers:
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
         return [int(version) for version in reply[1]]
 
-    async def forget_pending(self, name: str, versions: list[int]) -> None:
-        await self._connection.run(scripts.FORGET_PENDING, name, *versions)
+    async def forget(self, name: str, version: int) -> None:
+        """Drop the reservation and whatever points to a version whose manifest was withdrawn or deleted."""
+        await self._connection.run(FORGET, name, version, 0)
 
     async def release(self, name: str, run: str, attempt: int) -> None:
         reply = await self._connection.run(scripts.RELEASE, name, run, attempt)
@@ -78,12 +80,17 @@ class Pointers:
         reply = await self._connection.run(scripts.CHECK_OWNER, draft.name, draft.run, draft.attempt)
         _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
 
-    async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached:
-        """The same run, step and digest get the same number again. Raises Fenced unless the caller is the owner."""
+    async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached | None:
+        """The same run, step and digest get the same number again; None while the sweeper deletes the blob.
+
+        Raises Fenced unless the caller is the owner.
+        """
         reply = await self._connection.run(
             scripts.RESERVE, draft.name, draft.run, draft.attempt, draft.step, digest, int(durable)
         )
         _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
+        if reply[0] == "condemned":
+            return None
         if reply[0] == "limit":
             return LimitReached(int(reply[1]))
         return Reservation(int(reply[1]), _manifest(reply[2]) if reply[0] == "committed" else None)
@@ -201,8 +208,10 @@ class Pointers:
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}: cancel that first", field="name")
         return bool(reply[0] == "ok")
 
-    async def lease(self, digest: str, holder: str, seconds: float) -> None:
-        await self._connection.run(scripts.LEASE, digest, holder, int(seconds * 1000))
+    async def lease(self, digest: str, holder: str, seconds: float) -> bool:
+        """False while the sweeper deletes the blob."""
+        reply = await self._connection.run(scripts.LEASE, digest, holder, int(seconds * 1000))
+        return bool(reply[0] == "ok")
 
     async def unlease(self, digest: str, holder: str) -> None:
         await self._connection.run(scripts.UNLEASE, digest, holder)
@@ -215,6 +224,20 @@ class Pointers:
 
     async def drop_staged(self, token: str, num_chunks: int) -> None:
         await self._connection.run(scripts.DROP_STAGED, token, num_chunks)
+
+    async def hot_digests(self) -> AsyncIterator[str]:
+        """Digests whose bytes some version keeps in Redis; one may come twice."""
+        cursor = "0"
+        while True:
+            cursor, keys = await self._connection.read("SCAN", cursor, "MATCH", "foundry:refs:*", "COUNT", 1000)
+            for key in keys:
+                yield key.removeprefix("foundry:refs:")
+            if cursor == "0":
+                return
+
+    async def hot_versions(self, digest: str) -> list[str]:
+        """`name@version` of the versions that keep these bytes in Redis."""
+        return sorted(await self._connection.read("SMEMBERS", f"foundry:refs:{digest}"))
 
     async def events(self, after: str) -> AsyncIterator[Published]:
         if after == "$":

@@ -16,6 +16,8 @@ Keys, all starting with `foundry:` (`name:` is `name:<cartridge name>` and so on
     bytes:<digest>   string  JSON {header, chunks}; `bytes:<digest>:<i>` are the chunks (see hot.py)
     staged:<token>:<i>       chunks of an upload that no commit has taken yet
     events           stream  published versions
+    reserving        set     names that have reservations, or had
+    condemned:<digest>  string  stands while the sweeper deletes that blob: no leases, no reservations
 """
 
 # Versions that a tag meant before and can go back to.
@@ -88,21 +90,33 @@ local function forget_version(name, version, value)
   if seen and string.match(seen, '^%d+') == version then call('HDEL', key('steps', name), step) end
 end
 
--- Beyond the newest `keep` versions: bytes leave Redis, and versions that were only there are forgotten.
-local function trim(name, keep)
-  local spared = {[call('HGET', key('name', name), 'latest') or ''] = true}
+-- Versions beyond the newest `keep` whose bytes may leave Redis: {version, value}.
+local function trimmable(name, keep)
+  local spared, found = {[call('HGET', key('name', name), 'latest') or ''] = true}, {}
   for _, version in ipairs(call('HVALS', key('tags', name))) do spared[version] = true end
   for _, version in ipairs(call('ZREVRANGE', key('hot', name), keep, -1)) do
     local value = call('HGET', key('versions', name), version)
-    if not value then
-      call('ZREM', key('hot', name), version)
-    elseif not spared[version] and not leased(digest_of(value)) then
-      drop_hot(name, version, digest_of(value))
-      if call('SISMEMBER', key('durable', name), version) == 0 then forget_version(name, version, value) end
-    end
+    if value and not spared[version] and not leased(digest_of(value)) then table.insert(found, {version, value}) end
   end
+  return found
+end
+
+-- Bytes leave Redis, and a version that was only there is forgotten.
+local function drop_version(name, version, value)
+  drop_hot(name, version, digest_of(value))
+  if call('SISMEMBER', key('durable', name), version) == 0 then forget_version(name, version, value) end
+end
+
+local function trim(name, keep)
+  local hot = key('hot', name)
+  for _, version in ipairs(call('ZREVRANGE', hot, 0, -1)) do
+    if call('HEXISTS', key('versions', name), version) == 0 then call('ZREM', hot, version) end
+  end
+  for _, each in ipairs(trimmable(name, keep)) do drop_version(name, each[1], each[2]) end
 end
 """
+
+LIBRARY = _LIBRARY
 
 # name, run, attempt, ms to hold it or ''
 # -> ok, pending durable versions of others | conflict, owner | fenced, run, attempt
@@ -130,15 +144,6 @@ return {'ok', stale}
 """
 )
 
-# name, version... -> ok
-FORGET_PENDING = (
-    _LIBRARY
-    + """
-for i = 2, #ARGV do call('HDEL', key('pending', ARGV[1]), ARGV[i]) end
-return {'ok'}
-"""
-)
-
 # name, run, attempt -> ok | fenced
 RELEASE = (
     _LIBRARY
@@ -153,7 +158,8 @@ return {'ok'}
 # name, run, attempt -> ok | fenced
 CHECK_OWNER = _LIBRARY + "return fence(ARGV[1], ARGV[2], ARGV[3]) or {'ok'}\n"
 
-# name, run, attempt, step, digest, durable -> ok, version | committed, version, value | limit, counter | fenced
+# name, run, attempt, step, digest, durable
+# -> ok, version | committed, version, value | limit, counter | condemned | fenced
 RESERVE = (
     _LIBRARY
     + """
@@ -175,11 +181,14 @@ for i = 1, #reserved, 2 do
     return {'ok', reserved[i]}
   end
 end
+-- The sweeper is deleting the blob. From the reservation on it refuses to.
+if durable == '1' and call('EXISTS', key('condemned', digest)) == 1 then return {'condemned'} end
 local state = key('name', name)
 local counts = call('HMGET', state, 'counter', 'limit')
 if tonumber(counts[1] or 0) >= tonumber(counts[2] or 0) then return {'limit', counts[1] or '0'} end
 local version = string.format('%d', call('HINCRBY', state, 'counter', 1))
 call('HSET', pending, version, mine .. ' ' .. durable)
+call('SADD', 'foundry:reserving', name)
 return {'ok', version}
 """
 )
@@ -376,10 +385,11 @@ return {'ok'}
 """
 )
 
-# digest, holder, milliseconds -> ok
+# digest, holder, milliseconds -> ok | condemned
 LEASE = (
     _LIBRARY
     + """
+if call('EXISTS', key('condemned', ARGV[1])) == 1 then return {'condemned'} end
 local leases = key('leases', ARGV[1])
 leased(ARGV[1])
 call('ZADD', leases, 'GT', now_ms() + tonumber(ARGV[3]), ARGV[2])

@@ -92,6 +92,16 @@ class StoreSettings(BaseModel):
     keep_hot: int = Field(default=4, ge=1)
     """Newest versions per name whose bytes stay in Redis. Tagged, leased and latest ones stay besides."""
 
+    keep_durable: int | None = Field(default=None, ge=1)
+    """Newest durable versions per name that `foundry gc` keeps; none: all. Tagged, leased and latest ones and those of
+    a run that holds the name stay besides."""
+
+    keep_durable_days: float | None = Field(default=None, gt=0)
+    """Age beyond which `foundry gc` removes durable versions, with the same exceptions; none: they don't age."""
+
+    sweep_grace_seconds: float = Field(default=3600.0, ge=0)
+    """Younger objects are never swept: longer than any publication takes, and than clocks differ."""
+
     redis_timeout_seconds: float = Field(default=5.0, gt=0)
     """Longest wait for a connection to Redis and for one reply."""
 

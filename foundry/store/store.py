@@ -10,9 +10,10 @@ import asyncio
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import structlog
 
@@ -27,6 +28,8 @@ from foundry.errors import (
 )
 from foundry.identity import CartridgeBytes, check_digest
 from foundry.store import rebuild
+from foundry.store.checkpoints import Checkpoints
+from foundry.store.condemned import MARK_SECONDS, Condemned
 from foundry.store.connection import Connection
 from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.documents import DocumentStore
@@ -36,15 +39,23 @@ from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
 from foundry.store.objects import Objects
 from foundry.store.pointers import Commit, LimitReached, Pointers, Published, Reservation
+from foundry.store.rebuild import Rebuilt
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
+from foundry.store.sweep import Retention, Sweeper, Swept
 from foundry.store.tag_record import TagRecord
+from foundry.store.verify import Checked, Verifier
 
 log = structlog.get_logger(__name__)
 
 _LAST_KNOWN_REFERENCES = 1024
 _PUBLISH_ATTEMPTS = 3
 _LEASE_WHILE_COPYING_SECONDS = 600.0
+# A sweep of one batch of blobs takes seconds.
+_CONDEMNED_WAIT_SECONDS = 30.0
+_CONDEMNED_POLL_SECONDS = 0.1
+
+Answer = TypeVar("Answer")
 
 
 class CartridgeStore:
@@ -59,13 +70,14 @@ class CartridgeStore:
         self._connection.on_empty = self.rebuild
         self._pointers = Pointers(self._connection)
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._condemned = Condemned(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
         # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
         self._last_known: OrderedDict[Reference, tuple[CartridgeId, float]] = OrderedDict()
         self._fetches: dict[str, asyncio.Task[CartridgeBytes]] = {}
-        self._rebuild: asyncio.Task[bool] | None = None
+        self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 
     @classmethod
     async def open(cls, settings: StoreSettings) -> CartridgeStore:
@@ -97,7 +109,7 @@ class CartridgeStore:
             log.warning("store_opened_without_redis", error=error.message)
 
     async def close(self) -> None:
-        tasks: list[asyncio.Task[bool] | asyncio.Task[CartridgeBytes]] = [*self._fetches.values()]
+        tasks: list[asyncio.Task[Rebuilt | None] | asyncio.Task[CartridgeBytes]] = [*self._fetches.values()]
         if self._rebuild is not None:
             tasks.append(self._rebuild)
         for task in tasks:
@@ -110,13 +122,17 @@ class CartridgeStore:
         """Raises StoreUnavailable unless Redis answers and its pointers are restored."""
         await self._connection.read("EXISTS", "foundry:epoch")
 
-    async def rebuild(self) -> bool:
-        """Restore Redis from object storage if it was emptied, restarted or replaced; False if it was not.
+    async def rebuild(self, *, force: bool = False) -> Rebuilt | None:
+        """Restore Redis from object storage if it was emptied, restarted or replaced; None if it was not.
 
-        Called by whatever meets an empty Redis; concurrent callers share one pass.
+        `force` does it in any case. Called by whatever meets an empty Redis; concurrent callers share one pass.
         """
+        if force:
+            await rebuild.drop_epoch(self._connection)
         if self._rebuild is None or self._rebuild.done():
-            self._rebuild = asyncio.create_task(rebuild.rebuild(self._connection, self._durable, self.runs))
+            self._rebuild = asyncio.create_task(
+                rebuild.rebuild(self._connection, self._durable, self._condemned, self.runs)
+            )
         return await asyncio.shield(self._rebuild)
 
     # Publishing
@@ -133,8 +149,7 @@ class CartridgeStore:
         for version in withdrawn:
             # Our predecessor is fenced by now, but may be about to write this manifest.
             await self._durable.withdraw(name, version)
-        if withdrawn:
-            await self._pointers.forget_pending(name, withdrawn)
+            await self._pointers.forget(name, version)
 
     async def release(self, name: str, run_id: str, attempt: int) -> None:
         """Let others publish. Raises Fenced if the caller is not the owner."""
@@ -194,12 +209,15 @@ class CartridgeStore:
         return None
 
     async def _reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation:
-        while True:
+        async def ask() -> Reservation | None:
             reservation = await self._pointers.reserve(draft, digest, durable=durable)
-            if not isinstance(reservation, LimitReached):
-                return reservation
-            limit = await self._durable.raise_limit(draft.name, reservation.counter)
-            await self._pointers.raise_limit(draft.name, limit)
+            while isinstance(reservation, LimitReached):
+                limit = await self._durable.raise_limit(draft.name, reservation.counter)
+                await self._pointers.raise_limit(draft.name, limit)
+                reservation = await self._pointers.reserve(draft, digest, durable=durable)
+            return reservation
+
+        return await _while_condemned(digest, ask)
 
     # Reading
 
@@ -433,11 +451,17 @@ class CartridgeStore:
         check_name(name)
         # Redis first: it refuses, and a crash in between leaves a version that can be deleted again.
         if version is None:
+            # Listed before others may take the name: what they publish is not deleted.
+            versions = await self._durable.versions(name)
             known = await self._pointers.delete_name(name)
-            known = await self._durable.delete_name(name) or known
+            known = await self._durable.delete_name(name, versions) or known
+            for each in versions:
+                await self._pointers.forget(name, each)
         else:
             known = await self._pointers.delete_version(name, check_version(version))
             known = await self._durable.delete_manifest(name, version) or known
+            # A rebuild that read the manifest before it went has made a pointer to it.
+            await self._pointers.forget(name, version)
         if not known:
             raise CartridgeNotFound(f"there is no cartridge {name}" + (f"@{version}" if version else ""), field="name")
         for reference in [known for known in self._last_known if known.name == name]:
@@ -446,10 +470,18 @@ class CartridgeStore:
     # Leases
 
     async def lease(self, digest: str, holder: str, seconds: float) -> None:
-        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it."""
+        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it.
+
+        Waits while the sweeper deletes the blob of that digest, which nothing needed until now.
+        """
         if seconds <= 0:
             raise InvalidArgument(f"a lease must be longer than 0 seconds, not {seconds}", field="seconds")
-        await self._pointers.lease(check_digest(digest), holder, seconds)
+        check_digest(digest)
+
+        async def ask() -> bool | None:
+            return await self._pointers.lease(digest, holder, seconds) or None
+
+        await _while_condemned(digest, ask)
 
     async def unlease(self, digest: str, holder: str) -> None:
         await self._pointers.unlease(check_digest(digest), holder)
@@ -465,3 +497,53 @@ class CartridgeStore:
             yield
         finally:
             await self.unlease(digest, holder)
+
+    # Upkeep
+
+    async def gc(
+        self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False
+    ) -> AsyncIterator[Swept]:
+        """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
+
+        Needs Redis. May be stopped at any point and run again. Raises DigestMismatch, after the rest is done, if a
+        manifest can't be read: then no blob goes.
+        """
+        settings = self.settings
+        retention = Retention(
+            keep_last=settings.keep_durable if keep_last is None else keep_last,
+            max_age_days=settings.keep_durable_days if max_age_days is None else max_age_days,
+            grace_seconds=settings.sweep_grace_seconds,
+            keep_hot=settings.keep_hot,
+        )
+        sweeper = Sweeper(
+            self._connection,
+            self._pointers,
+            self._durable,
+            self._condemned,
+            Checkpoints(self.objects),
+            retention,
+            dry_run=dry_run,
+        )
+        async for swept in sweeper.sweep():
+            yield swept
+
+    async def verify(self) -> AsyncIterator[Checked]:
+        """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
+        grace_seconds = self.settings.sweep_grace_seconds
+        verifier = Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds)
+        async for checked in verifier.verify():
+            yield checked
+
+
+async def _while_condemned(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:
+    """Ask until there is an answer: None while a sweeper deletes the blob. Raises StoreUnavailable if that lasts."""
+    deadline = time.monotonic() + _CONDEMNED_WAIT_SECONDS
+    while (answer := await ask()) is None:
+        if time.monotonic() > deadline:
+            raise StoreUnavailable(
+                f"a sweeper has been deleting an old blob of {digest} for {_CONDEMNED_WAIT_SECONDS:.0f} seconds; if it "
+                f"died, its mark goes {MARK_SECONDS:.0f} seconds after it was set: try again then",
+                retry_after_seconds=MARK_SECONDS,
+            )
+        await asyncio.sleep(_CONDEMNED_POLL_SECONDS)
+    return answer

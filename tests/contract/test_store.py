@@ -373,3 +373,10 @@ async def _take(store: CartridgeStore, after: str, count: int):  # type: ignore[
             count -= 1
             if not count:
                 return
+
+
+async def test_bytes_may_be_fetched_any_number_of_times(owned: CartridgeStore) -> None:
+    digest = (await publish(owned, 0)).digest
+    # The client library's pool refuses the 101st connection that it makes.
+    for _ in range(101):
+        await owned.fetch(digest)

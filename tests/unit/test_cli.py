@@ -23,6 +23,8 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FOUNDRY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FOUNDRY_GATEWAY", raising=False)
+    for variable in [name for name in os.environ if name.startswith("FOUNDRY_STORE__")]:
+        monkeypatch.delenv(variable)
 
 
 def foundry(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
@@ -61,13 +63,21 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     listed = foundry("--help").stdout
-    for command in ("up", "down", "status", "train", "runs", "chat", "ask", "cartridges", "doctor"):
+    for command in ("up", "down", "status", "train", "runs", "chat", "ask", "cartridges", "gc", "store", "doctor"):
         assert f"\n  {command} " in listed
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["runs", "ls"], ["runs", "show", "run-1"], ["cartridges", "ls"], ["cartridges", "rm", "handbook"]],
+    [
+        ["runs", "ls"],
+        ["runs", "show", "run-1"],
+        ["cartridges", "ls"],
+        ["cartridges", "rm", "handbook"],
+        ["gc", "--dry-run"],
+        ["store", "verify"],
+        ["store", "rebuild"],
+    ],
 )
 def test_commands_that_need_the_stack_say_how_to_start_it(arguments: list[str]) -> None:
     assert "foundry up" in refused(*arguments)
@@ -100,6 +110,14 @@ def test_version_to_remove_must_be_a_number() -> None:
 def test_gateway_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_GATEWAY", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9" in refused("runs", "ls")
+
+
+def test_store_settings_that_are_wrong_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOUNDRY_STORE__REDIS_URL", "redis://127.0.0.1:1")
+    assert "FOUNDRY_STORE__OBJECTS_URL: Field required" in refused("gc")
+    monkeypatch.setenv("FOUNDRY_STORE__OBJECTS_URL", "file:///nowhere")
+    monkeypatch.setenv("FOUNDRY_STORE__KEEP_DURABLE", "0")
+    assert "FOUNDRY_STORE__KEEP_DURABLE: Input should be greater" in refused("store", "verify")
 
 
 def test_doctor_is_content_here() -> None:

@@ -1,0 +1,52 @@
+"""Which blobs a sweeper is deleting, written where a loss of Redis can't undo it.
+
+    condemned/<sweep>.json      a list of digests; stands from before Redis is marked until the last blob is gone
+
+Redis holds the marks that publishers meet (`foundry:condemned:<digest>`); a rebuild restores them from here, so that
+nobody puts a blob that a sweeper, which has not noticed the loss, then deletes.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+
+from foundry.errors import NotFound
+from foundry.store.objects import Objects
+
+# How long a mark stands if its sweeper dies. A sweeper begins no deletion later than DELETING_SECONDS after it marked
+# the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to arrive.
+MARK_SECONDS = 300.0
+DELETING_SECONDS = 60.0
+
+
+class Condemned:
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    async def put(self, sweep: str, digests: list[str]) -> None:
+        await self._objects.put(_key(sweep), [json.dumps(digests).encode()])
+
+    async def delete(self, sweep: str) -> None:
+        await self._objects.delete(_key(sweep))
+
+    async def digests(self) -> list[str]:
+        """All that some sweeper may be deleting."""
+        found: set[str] = set()
+        for key in await self._objects.keys_here("condemned"):
+            try:
+                found.update(json.loads(bytes(await self._objects.get(key))))
+            except NotFound:
+                continue  # that sweep has ended
+        return sorted(found)
+
+    async def forget_dead_sweeps(self) -> None:
+        """Delete what sweepers left that died: every mark of theirs has expired."""
+        before = datetime.now(UTC) - timedelta(seconds=2 * MARK_SECONDS)
+        async for entry in self._objects.scan("condemned"):
+            if entry.last_modified < before:
+                await self._objects.delete(entry.key)
+
+
+def _key(sweep: str) -> str:
+    return f"condemned/{sweep}.json"

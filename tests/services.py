@@ -36,11 +36,15 @@ T = TypeVar("T")
 class Process:
     """A service on a port that stays reserved, so that it can be killed and come back."""
 
-    def __init__(self, name: str, arguments: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], directory: Path, environment: dict[str, str], *, module: str = ""
+    ) -> None:
+        """`module` runs instead of the service's own, with the same options."""
         self._held = reserve()
         self.address = address_of(self._held)
         self.log = directory / f"{name}-{self.address.rpartition(':')[2]}.log"
-        self._command = [sys.executable, "-m", f"services.{name}.main", "--listen", self.address, *arguments]
+        module = module or f"services.{name}.main"
+        self._command = [sys.executable, "-m", module, "--listen", self.address, *arguments]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -113,8 +117,8 @@ class Stack:
         self._processes: list[Process] = []
         self._ports: list[socket.socket] = []
 
-    def spawn(self, name: str, *arguments: str) -> Process:
-        process = Process(name, arguments, self.directory, self._environment)
+    def spawn(self, name: str, *arguments: str, module: str = "") -> Process:
+        process = Process(name, arguments, self.directory, self._environment, module=module)
         self._processes.append(process)
         process.start()
         return process

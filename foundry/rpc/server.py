@@ -37,11 +37,15 @@ class Server:
             raise PortTaken(f"cannot listen on {address}: is another server running there?") from error
 
     async def start(self) -> None:
-        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.set_not_serving()
         await self.grpc.start()
 
     async def set_serving(self) -> None:
         await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def set_not_serving(self) -> None:
+        """Calls are still answered; those who balance by health send no more."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace_seconds: float) -> None:
         await self._health.enter_graceful_shutdown()

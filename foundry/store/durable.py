@@ -109,6 +109,15 @@ class Durable:
     async def delete_blob(self, digest: str) -> None:
         await self._objects.delete(_blob_key(digest))
 
+    async def header(self, digest: str) -> CartridgeHeader | None:
+        """What the blob's beginning says it is; None if there is none. Raises DigestMismatch if senseless."""
+        try:
+            return (await self._read_prologue(_blob_key(digest)))[0]
+        except NotFound:
+            return None
+        except (InvalidArgument, ShapeMismatch) as error:
+            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
+
     async def _read_prologue(self, key: str) -> tuple[CartridgeHeader, int]:
         size = (await self._objects.head(key)).size
         content = await self._objects.get_range(key, 0, min(size, _PROLOGUE_GUESS_BYTES))

@@ -49,21 +49,14 @@ class HotBytes:
         pieces = [(_staged_key(token, i), view[begin:end]) for i, (begin, end) in enumerate(chunks(stored.header))]
         await self._in_thread(lambda: bulk.send(self._connection.open_blocking, pieces, expire_seconds=STAGED_SECONDS))
 
-    async def get(self, digest: str) -> CartridgeBytes | None:
-        """The bytes, verified; None if a part is missing. Raises DigestMismatch if they are not what `digest` names."""
+    async def header(self, digest: str) -> CartridgeHeader | None:
+        """What the bytes are said to be; None if there are none. Raises DigestMismatch if senseless."""
         with redis_errors():
             text = await self._connection.redis.get(_key(digest))
         if text is None:
             return None
         if not isinstance(text, bytes):
             raise StoreUnavailable(f"Redis answered {text!r} when asked for {_key(digest)}")
-        header = self._header(digest, text)
-        try:
-            return await self._in_thread(lambda: self._receive(digest, header))
-        except NotFound:
-            return None
-
-    def _header(self, digest: str, text: bytes) -> CartridgeHeader:
         try:
             header = CartridgeHeader.from_dict(json.loads(text)["header"])
         except (ValueError, KeyError, TypeError, InvalidArgument) as error:
@@ -71,6 +64,16 @@ class HotBytes:
         if header.num_bytes > self._max_cartridge_bytes:
             raise DigestMismatch(f"the hot copy of {digest} claims {header.num_bytes} bytes, more than is ever stored")
         return header
+
+    async def get(self, digest: str) -> CartridgeBytes | None:
+        """The bytes, verified; None if a part is missing. Raises DigestMismatch if they are not what `digest` names."""
+        header = await self.header(digest)
+        if header is None:
+            return None
+        try:
+            return await self._in_thread(lambda: self._receive(digest, header))
+        except NotFound:
+            return None
 
     def _receive(self, digest: str, header: CartridgeHeader) -> CartridgeBytes:
         with Incoming(header) as incoming:

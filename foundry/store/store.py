@@ -26,7 +26,7 @@ from foundry.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from foundry.identity import CartridgeBytes, check_digest
+from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import rebuild
 from foundry.store.checkpoints import Checkpoints
 from foundry.store.condemned import MARK_SECONDS, Condemned
@@ -261,6 +261,22 @@ class CartridgeStore:
         self._last_known.move_to_end(reference)
         if len(self._last_known) > _LAST_KNOWN_REFERENCES:
             self._last_known.popitem(last=False)
+
+    async def header(self, digest: str) -> CartridgeHeader:
+        """What the copy of `digest` says it is, unverified: how much room its bytes need, without moving them.
+
+        Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
+        """
+        check_digest(digest)
+        failure: StoreUnavailable | DigestMismatch | None = None
+        try:
+            if (hot := await self._hot.header(digest)) is not None:
+                return hot
+        except (StoreUnavailable, DigestMismatch) as error:
+            failure = error
+        if (blob := await self._durable.header(digest)) is not None:
+            return blob
+        raise failure or CartridgeNotFound(f"no cartridge has digest {digest}", field="digest")
 
     async def fetch(self, digest: str) -> CartridgeBytes:
         """The bytes that `digest` names, verified. Concurrent fetches of one digest share one transfer.

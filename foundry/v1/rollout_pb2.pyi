@@ -41,6 +41,27 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    TIER_DEVICE: _Tier.ValueType  # 1
+    """With the engine, ready to decode."""
+    TIER_HOST: _Tier.ValueType  # 2
+    """Verified bytes in host memory only: one copy away."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper): ...
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+TIER_DEVICE: Tier.ValueType  # 1
+"""With the engine, ready to decode."""
+TIER_HOST: Tier.ValueType  # 2
+"""Verified bytes in host memory only: one copy away."""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
 @_typing.final
 class Sampling(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -364,7 +385,10 @@ class LoadRequest(_message.Message):
 
     CARTRIDGE_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
+    pin: _builtins.bool
+    """Keep it on the device until Unload."""
     @_builtins.property
     def cartridge(self) -> _common_pb2.CartridgeId: ...
     def __init__(
@@ -372,10 +396,11 @@ class LoadRequest(_message.Message):
         *,
         cartridge: _common_pb2.CartridgeId | None = ...,
         model_fingerprint: _builtins.str = ...,
+        pin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "model_fingerprint", b"model_fingerprint", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -456,9 +481,14 @@ class ResidentCartridge(_message.Message):
     CARTRIDGE_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     references: _builtins.int
     """Sequences decoding with it now."""
+    pinned: _builtins.bool
+    tier: Global___Tier.ValueType
+    """The nearest of those that hold it."""
     @_builtins.property
     def cartridge(self) -> _common_pb2.CartridgeId: ...
     def __init__(
@@ -467,10 +497,12 @@ class ResidentCartridge(_message.Message):
         cartridge: _common_pb2.CartridgeId | None = ...,
         num_bytes: _builtins.int = ...,
         references: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        tier: Global___Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "references", b"references"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "pinned", b"pinned", "references", b"references", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -486,12 +518,15 @@ class ResidentResponse(_message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     CARTRIDGES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     model_name: _builtins.str
     """The name under which the base model is served."""
     template_digest: _builtins.str
     max_sequence_tokens: _builtins.int
     budget_bytes: _builtins.int
+    """Of the device tier."""
+    host_budget_bytes: _builtins.int
     @_builtins.property
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentCartridge]: ...
     def __init__(
@@ -503,10 +538,11 @@ class ResidentResponse(_message.Message):
         max_sequence_tokens: _builtins.int = ...,
         cartridges: _abc.Iterable[Global___ResidentCartridge] | None = ...,
         budget_bytes: _builtins.int = ...,
+        host_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template_digest", b"template_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "host_budget_bytes", b"host_budget_bytes", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template_digest", b"template_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,14 +86,14 @@ class RolloutServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Fetch a cartridge before it is needed. A hint: Generate fetches what is missing.
+        """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Unload(self, request, context):
-        """Forget a cartridge that no sequence is using.
+        """Forget a cartridge that no sequence is using, pinned or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,9 @@ class RolloutStub:
     GenerateBatch: _grpc.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
     Load: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.LoadRequest, _rollout_pb2.LoadResponse]
-    """Fetch a cartridge before it is needed. A hint: Generate fetches what is missing."""
+    """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
     Unload: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.UnloadRequest, _rollout_pb2.UnloadResponse]
-    """Forget a cartridge that no sequence is using."""
+    """Forget a cartridge that no sequence is using, pinned or not."""
     Resident: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]
     """What this server serves and holds."""
     Drain: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]
@@ -56,9 +56,9 @@ class RolloutAsyncStub(RolloutStub):
     GenerateBatch: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]  # type: ignore[assignment]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
     Load: _aio.UnaryUnaryMultiCallable[_rollout_pb2.LoadRequest, _rollout_pb2.LoadResponse]  # type: ignore[assignment]
-    """Fetch a cartridge before it is needed. A hint: Generate fetches what is missing."""
+    """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
     Unload: _aio.UnaryUnaryMultiCallable[_rollout_pb2.UnloadRequest, _rollout_pb2.UnloadResponse]  # type: ignore[assignment]
-    """Forget a cartridge that no sequence is using."""
+    """Forget a cartridge that no sequence is using, pinned or not."""
     Resident: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]  # type: ignore[assignment]
     """What this server serves and holds."""
     Drain: _aio.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.LoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.LoadResponse, _abc.Awaitable[_rollout_pb2.LoadResponse]]:
-        """Fetch a cartridge before it is needed. A hint: Generate fetches what is missing."""
+        """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
 
     @_abc_1.abstractmethod
     def Unload(
@@ -97,7 +97,7 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.UnloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.UnloadResponse, _abc.Awaitable[_rollout_pb2.UnloadResponse]]:
-        """Forget a cartridge that no sequence is using."""
+        """Forget a cartridge that no sequence is using, pinned or not."""
 
     @_abc_1.abstractmethod
     def Resident(

@@ -14,6 +14,7 @@ from foundry.rpc.server import Server
 from foundry.store import CartridgeStore
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.rollout.parts import Parts
+from services.rollout.prefetch import Prefetch
 from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
 
@@ -23,7 +24,7 @@ log = structlog.get_logger(__name__)
 async def serve(settings: RolloutSettings) -> int:
     # Listening before the model is loaded: a port that is taken is known at once, and health answers NOT_SERVING.
     server = Server(settings.listen, [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
-    servicer = RolloutServicer()
+    servicer = RolloutServicer(server.set_not_serving)
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()
     log.info("listening", port=server.port)
@@ -35,6 +36,9 @@ async def serve(settings: RolloutSettings) -> int:
     parts = Parts.build(settings, lm, store)
     parts.driver.start()
     servicer.begin(parts)
+    prefetch = Prefetch(parts.residency, store.subscribe)
+    if settings.prefetch:
+        prefetch.start()
     # Until now a signal simply ended the process.
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,6 +49,7 @@ async def serve(settings: RolloutSettings) -> int:
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     # Refuses new calls at once and ends those in flight after the grace period.
     await server.stop(settings.grace_seconds)
+    await prefetch.close()
     await parts.residency.close()
     await parts.driver.close()
     await store.close()

@@ -17,9 +17,19 @@ TIME_PER_OUTPUT_TOKEN = Histogram(
     "From one token of a sequence to the next.",
     buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
 )
-RESIDENT_CARTRIDGES = Gauge("foundry_resident_cartridges", "Cartridges in memory.")
-RESIDENT_BYTES = Gauge("foundry_resident_cartridge_bytes", "Memory that resident cartridges take.")
-CARTRIDGE_EVICTIONS = Counter("foundry_cartridge_evictions", "Cartridges dropped to make room for others.")
+RESIDENT_CARTRIDGES = Gauge("foundry_resident_cartridges", "Cartridges in memory: device or host.", ["tier"])
+RESIDENT_BYTES = Gauge("foundry_resident_cartridge_bytes", "Memory that resident cartridges take.", ["tier"])
+CARTRIDGE_EVICTIONS = Counter("foundry_cartridge_evictions", "Cartridges dropped to make room for others.", ["tier"])
+CARTRIDGE_HITS = Counter(
+    "foundry_cartridge_hits",
+    "Cartridges asked for, by where they were found: device, host or store. One on its way counts once.",
+    ["tier"],
+)
+CARTRIDGE_PREFETCHES = Counter(
+    "foundry_cartridge_prefetches",
+    "New versions of names served here, by what became of the hint: loaded, resident, dropped or failed.",
+    ["result"],
+)
 CARTRIDGE_FETCH_SECONDS = Histogram(
     "foundry_cartridge_fetch_seconds",
     "Time to fetch a cartridge from the store and verify it.",

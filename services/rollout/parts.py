@@ -12,6 +12,8 @@ from services.rollout.engine.torch_engine import TorchEngine
 from services.rollout.residency import CartridgeSource, Residency
 from services.rollout.settings import RolloutSettings
 
+_HOST_BUDGET_BYTES = 8 * 1024**3
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -45,7 +47,18 @@ class Parts:
             template_digest=template.digest,
             admissions=admissions,
             residency=Residency(
-                lm.spec, source, engine, budget_bytes=settings.cartridge_budget_bytes, element_bytes=lm.dtype.itemsize
+                lm.spec,
+                source,
+                engine,
+                budget_bytes=settings.cartridge_budget_bytes,
+                host_budget_bytes=_host_budget_bytes(settings, lm),
+                element_bytes=lm.dtype.itemsize,
             ),
             driver=Driver(engine, max_sequences=max_sequences),
         )
+
+
+def _host_budget_bytes(settings: RolloutSettings, lm: FrozenLM) -> int:
+    if settings.host_cartridge_budget_bytes is not None:
+        return settings.host_cartridge_budget_bytes
+    return 0 if lm.device.type == "cpu" else _HOST_BUDGET_BYTES

@@ -1,57 +1,49 @@
 """Which cartridges are in memory, by digest.
 
-What is not resident is fetched by its digest and verified, and nothing else is ever used in its place. A cartridge
-stays while sequences use it; of the others the least recently used make room when the byte budget is reached.
+What is not on the device comes from host memory, else from the store by its digest and verified; nothing else is ever
+used in its place. Old and new versions are resident side by side: a load pauses nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from foundry.cartridge import Cartridge
-from foundry.errors import Conflict, InvalidArgument, ResourceExhausted
-from foundry.identity import DTYPE_BYTES, CartridgeBytes, check_digest
+from foundry.errors import Conflict, DigestMismatch
+from foundry.identity import DTYPE_BYTES, CartridgeBytes, CartridgeHeader, check_digest
 from foundry.lm import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout import metrics
 from services.rollout.engine import Engine
+from services.rollout.tiers import DeviceTier, HostTier, Resident
 
 log = structlog.get_logger(__name__)
 
-_RETRY_AFTER_SECONDS = 1.0
+_SERVED_NAMES = 1024
 
 
 class CartridgeSource(Protocol):
     """Where cartridges come from: the store."""
 
-    async def fetch(self, digest: str) -> CartridgeBytes:
-        """Raises CartridgeNotFound."""
+    async def header(self, digest: str) -> CartridgeHeader:
+        """What the bytes are said to be, unverified: how much room they need. Raises CartridgeNotFound."""
         ...
 
-
-@dataclass(slots=True)
-class Resident:
-    """A cartridge in memory; `references` counts the sequences that use it."""
-
-    digest: str
-    # As the latest caller named it, for people to read.
-    named: CartridgeId
-    num_tokens: int
-    num_bytes: int
-    references: int = 0
+    async def fetch(self, digest: str) -> CartridgeBytes:
+        """The bytes, verified against their digest. Raises CartridgeNotFound, DigestMismatch."""
+        ...
 
 
 class Hold:
     """Resident cartridges that stay until `release`. `num_tokens` is of each digest."""
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self) -> None:
         self._taken: list[tuple[Resident, int]] = []
         self.num_tokens: dict[str, int] = {}
 
@@ -70,61 +62,85 @@ class Residency:
     """Used from the event loop only."""
 
     def __init__(
-        self, spec: ModelSpec, source: CartridgeSource, engine: Engine, *, budget_bytes: int, element_bytes: int
+        self,
+        spec: ModelSpec,
+        source: CartridgeSource,
+        engine: Engine,
+        *,
+        budget_bytes: int,
+        host_budget_bytes: int,
+        element_bytes: int,
     ) -> None:
         """`element_bytes` is the size of a number in the engine, which may widen a cartridge's own dtype."""
+        self.device = DeviceTier(engine, budget_bytes)
+        self.host = HostTier(host_budget_bytes)
         self._spec = spec
         self._source = source
         self._engine = engine
-        self.budget_bytes = budget_bytes
         self._element_bytes = element_bytes
-        # Least recently used first.
-        self._residents: OrderedDict[str, Resident] = OrderedDict()
         self._loads: dict[str, asyncio.Task[None]] = {}
-        # Of cartridges that are verified and on their way into the engine.
-        self._reserved_bytes = 0
+        # Name -> when it was last asked for (monotonic seconds), the latest one last.
+        self._served: OrderedDict[str, float] = OrderedDict()
 
     async def hold(self, cartridges: Sequence[tuple[CartridgeId, int]]) -> Hold:
         """Make the cartridges resident, each with a number of references, until the hold is released.
 
-        Raises CartridgeNotFound, DigestMismatch, ShapeMismatch, ResourceExhausted and what the store raises.
+        Raises what `load` raises.
         """
-        hold = Hold(self)
+        hold = Hold()
         try:
             for cartridge, references in cartridges:
                 await self.load(cartridge)
-                hold.take(self._residents[cartridge.digest], references)
+                hold.take(self.device.use(cartridge.digest), references)
         except BaseException:
             hold.release()
             raise
         return hold
 
-    async def load(self, cartridge: CartridgeId) -> bool:
-        """Make a cartridge resident; concurrent calls share one fetch. True if it was there already."""
+    async def load(self, cartridge: CartridgeId, *, pin: bool = False) -> bool:
+        """Make a cartridge resident; concurrent calls share one load. True if it was there already.
+
+        A pinned one stays until `unload`. Raises CartridgeNotFound, DigestMismatch, ShapeMismatch, InvalidArgument
+        and ResourceExhausted if there is no room for it, and what the store raises.
+        """
+        self._note_served(cartridge.name)
+        already_resident = await self.prefetch(cartridge)
+        if already_resident:
+            metrics.CARTRIDGE_HITS.labels("device").inc()
+        resident = self.device.use(cartridge.digest)
+        # Each keeps its place by use, not by when it came: what leaves the device last was in the host tier last.
+        self.host.use(cartridge.digest)
+        resident.pinned |= pin
+        return already_resident
+
+    async def prefetch(self, cartridge: CartridgeId) -> bool:
+        """`load` for nobody in particular: it is not noted as a use of the name."""
         digest = check_digest(cartridge.digest)
-        already_resident = digest in self._residents
+        already_resident = digest in self.device
         # Again if it was evicted between the end of its load and this task's turn.
-        while digest not in self._residents:
+        while digest not in self.device:
             if (task := self._loads.get(digest)) is None:
                 task = self._loads[digest] = asyncio.create_task(self._load(cartridge))
                 task.add_done_callback(lambda done: self._loaded(digest, done))
             # Shielded: the first caller may go away while others still wait.
             await asyncio.shield(task)
-        self._residents.move_to_end(digest)
-        self._residents[digest].named = cartridge
+        self.device.use(digest).named = cartridge
         return already_resident
 
     def unload(self, digest: str) -> None:
-        """Forget a cartridge; one that is not resident is none. Raises Conflict while sequences use it."""
+        """Forget a cartridge, pinned or not; one that is not resident is none. Raises Conflict while it is in use."""
         check_digest(digest)
-        if (resident := self._residents.get(digest)) is None:
-            return
-        if resident.references:
+        resident = self.device.get(digest)
+        if resident is not None and resident.references:
             raise Conflict(f"{resident.references} sequences are decoding with cartridge {digest}")
-        self._forget(resident)
+        if resident is not None:
+            self.device.remove(digest)
+        self.host.remove(digest)
 
-    def residents(self) -> Sequence[Resident]:
-        return list(self._residents.values())
+    def served_within(self, name: str, seconds: float) -> bool:
+        """Whether somebody asked for a cartridge of this name so lately."""
+        served_at = self._served.get(name)
+        return served_at is not None and time.monotonic() - served_at <= seconds
 
     async def close(self) -> None:
         loads = list(self._loads.values())
@@ -134,22 +150,29 @@ class Residency:
 
     async def _load(self, named: CartridgeId) -> None:
         digest = named.digest
-        with metrics.CARTRIDGE_FETCH_SECONDS.time():
-            stored = await self._source.fetch(digest)
-            await asyncio.to_thread(stored.verify, digest)
-        header = stored.header
+        kept = self.host.get(digest)
+        header = kept.stored.header if kept is not None else await self._source.header(digest)
+        # Before any byte is moved, or anything evicted for it.
         self._spec.check(header)
         num_bytes = header.num_bytes // DTYPE_BYTES[header.dtype] * self._element_bytes
-        self._make_room(digest, num_bytes)
-        self._reserved_bytes += num_bytes
-        try:
-            cartridge = await asyncio.to_thread(Cartridge.from_bytes, stored)
-            await asyncio.to_thread(self._engine.load, digest, cartridge)
-        finally:
-            self._reserved_bytes -= num_bytes
-        self._residents[digest] = Resident(digest, named, header.num_tokens, num_bytes)
-        self._observe()
-        log.info("cartridge loaded", digest=digest, num_tokens=header.num_tokens, num_bytes=num_bytes)
+        with self.device.loading(digest, num_bytes):
+            async with self.host.moving(digest, header.num_bytes) as found:
+                stored = found or await self._fetch(digest, header)
+                cartridge = await asyncio.to_thread(Cartridge.from_bytes, stored)
+                await asyncio.to_thread(self._engine.load, digest, cartridge)
+                self.host.keep(named, stored)
+            self.device.add(Resident(digest, named, header.num_tokens, num_bytes))
+        tier = "store" if found is None else "host"
+        metrics.CARTRIDGE_HITS.labels(tier).inc()
+        log.info("cartridge loaded", digest=digest, num_tokens=header.num_tokens, num_bytes=num_bytes, tier=tier)
+
+    async def _fetch(self, digest: str, header: CartridgeHeader) -> CartridgeBytes:
+        with metrics.CARTRIDGE_FETCH_SECONDS.time():
+            stored = await self._source.fetch(digest)
+        if stored.header != header:
+            # The digest is right about the bytes that came; the room was made for what the store said of them.
+            raise DigestMismatch(f"the store's note of what {digest} is differs from its verified bytes; ask again")
+        return stored
 
     def _loaded(self, digest: str, task: asyncio.Task[None]) -> None:
         del self._loads[digest]
@@ -157,33 +180,8 @@ class Residency:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("cartridge not loaded", digest=digest, error=str(error))
 
-    def _make_room(self, digest: str, num_bytes: int) -> None:
-        if num_bytes > self.budget_bytes:
-            raise InvalidArgument(
-                f"cartridge {digest} takes {num_bytes} bytes, the budget for all is {self.budget_bytes}",
-                field="cartridges",
-            )
-        residents = self.residents()
-        in_use = self._reserved_bytes + sum(resident.num_bytes for resident in residents if resident.references)
-        if in_use + num_bytes > self.budget_bytes:
-            raise ResourceExhausted(
-                f"no room for cartridge {digest} of {num_bytes} bytes: "
-                f"{in_use} of {self.budget_bytes} are taken by cartridges in use",
-                retry_after_seconds=_RETRY_AFTER_SECONDS,
-            )
-        idle = (resident for resident in residents if not resident.references)
-        while self._used_bytes() + num_bytes > self.budget_bytes:
-            self._forget(next(idle))
-            metrics.CARTRIDGE_EVICTIONS.inc()
-
-    def _used_bytes(self) -> int:
-        return self._reserved_bytes + sum(resident.num_bytes for resident in self._residents.values())
-
-    def _forget(self, resident: Resident) -> None:
-        del self._residents[resident.digest]
-        self._engine.unload(resident.digest)
-        self._observe()
-
-    def _observe(self) -> None:
-        metrics.RESIDENT_CARTRIDGES.set(len(self._residents))
-        metrics.RESIDENT_BYTES.set(sum(resident.num_bytes for resident in self._residents.values()))
+    def _note_served(self, name: str) -> None:
+        self._served[name] = time.monotonic()
+        self._served.move_to_end(name)
+        if len(self._served) > _SERVED_NAMES:
+            self._served.popitem(last=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from services.rollout.admission import Admission, check_cartridge
 from services.rollout.driver import Job
 from services.rollout.engine import FinishReason, TokenOutput
 from services.rollout.parts import Parts
+from services.rollout.residency import Residency
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,7 +32,9 @@ _CHUNK_TOKENS = 256
 class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     """Answers Unavailable until `begin`: the port is open while the model is still loading."""
 
-    def __init__(self) -> None:
+    def __init__(self, say_not_serving: Callable[[], Awaitable[None]]) -> None:
+        """`say_not_serving` tells those who watch the server's health that it takes no more work."""
+        self._say_not_serving = say_not_serving
         self._parts: Parts | None = None
 
     def begin(self, parts: Parts) -> None:
@@ -84,7 +87,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         parts = self._loaded()
         parts.admissions.check_fingerprint(request.model_fingerprint)
         check_cartridge(request.cartridge, "cartridge")
-        return rollout_pb2.LoadResponse(already_resident=await parts.residency.load(request.cartridge))
+        already_resident = await parts.residency.load(request.cartridge, pin=request.pin)
+        return rollout_pb2.LoadResponse(already_resident=already_resident)
 
     async def Unload(self, request: rollout_pb2.UnloadRequest, context: Context) -> rollout_pb2.UnloadResponse:
         self._loaded().residency.unload(request.digest)
@@ -97,25 +101,42 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             model_name=parts.model_name,
             template_digest=parts.template_digest,
             max_sequence_tokens=parts.admissions.max_sequence_tokens,
-            cartridges=[
-                rollout_pb2.ResidentCartridge(
-                    cartridge=resident.named,
-                    num_bytes=resident.num_bytes,
-                    references=resident.references,
-                )
-                for resident in parts.residency.residents()
-            ],
-            budget_bytes=parts.residency.budget_bytes,
+            cartridges=_residents(parts.residency),
+            budget_bytes=parts.residency.device.budget_bytes,
+            host_budget_bytes=parts.residency.host.budget_bytes,
         )
 
     async def Drain(self, request: rollout_pb2.DrainRequest, context: Context) -> rollout_pb2.DrainResponse:
-        await self._loaded().driver.drain()
+        parts = self._loaded()
+        # First, so that clients which balance by health are gone before they are refused.
+        await self._say_not_serving()
+        await parts.driver.drain()
         return rollout_pb2.DrainResponse()
 
     def _loaded(self) -> Parts:
         if self._parts is None:
             raise Unavailable("the model is still loading", retry_after_seconds=1.0)
         return self._parts
+
+
+def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
+    """Each cartridge once, with the nearest tier that holds it."""
+    on_device = [
+        rollout_pb2.ResidentCartridge(
+            cartridge=resident.named,
+            num_bytes=resident.num_bytes,
+            references=resident.references,
+            pinned=resident.pinned,
+            tier=rollout_pb2.TIER_DEVICE,
+        )
+        for resident in residency.device.residents()
+    ]
+    on_host = [
+        rollout_pb2.ResidentCartridge(cartridge=kept.named, num_bytes=kept.num_bytes, tier=rollout_pb2.TIER_HOST)
+        for kept in residency.host.entries()
+        if kept.named.digest not in residency.device
+    ]
+    return [*on_device, *on_host]
 
 
 @asynccontextmanager

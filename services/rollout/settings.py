@@ -50,5 +50,12 @@ class RolloutSettings(ServiceSettings):
     cartridge_budget_bytes: int = Field(default=4 * 1024**3, ge=1)
     """Memory for resident cartridges; of those that no sequence uses, the least recently used are dropped first."""
 
+    host_cartridge_budget_bytes: int | None = Field(default=None, ge=0)
+    """Host memory for verified cartridges, from which those dropped from the device come back without the store.
+    Unset: 0 on the CPU, where both are the same memory, else 8 GiB. With 0 cartridges are fetched one at a time."""
+
+    prefetch: bool = True
+    """Load new versions of the names served here as they are published."""
+
     grace_seconds: float = Field(default=30.0, ge=0)
     """How long calls in flight may go on after SIGTERM."""

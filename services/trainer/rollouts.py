@@ -39,7 +39,16 @@ class Rollouts:
         sampling = rollout_pb2.Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
         answers = await self._generate(prompts, [policy], sampling, skip_prefix_cache=True)
         return [
-            Sample(prompt.ids, answer.ids, answer.logprobs, policy.digest, policy.version, answer.truncated)
+            Sample(
+                prompt.ids,
+                answer.ids,
+                answer.logprobs,
+                policy.digest,
+                policy.version,
+                answer.truncated,
+                server=answer.server,
+                place=prompt.place,
+            )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
@@ -82,7 +91,8 @@ class Rollouts:
         self, server: int, requests: Sequence[rollout_pb2.GenerateRequest], cartridges: Sequence[CartridgeId]
     ) -> list[Answer]:
         answers: dict[int, Answer] = {}
-        peer = f"rollout {self._addresses[server]}"
+        address = self._addresses[server]
+        peer = f"rollout {address}"
         with typed_errors(peer):
             stream = self._stubs[server].GenerateBatch(
                 rollout_pb2.GenerateBatchRequest(requests=requests), timeout=self._timeout_seconds
@@ -92,7 +102,7 @@ class Rollouts:
                 if response.request_index >= len(requests):
                     raise AlignmentError(f"{peer} answered prompt {response.request_index} of {len(requests)}")
                 self._check(response.completion, requests[response.request_index], cartridges, peer)
-                answers[response.request_index] = _answer(response.completion)
+                answers[response.request_index] = _answer(response.completion, address)
         if sorted(answers) != list(range(len(requests))):
             raise AlignmentError(f"{peer} answered {len(answers)} of {len(requests)} prompts")
         return [answers[index] for index in range(len(requests))]
@@ -116,6 +126,10 @@ class Rollouts:
             skip_prefix_cache=skip_prefix_cache,
         )
 
+    def _check_identity(self, what: str, found: str, asked: str, peer: str) -> None:
+        if found != asked:
+            raise AlignmentError(f"{peer} answered with {what} {found or 'none'} when {asked or 'none'} was asked")
+
     def _check(
         self,
         completion: rollout_pb2.Completion,
@@ -124,10 +138,10 @@ class Rollouts:
         peer: str,
     ) -> None:
         identity = completion.identity
-        found = (identity.model_fingerprint, identity.template_digest, [each.digest for each in identity.cartridges])
-        wanted = (self._model_fingerprint, self._template_digest, [each.digest for each in cartridges])
-        if found != wanted:
-            raise AlignmentError(f"{peer} answered with {found}, asked for {wanted}")
+        self._check_identity("model", identity.model_fingerprint, self._model_fingerprint, peer)
+        self._check_identity("template", identity.template_digest, self._template_digest, peer)
+        found = ", ".join(each.digest for each in identity.cartridges)
+        self._check_identity("cartridges", found, ", ".join(each.digest for each in cartridges), peer)
         if not completion.ids or len(completion.ids) != len(completion.logprobs):
             raise AlignmentError(
                 f"{peer} answered with {len(completion.ids)} tokens and {len(completion.logprobs)} logprobs"
@@ -139,10 +153,11 @@ class Rollouts:
             raise AlignmentError(f"{peer} sent an answer that was damaged, or is another prompt's")
 
 
-def _answer(completion: rollout_pb2.Completion) -> Answer:
+def _answer(completion: rollout_pb2.Completion, server: str) -> Answer:
     return Answer(
         ids=list(completion.ids),
         logprobs=list(completion.logprobs),
         text=completion.text,
         truncated=completion.finish_reason == rollout_pb2.FINISH_REASON_LENGTH,
+        server=server,
     )

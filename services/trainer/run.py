@@ -75,7 +75,11 @@ class Run:
     async def _sample(self) -> list[Sample]:
         turns = self._curriculum.batch(self.progress.step, self.spec.batch_size, self.spec.seed)
         prompts = [
-            Prompt(turn, derive_seed(self.spec.seed, self.progress.step, place, copy))
+            Prompt(
+                turn,
+                derive_seed(self.spec.seed, self.progress.step, place, copy),
+                f"step {self.progress.step + 1}, prompt {place + 1} of {len(turns)}, answer {copy + 1}",
+            )
             for place, turn in enumerate(turns)
             for copy in range(self.spec.samples_per_prompt)
         ]
@@ -137,6 +141,10 @@ class Run:
                 "loss": update.loss,
                 "policy_mismatch_kl": update.policy_mismatch_kl,
                 "policy_mismatch_max": update.policy_mismatch_max,
+                "policy_mismatch_by_server": {
+                    server: {"tokens": each.num_tokens, "kl": each.kl, "max": each.largest}
+                    for server, each in update.mismatch_by_server.items()
+                },
                 "grad_norm": update.grad_norm,
                 "entropy": update.entropy,
                 "tokens": update.num_tokens,

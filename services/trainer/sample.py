@@ -14,6 +14,8 @@ class Prompt:
 
     ids: Sequence[int]
     seed: int
+    # Where in the run it is asked, for people to read.
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Answer:
     logprobs: Sequence[float]
     text: str
     truncated: bool
+    # Address of the rollout server.
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Sample:
     digest: str
     version: int
     truncated: bool
+    # Address of the rollout server that answered, and the prompt's place: whom to look at when the proof fails.
+    server: str = ""
+    place: str = ""
 
     @property
     def ids(self) -> list[int]:

@@ -6,16 +6,16 @@ Runs with torch and transformers alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foundry.cartridge import TrainableCartridge
-from foundry.errors import PolicyMismatch
 from foundry.lm import FrozenLM
 from foundry.objectives import Distilled, Objective, TopK, distill
+from services.trainer.proof import Mismatch, prove
 from services.trainer.sample import Sample
 
 # The teacher's word on one sample's answer: hidden states [N, E] or a TopK.
@@ -33,6 +33,7 @@ class Update:
     # Between the rollout's logprobs of the sampled tokens and the trainer's own, under the same version.
     policy_mismatch_kl: float
     policy_mismatch_max: float
+    mismatch_by_server: Mapping[str, Mismatch]
 
 
 class TrainingStep:
@@ -65,15 +66,17 @@ class TrainingStep:
             # Each part's loss is the mean over its own tokens; the step's is the mean over all.
             (part.loss * (part.token_loss_N.shape[0] / num_tokens)).backward()  # type: ignore[no-untyped-call]
             parts.append(part)
-        mismatch_kl, mismatch_max = self._prove(samples, torch.cat([part.chosen_logprob_N for part in parts]))
+        logprob_N = torch.cat([part.chosen_logprob_N for part in parts])
+        proof = prove(samples, logprob_N, self._policy_mismatch_threshold)
         self.optimiser.step()
         return Update(
             loss=torch.cat([part.token_loss_N for part in parts]).mean().item(),
             num_tokens=num_tokens,
             grad_norm=_norm(self.cartridge.master_L2GRD.grad),
             entropy=torch.cat([part.entropy_N for part in parts]).mean().item(),
-            policy_mismatch_kl=mismatch_kl,
-            policy_mismatch_max=mismatch_max,
+            policy_mismatch_kl=proof.total.kl,
+            policy_mismatch_max=proof.total.largest,
+            mismatch_by_server=proof.by_server,
         )
 
     def distill(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Distilled:
@@ -88,21 +91,6 @@ class TrainingStep:
                 begin, num_tokens = index, 0
             num_tokens += len(sample.ids)
         return [*bounds, (begin, len(samples))]
-
-    def _prove(self, samples: Sequence[Sample], trainer_logprobs: Tensor) -> tuple[float, float]:
-        claimed = torch.tensor(
-            [logprob for sample in samples for logprob in sample.rollout_logprobs], device=trainer_logprobs.device
-        )
-        # In float64: the ratios are near 1, and float32 would cancel to noise, even below zero.
-        log_ratio = trainer_logprobs.double() - claimed.double()
-        # The estimator k3 of http://joschu.net/blog/kl-approx.html: never negative, low variance.
-        kl = (torch.expm1(log_ratio) - log_ratio).mean().item()
-        if not kl <= self._policy_mismatch_threshold:
-            raise PolicyMismatch(
-                f"the rollout's logprobs are not those of {samples[0].digest}: policy_mismatch_kl is {kl:.3g}, the "
-                f"threshold {self._policy_mismatch_threshold:.3g}; nothing was trained on them"
-            )
-        return kl, log_ratio.abs().max().item()
 
 
 def distill_samples(

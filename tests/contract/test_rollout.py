@@ -29,7 +29,7 @@ from foundry.errors import (
     ShapeMismatch,
     Unavailable,
 )
-from foundry.identity import CartridgeBytes
+from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
@@ -54,9 +54,13 @@ class DictSource:
     def __init__(self) -> None:
         self.cartridges: dict[str, CartridgeBytes] = {}
 
+    async def header(self, digest: str) -> CartridgeHeader:
+        return (await self.fetch(digest)).header
+
     async def fetch(self, digest: str) -> CartridgeBytes:
         if digest not in self.cartridges:
             raise CartridgeNotFound(f"no cartridge {digest}")
+        self.cartridges[digest].verify(digest)
         return self.cartridges[digest]
 
 
@@ -86,7 +90,7 @@ class Rollout:
     """A running server, its parts, and calls with deadlines and typed errors."""
 
     def __init__(self, lm: FrozenLM, parts: Parts, source: DictSource, channel: grpc.aio.Channel) -> None:
-        self.lm, self.parts, self.source = lm, parts, source
+        self.lm, self.parts, self.source, self.channel = lm, parts, source, channel
         self.stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
         # What the servicer asked of the driver, as it happens.
         self.submitted: asyncio.Queue[Job] = asyncio.Queue()
@@ -187,8 +191,8 @@ async def serving(lm: FrozenLM, directory: Path, gate: Gate | None = None, **set
     step = engine.step
     if gate is not None:
         engine.step = lambda: (gate.wait(), step())[1]
-    servicer = RolloutServicer()
     server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
+    servicer = RolloutServicer(server.set_not_serving)
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()
     parts.driver.start()
@@ -610,6 +614,43 @@ async def test_references_while_decoding(lm: FrozenLM, directory: Path) -> None:
         assert not (await rollout.resident()).cartridges
 
 
+def hits() -> list[float]:
+    name, tiers = "foundry_cartridge_hits_total", ("device", "host", "store")
+    return [REGISTRY.get_sample_value(name, {"tier": tier}) or 0.0 for tier in tiers]
+
+
+async def test_pins_and_tiers_are_reported(lm: FrozenLM, directory: Path) -> None:
+    num_bytes = lm.spec.header(16, 1, torch.float32).num_bytes
+    budgets = {"cartridge_budget_bytes": 2 * num_bytes, "host_cartridge_budget_bytes": 4 * num_bytes}
+    async with serving(lm, directory, **budgets) as rollout:
+        pinned, old, new = (rollout.publish(seed, version=seed) for seed in range(3))
+        for cartridge in (pinned, old, new):
+            load = rollout_pb2.LoadRequest(
+                cartridge=cartridge, model_fingerprint=lm.spec.fingerprint, pin=cartridge is pinned
+            )
+            await rollout.stub.Load(load, timeout=TIMEOUT_SECONDS)
+        answer = await rollout.resident()
+        assert (answer.budget_bytes, answer.host_budget_bytes) == (2 * num_bytes, 4 * num_bytes)
+        assert [(each.cartridge, each.pinned, each.tier) for each in answer.cartridges] == [
+            (pinned, True, rollout_pb2.TIER_DEVICE),
+            (new, False, rollout_pb2.TIER_DEVICE),
+            (old, False, rollout_pb2.TIER_HOST),
+        ]
+        assert {each.num_bytes for each in answer.cartridges} == {num_bytes}
+        assert metric("foundry_resident_cartridges", tier="host") == 3
+        assert metric("foundry_resident_cartridge_bytes", tier="host") == 3 * num_bytes
+        before = hits()
+        # The store has lost it; host memory has not.
+        rollout.source.cartridges.clear()
+        for cartridge in (old, old, pinned):
+            await rollout.generate(rollout.request(cartridges=[cartridge]))
+        assert [now - old for now, old in zip(hits(), before, strict=True)] == [2, 1, 0]
+        for cartridge in (pinned, old):
+            await rollout.stub.Unload(rollout_pb2.UnloadRequest(digest=cartridge.digest), timeout=TIMEOUT_SECONDS)
+        answer = await rollout.resident()
+        assert [(each.cartridge, each.tier) for each in answer.cartridges] == [(new, rollout_pb2.TIER_HOST)]
+
+
 async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, directory: Path) -> None:
     gate = Gate()
     async with serving(lm, directory, gate) as rollout:
@@ -639,6 +680,8 @@ async def test_drain_refuses_new_work_and_returns_when_idle(lm: FrozenLM, direct
         job = await rollout.submitted.get()
         drain = asyncio.ensure_future(rollout.stub.Drain(rollout_pb2.DrainRequest(), timeout=TIMEOUT_SECONDS))
         await rollout.draining.wait()
+        # Who balances by health goes elsewhere; who comes all the same is refused.
+        assert await status(rollout.channel) == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(Unavailable, match="draining"):
             await rollout.generate(rollout.request())
         assert not drain.done()
@@ -764,8 +807,8 @@ async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: p
         assert await task == 1
 
 
-def metric(name: str) -> float:
-    value = REGISTRY.get_sample_value(name)
+def metric(name: str, **labels: str) -> float:
+    value = REGISTRY.get_sample_value(name, labels)
     assert value is not None, name
     return value
 
@@ -784,7 +827,9 @@ async def test_metrics(rollout: Rollout) -> None:
     await rollout.generate(request)
     await rollout.generate(request)
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [10, 12, 4, 2, 10, 1]
-    assert metric("foundry_resident_cartridges") == 1
-    assert metric("foundry_resident_cartridge_bytes") == (await rollout.resident()).cartridges[0].num_bytes
+    assert metric("foundry_resident_cartridges", tier="device") == 1
+    num_bytes = (await rollout.resident()).cartridges[0].num_bytes
+    assert metric("foundry_resident_cartridge_bytes", tier="device") == num_bytes
+    assert metric("foundry_resident_cartridges", tier="host") == 0
     assert metric("foundry_num_requests_running") == 0
     assert metric("foundry_num_requests_waiting") == 0

@@ -47,6 +47,31 @@ async def test_published_bytes_come_back_by_every_reference(owned: CartridgeStor
     assert blobs == ([f"blobs/blake3/{stored.digest()[7:]}.safetensors"] if durable else [])
 
 
+@pytest.mark.parametrize("durable", [False, True])
+async def test_the_header_comes_without_the_bytes(owned: CartridgeStore, durable: bool) -> None:
+    stored = cartridge(7, num_bytes=CHUNK_BYTES)
+    manifest = await owned.publish(stored, draft(), durable=durable)
+    assert await owned.header(manifest.digest) == stored.header
+    # From object storage where Redis has none, or nonsense.
+    redis = owned._connection.redis
+    for spoilt in (b"{}", b"nonsense", None):
+        key = f"foundry:bytes:{manifest.digest}"
+        await (redis.delete(key) if spoilt is None else redis.set(key, spoilt))
+        if durable:
+            assert await owned.header(manifest.digest) == stored.header
+        else:
+            with pytest.raises(CartridgeNotFound if spoilt is None else DigestMismatch):
+                await owned.header(manifest.digest)
+
+
+async def test_a_blob_without_a_header_is_corrupt(owned: CartridgeStore) -> None:
+    digest = "blake3:" + "1" * 64
+    for content in (b"x" * 7, b"\xff" * 100, (2).to_bytes(8, "little") + b"{}"):
+        await owned.objects.put(f"blobs/blake3/{digest[7:]}.safetensors", [content])
+        with pytest.raises(DigestMismatch):
+            await owned.header(digest)
+
+
 async def test_values_in_redis_stay_under_4_mib(owned: CartridgeStore) -> None:
     manifest = await owned.publish(cartridge(7, num_bytes=3 * CHUNK_BYTES), draft(), durable=False)
     keys = await hot_keys(owned, manifest.digest)

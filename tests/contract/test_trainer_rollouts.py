@@ -76,7 +76,7 @@ async def servers() -> AsyncIterator[tuple[list[Scripted], Rollouts]]:
         await server.stop(0)
 
 
-PROMPTS = [Prompt([10 + index], seed=index) for index in range(5)]
+PROMPTS = [Prompt([10 + index], seed=index, place=f"prompt {index}") for index in range(5)]
 
 
 async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list[Scripted], Rollouts]) -> None:
@@ -84,6 +84,8 @@ async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list
     samples = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
     assert [list(sample.answer_ids) for sample in samples] == [[10 + index, 2] for index in range(5)]
     assert {sample.digest for sample in samples} == {POLICY.digest}
+    assert [sample.server for sample in samples] == [rollouts._addresses[index % 2] for index in range(5)]
+    assert [sample.place for sample in samples] == [prompt.place for prompt in PROMPTS]
     assert [len(each.requests) for each in scripted] == [3, 2]
     request = scripted[1].requests[0]
     assert request.skip_prefix_cache
@@ -145,6 +147,19 @@ async def test_answers_of_another_policy_are_refused(servers: tuple[list[Scripte
     scripted, rollouts = servers
     scripted[1].changes["lie"] = lie
     with pytest.raises(AlignmentError, match="rollout 127"):
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+
+
+async def test_a_wrong_identity_names_the_server_and_both_digests(servers: tuple[list[Scripted], Rollouts]) -> None:
+    scripted, rollouts = servers
+    scripted[1].changes["lie"] = other_bytes
+    with pytest.raises(AlignmentError) as caught:
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert caught.value.message == (
+        f"rollout {rollouts._addresses[1]} answered with cartridges {OTHER.digest} when {POLICY.digest} was asked"
+    )
+    scripted[1].changes["lie"] = bare_model
+    with pytest.raises(AlignmentError, match=f"{rollouts._addresses[1]} answered with cartridges none when"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
 

@@ -70,5 +70,6 @@ async def follow(store: CartridgeStore, run_id: str) -> AsyncIterator[dict[str, 
 
 
 def numbers(event: dict[str, Any]) -> dict[str, Any]:
-    """What a run computes; how long it took is the machine's; attempts and version numbers depend on what was lost."""
-    return {key: value for key, value in event.items() if key not in ("seconds", "version", "attempt")}
+    """What a run computes; times and addresses are the machine's, attempts and versions depend on what was lost."""
+    others = ("seconds", "version", "attempt", "policy_mismatch_by_server")
+    return {key: value for key, value in event.items() if key not in others}

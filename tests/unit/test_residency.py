@@ -17,7 +17,7 @@ from foundry.errors import (
     ResourceExhausted,
     ShapeMismatch,
 )
-from foundry.identity import CartridgeBytes
+from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.lm import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout.engine import EngineStats
@@ -50,21 +50,32 @@ def named(cartridge: CartridgeBytes, version: int = 1) -> CartridgeId:
 
 
 class DictSource:
-    """A store that is a dictionary; `gate` holds fetches back."""
+    """A store that is a dictionary; `gate` holds every call back, `fetch_gate` fetches only."""
 
     def __init__(self, *cartridges: CartridgeBytes) -> None:
         self.cartridges = {cartridge.digest(): cartridge for cartridge in cartridges}
+        self.looked_up: list[str] = []
         self.fetched: list[str] = []
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
+        self.fetch_gate = asyncio.Event()
+        self.fetch_gate.set()
 
-    async def fetch(self, digest: str) -> CartridgeBytes:
-        self.fetched.append(digest)
+    async def header(self, digest: str) -> CartridgeHeader:
+        self.looked_up.append(digest)
         self.asked.set()
         await self.gate.wait()
         if digest not in self.cartridges:
             raise CartridgeNotFound(f"no cartridge {digest}")
+        return self.cartridges[digest].header
+
+    async def fetch(self, digest: str) -> CartridgeBytes:
+        self.fetched.append(digest)
+        await self.fetch_gate.wait()
+        if digest not in self.cartridges:
+            raise CartridgeNotFound(f"no cartridge {digest}")
+        self.cartridges[digest].verify(digest)
         return self.cartridges[digest]
 
 
@@ -92,9 +103,19 @@ class RecordingEngine:
         return EngineStats(0, 0)
 
 
-def make(source: DictSource, budget_bytes: int = 2 * ONE, element_bytes: int = 4) -> tuple[Residency, RecordingEngine]:
+def make(
+    source: DictSource, budget_bytes: int = 2 * ONE, host_budget_bytes: int = 0, element_bytes: int = 4
+) -> tuple[Residency, RecordingEngine]:
     engine = RecordingEngine()
-    return Residency(SPEC, source, engine, budget_bytes=budget_bytes, element_bytes=element_bytes), engine
+    residency = Residency(
+        SPEC,
+        source,
+        engine,
+        budget_bytes=budget_bytes,
+        host_budget_bytes=host_budget_bytes,
+        element_bytes=element_bytes,
+    )
+    return residency, engine
 
 
 async def test_what_is_loaded_are_the_bytes_of_the_digest() -> None:
@@ -103,7 +124,7 @@ async def test_what_is_loaded_are_the_bytes_of_the_digest() -> None:
     assert await residency.load(named(a)) is False
     assert await residency.load(named(a, version=2)) is True
     assert engine.loaded[a.digest()].to_bytes().digest() == a.digest()
-    (resident,) = residency.residents()
+    (resident,) = residency.device.residents()
     assert (resident.digest, resident.num_bytes, resident.num_tokens) == (a.digest(), ONE, P)
     assert resident.named.version == 2
 
@@ -143,7 +164,7 @@ async def test_wrong_bytes() -> None:
     with pytest.raises(DigestMismatch):
         await residency.load(named(a))
     assert not engine.loaded
-    assert not residency.residents()
+    assert not residency.device.residents()
 
 
 @pytest.mark.parametrize(
@@ -157,12 +178,14 @@ async def test_wrong_bytes() -> None:
     ],
     ids=["layers", "heads", "head_dim", "fingerprint", "rope"],
 )
-async def test_cartridge_of_another_model(other: ModelSpec) -> None:
+async def test_cartridge_of_another_model_is_refused_before_it_moves(other: ModelSpec) -> None:
     a = stored(0, spec=other)
-    residency, engine = make(DictSource(a), budget_bytes=10 * ONE)
+    source = DictSource(a)
+    residency, engine = make(source, budget_bytes=10 * ONE)
     with pytest.raises(ShapeMismatch):
         await residency.load(named(a))
     assert not engine.loaded
+    assert not source.fetched
 
 
 async def test_least_recently_used_makes_room() -> None:
@@ -187,7 +210,7 @@ async def test_what_is_used_stays() -> None:
     await residency.load(named(b))
     await residency.load(named(c))
     assert set(engine.loaded) == {a.digest(), c.digest()}
-    assert [each.references for each in residency.residents()] == [3, 0]
+    assert [each.references for each in residency.device.residents()] == [3, 0]
     other = await residency.hold([(named(a), 1), (named(c), 1)])
     with pytest.raises(ResourceExhausted) as caught:
         await residency.load(named(d))
@@ -223,7 +246,7 @@ async def test_the_budget_counts_what_the_engine_makes_of_it() -> None:
     narrow = stored(0, dtype=torch.bfloat16)
     residency, _ = make(DictSource(narrow), element_bytes=4)
     await residency.load(named(narrow))
-    assert residency.residents()[0].num_bytes == ONE == 2 * len(narrow.data)
+    assert residency.device.residents()[0].num_bytes == ONE == 2 * len(narrow.data)
 
 
 async def test_a_hold_that_fails_lets_go_of_what_it_had() -> None:
@@ -231,7 +254,7 @@ async def test_a_hold_that_fails_lets_go_of_what_it_had() -> None:
     residency, _ = make(DictSource(a))
     with pytest.raises(CartridgeNotFound):
         await residency.hold([(named(a), 1), (named(b), 1)])
-    assert [each.references for each in residency.residents()] == [0]
+    assert [each.references for each in residency.device.residents()] == [0]
 
 
 async def test_concurrent_loads_share_one_fetch() -> None:
@@ -247,7 +270,7 @@ async def test_concurrent_loads_share_one_fetch() -> None:
     results = await asyncio.gather(*loads, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert source.fetched == [a.digest()]
-    assert residency.residents()[0].references == 4
+    assert residency.device.residents()[0].references == 4
 
 
 async def test_concurrent_failures_reach_everybody() -> None:
@@ -260,7 +283,7 @@ async def test_concurrent_failures_reach_everybody() -> None:
     source.gate.set()
     results = await asyncio.gather(*loads, return_exceptions=True)
     assert [type(result) for result in results] == [CartridgeNotFound] * 3
-    assert len(source.fetched) == 1
+    assert (len(source.looked_up), len(source.fetched)) == (1, 0)
 
 
 async def test_concurrent_loads_never_exceed_the_budget() -> None:

@@ -24,14 +24,14 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLM:
     return FrozenLM.load(build_tiny_model(tmp_path_factory.mktemp("llama")))
 
 
-def make_step(lm: FrozenLM) -> TrainingStep:
+def make_step(lm: FrozenLM, threshold: float = 1e-4) -> TrainingStep:
     return TrainingStep(
         lm,
         make_cartridge(lm),
         Objective("forward_kl"),
         learning_rate=0.02,
         micro_batch_tokens=4096,
-        policy_mismatch_threshold=1e-4,
+        policy_mismatch_threshold=threshold,
     )
 
 
@@ -64,6 +64,42 @@ def test_nan_logprobs_are_refused(lm: FrozenLM) -> None:
     samples[0] = replace(samples[0], rollout_logprobs=[float("nan")] * len(samples[0].answer_ids))
     with pytest.raises(PolicyMismatch):
         step.run(samples, make_signals(lm, samples))
+
+
+@pytest.mark.parametrize("wrong", ["shifted", "nan"])
+def test_one_lying_server_among_many_is_named(lm: FrozenLM, wrong: str) -> None:
+    step = make_step(lm, threshold=5e-5)
+    samples = [
+        replace(
+            with_own_logprobs(lm, step.cartridge, sample),
+            server=f"10.0.0.{index % 3}:7001",
+            place=f"step 4, prompt {index}",
+            digest="blake3:" + "5" * 64,
+            version=5,
+        )
+        for index, sample in enumerate(make_samples([(3, 6)] * 9))
+    ]
+    honest = samples[7].rollout_logprobs
+    lie = [honest[0] - 0.05, *honest[1:]] if wrong == "shifted" else [float("nan"), *honest[1:]]
+    samples[7] = replace(samples[7], rollout_logprobs=lie)
+    before = step.cartridge.master_L2GRD.detach().clone()
+    signals = make_signals(lm, samples)
+    with pytest.raises(PolicyMismatch) as caught:
+        # A twentieth of a nat on one token of 54: over all servers together it would not be seen.
+        step.run(samples, signals)
+    message = caught.value.message
+    assert "1 of 3 rollout servers" in message
+    assert "Rollout 10.0.0.1:7001 claimed version 5, blake3:555" in message
+    assert "over 18 tokens, first in step 4, prompt 7" in message
+    assert ("nan" if wrong == "nan" else "|log ratio| 0.05 ") in message
+    assert "10.0.0.0" not in message
+    assert torch.equal(step.cartridge.master_L2GRD, before)
+    samples[7] = replace(samples[7], rollout_logprobs=honest)
+    update = step.run(samples, signals)
+    assert {server: each.num_tokens for server, each in update.mismatch_by_server.items()} == {
+        f"10.0.0.{index}:7001": 18 for index in range(3)
+    }
+    assert all(each.kl < 1e-9 for each in update.mismatch_by_server.values())
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:

@@ -49,6 +49,12 @@ kills: install  ## kill services and Valkey 200 times during one run (25 minutes
 faults: install  ## 10,000 seeded faults at the seams of store and RPC (a quarter of an hour; CI runs 500 with the tests)
 	FOUNDRY_FAULTS=10000 FOUNDRY_FAULTS_RESULT=benchmarks/results/faults.json $(BIN)/python -m pytest tests/chaos/test_faults.py
 
+properties: install  ## the store against a model of it, and its protocol, at length
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/contract/test_store_machine.py tests/unit/test_protocol.py
+
+bench-sync: install  ## how long a new version takes from the end of a step to its first token
+	$(BIN)/python -m benchmarks.sync
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -62,4 +68,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo test faults kills lint types check clean
+.PHONY: help install proto docs drift demo test faults kills properties bench-sync lint types check clean

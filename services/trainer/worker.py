@@ -129,13 +129,16 @@ class Worker:
                     state=hand.state,
                     waiting_for=hand.patience.waiting_for,
                 )
-            except StoreUnavailable as error:
-                log.warning("heartbeat failed", error=str(error))
             except Fenced as error:
                 log.warning("fenced", error=str(error))
                 lost.set()
                 abandon()
                 return
+            except StoreUnavailable as error:
+                log.warning("heartbeat failed", error=str(error))
+            except Exception:
+                # A fault of ours; the heart goes on beating, or another worker would take the run beside us.
+                log.exception("heartbeat failed")
             else:
                 self._obey(hand, desired, abandon)
             await asyncio.sleep(lease_seconds / 5)

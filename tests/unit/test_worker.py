@@ -39,7 +39,8 @@ async def test_the_heart_beats_on_after_a_failure(fault: Exception) -> None:
         cast(TrainerSettings, SimpleNamespace(lease_seconds=0.001)),
         cast(CartridgeStore, SimpleNamespace(runs=runs)),
     )
-    control, abandoned, lost = Control(), [], asyncio.Event()
+    abandoned: list[bool] = []
+    control, lost = Control(), asyncio.Event()
     hand = Hand(
         ClaimedRun(run_id="run-a", attempt=1, spec=run_spec(), desired=Desired.CONTINUE), control, Patience(1.0)
     )

@@ -157,11 +157,11 @@ class RolloutHost(_Host):
 
     def evict(self) -> int:
         """Unload all that is not in use; returns how many were."""
-        residents = self.parts.residency.residents()
+        residents = self.parts.residency.device.residents()
         for resident in residents:
             with suppress(FoundryError):
                 self.parts.residency.unload(resident.digest)
-        return len(residents) - len(self.parts.residency.residents())
+        return len(residents) - len(self.parts.residency.device.residents())
 
     async def _begin(self) -> None:
         self._store = await self._open_store()
@@ -170,7 +170,7 @@ class RolloutHost(_Host):
             self.parts = Parts.build(self._settings, self._lm, self._store)
         self.parts.driver.start()
         self._server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
-        servicer = _Rollout(self)
+        servicer = _Rollout(self, self._server)
         servicer.begin(self.parts)
         rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, self._server.grpc)
         await self._server.start()
@@ -184,8 +184,8 @@ class RolloutHost(_Host):
 
 
 class _Rollout(RolloutServicer):
-    def __init__(self, host: RolloutHost) -> None:
-        super().__init__()
+    def __init__(self, host: RolloutHost, server: Server) -> None:
+        super().__init__(server.set_not_serving)
         self._host = host
 
     async def GenerateBatch(

@@ -147,7 +147,7 @@ def _decoded_with_others(rng: random.Random, *, honest: bool) -> Tamper:
     async def tamper(call: Call) -> AsyncIterator[Any]:
         assert isinstance(call.server, RolloutHost)
         claimed = {named.digest for request in call.request.requests for named in request.cartridges}
-        residents = call.server.parts.residency.residents()
+        residents = call.server.parts.residency.device.residents()
         others = [resident.named for resident in residents if resident.digest not in claimed]
         asked = rollout_pb2.GenerateBatchRequest()
         asked.CopyFrom(call.request)

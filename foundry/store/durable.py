@@ -138,7 +138,10 @@ class Durable:
         async def read(at: int) -> None:
             end = min(at + step, size)
             async with reads:
-                incoming.memory[at:end] = await self._objects.get_range(key, begin + at, begin + end)
+                part = await self._objects.get_range(key, begin + at, begin + end)
+            if part.nbytes != end - at:
+                raise ShapeMismatch(f"{part.nbytes} bytes came where {end - at} were asked for")
+            incoming.memory[at:end] = part
 
         tasks = [asyncio.create_task(read(at)) for at in range(0, size, step)]
         try:

@@ -1,7 +1,7 @@
 """The store of cartridges: versions that never change, pointers that only fenced owners move.
 
-Object storage holds the truth (durable.py), Redis the pointers (pointers.py) and the bytes of the newest versions
-(hot.py). While Redis is reachable it knows every version; when it is not, object storage answers for the durable ones.
+Object storage holds the truth (durable/), Redis the pointers and the bytes of the newest versions (hot/). While Redis
+is reachable it knows every version; when it is not, object storage answers for the durable ones.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import asyncio
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
-from typing import TypeVar
 
 import structlog
 
@@ -27,35 +25,30 @@ from foundry.errors import (
     StoreUnavailable,
 )
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
-from foundry.store import rebuild
-from foundry.store.checkpoints import Checkpoints
-from foundry.store.condemned import MARK_SECONDS, Condemned
-from foundry.store.connection import Connection
 from foundry.store.credentials import RedisAccess, S3Access
-from foundry.store.documents import DocumentStore
-from foundry.store.durable import Durable
-from foundry.store.hot import HotBytes, chunks
+from foundry.store.durable.checkpoints import Checkpoints
+from foundry.store.durable.documents import DocumentStore
+from foundry.store.durable.objects import Objects
+from foundry.store.durable.tag_record import TagRecord
+from foundry.store.durable.versions import Durable
+from foundry.store.hot.bytes import HotBytes
+from foundry.store.hot.connection import Connection
+from foundry.store.hot.pointers import Pointers, Published
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
-from foundry.store.objects import Objects
-from foundry.store.pointers import Commit, LimitReached, Pointers, Published, Reservation
-from foundry.store.rebuild import Rebuilt
-from foundry.store.runs import RunStore
+from foundry.store.publish import Publisher
+from foundry.store.runs.store import RunStore
 from foundry.store.settings import StoreSettings
-from foundry.store.sweep import Retention, Sweeper, Swept
-from foundry.store.tag_record import TagRecord
-from foundry.store.verify import Checked, Verifier
+from foundry.store.upkeep import rebuild
+from foundry.store.upkeep.condemned import Condemned, while_condemned
+from foundry.store.upkeep.rebuild import Rebuilt
+from foundry.store.upkeep.sweep import Retention, Sweeper, Swept
+from foundry.store.upkeep.verify import Checked, Verifier
 
 log = structlog.get_logger(__name__)
 
 _LAST_KNOWN_REFERENCES = 1024
-_PUBLISH_ATTEMPTS = 3
 _LEASE_WHILE_COPYING_SECONDS = 600.0
-# A sweep of one batch of blobs takes seconds.
-_CONDEMNED_WAIT_SECONDS = 30.0
-_CONDEMNED_POLL_SECONDS = 0.1
-
-Answer = TypeVar("Answer")
 
 
 class CartridgeStore:
@@ -72,6 +65,7 @@ class CartridgeStore:
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
         self._condemned = Condemned(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
         # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
@@ -162,62 +156,7 @@ class CartridgeStore:
         again, over one that may be damaged. Raises Fenced unless `draft.run`
         and `draft.attempt` hold the name. After an error nothing has become visible and the call may be repeated.
         """
-        for _ in range(_PUBLISH_ATTEMPTS):
-            await self._pointers.check_owner(draft)
-            token = uuid.uuid4().hex
-            # Hashed while it is sent.
-            digest, _sent = await asyncio.gather(asyncio.to_thread(stored.digest), self._hot.stage(token, stored))
-            manifest = await self._publish_staged(token, stored, draft, digest, durable=durable)
-            if manifest is not None:
-                return manifest
-        raise StoreUnavailable(
-            f"Redis lost the publication of {draft.name} step {draft.step} {_PUBLISH_ATTEMPTS} times"
-        )
-
-    async def _publish_staged(
-        self, token: str, stored: CartridgeBytes, draft: ManifestDraft, digest: str, *, durable: bool
-    ) -> Manifest | None:
-        """None if Redis was emptied meanwhile: all has to be done again."""
-        reservation = await self._reserve(draft, digest, durable=durable)
-        if (manifest := reservation.committed) is not None:
-            await self._pointers.drop_staged(token, len(chunks(stored.header)))
-            if durable:
-                await self._keep(manifest, stored)
-            return manifest
-        manifest = Manifest.of(
-            draft,
-            header=stored.header,
-            digest=digest,
-            version=reservation.version,
-            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        )
-        if durable:
-            await self._durable.put_blob(digest, stored)
-            manifest = await self._durable.put_manifest(manifest)
-        outcome = await self._pointers.commit(
-            manifest,
-            token,
-            durable=durable,
-            keep_hot=self.settings.keep_hot,
-            event_stream_length=self.settings.event_stream_length,
-        )
-        if outcome is Commit.DONE:
-            return manifest
-        if durable and outcome is Commit.RESERVATION_LOST:
-            # The next attempt gets another number; nothing may find this one when pointers are restored.
-            await self._durable.withdraw(manifest.name, manifest.version)
-        return None
-
-    async def _reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation:
-        async def ask() -> Reservation | None:
-            reservation = await self._pointers.reserve(draft, digest, durable=durable)
-            while isinstance(reservation, LimitReached):
-                limit = await self._durable.raise_limit(draft.name, reservation.counter)
-                await self._pointers.raise_limit(draft.name, limit)
-                reservation = await self._pointers.reserve(draft, digest, durable=durable)
-            return reservation
-
-        return await _while_condemned(digest, ask)
+        return await self._publisher.publish(stored, draft, durable=durable)
 
     # Reading
 
@@ -497,7 +436,7 @@ class CartridgeStore:
         async def ask() -> bool | None:
             return await self._pointers.lease(digest, holder, seconds) or None
 
-        await _while_condemned(digest, ask)
+        await while_condemned(digest, ask)
 
     async def unlease(self, digest: str, holder: str) -> None:
         await self._pointers.unlease(check_digest(digest), holder)
@@ -549,17 +488,3 @@ class CartridgeStore:
         verifier = Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds)
         async for checked in verifier.verify():
             yield checked
-
-
-async def _while_condemned(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:
-    """Ask until there is an answer: None while a sweeper deletes the blob. Raises StoreUnavailable if that lasts."""
-    deadline = time.monotonic() + _CONDEMNED_WAIT_SECONDS
-    while (answer := await ask()) is None:
-        if time.monotonic() > deadline:
-            raise StoreUnavailable(
-                f"a sweeper has been deleting an old blob of {digest} for {_CONDEMNED_WAIT_SECONDS:.0f} seconds; if it "
-                f"died, its mark goes {MARK_SECONDS:.0f} seconds after it was set: try again then",
-                retry_after_seconds=MARK_SECONDS,
-            )
-        await asyncio.sleep(_CONDEMNED_POLL_SECONDS)
-    return answer

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from foundry import store as store_package
 from foundry.errors import InvalidArgument, StoreRefused, StoreUnavailable
-from foundry.store import CartridgeStore, Reference, RunState, StoreSettings, rebuild
-from foundry.store.connection import Connection
+from foundry.store import CartridgeStore, Reference, RunState, StoreSettings
 from foundry.store.credentials import RedisAccess
+from foundry.store.hot.connection import Connection
 from tests.store_data import cartridge, draft, run_spec
 from tests.tls import Authority, TlsFront
 from tests.valkey import PASSWORD, USER, Valkey, documented_rules
@@ -104,7 +105,7 @@ async def test_the_documented_rights_are_enough_over_tls(
 
 def test_the_documented_rights_are_those_that_are_used() -> None:
     """No more and no less: each command in the sources is in the documented line, and the other way round."""
-    sources = "".join(path.read_text() for path in Path(rebuild.__file__).parent.glob("*.py"))
+    sources = "".join(path.read_text() for path in Path(store_package.__file__).parent.rglob("*.py"))
     called = {word.lower() for word in re.findall(r"(?:call\(|\.read\(\s*)['\"]([A-Z]+)['\"]", sources)}
     # By the client's methods, by values of many megabytes, and by the client itself.
     called |= {"get", "set", "xread", "blpop", "evalsha", "script|load", "client|setinfo", "select"}

@@ -12,8 +12,8 @@ import pytest
 
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.store import CartridgeStore, Manifest, RunState, StoreSettings, Swept
-from foundry.store import store as store_module
-from foundry.store.sweep import Sweeper
+from foundry.store.upkeep import condemned
+from foundry.store.upkeep.sweep import Sweeper
 from tests.store_data import cartridge, draft, run_spec
 from tests.valkey import Valkey
 
@@ -153,7 +153,7 @@ async def test_blobs_that_are_leased_reserved_or_hot_are_not_condemned(sweeping:
     for content in (1, 2, 3, 4):
         await sweeping._durable.put_blob(cartridge(content).digest(), cartridge(content))
     await sweeping.lease(cartridge(1).digest(), "publisher", 60)
-    await sweeping._reserve(draft(step=2), cartridge(2).digest(), durable=True)
+    await sweeping._publisher._reserve(draft(step=2), cartridge(2).digest(), durable=True)
     await publish(sweeping, 3, durable=False)
     assert keys(await gc(sweeping), "blob") == [cartridge(4).digest()]
     assert await blobs(sweeping) == {cartridge(content).digest() for content in (1, 2, 3)}
@@ -179,7 +179,7 @@ async def test_publishing_waits_while_its_blob_is_being_deleted(
 
     sweep_task = asyncio.create_task(sweep())
     await deleting.wait()
-    monkeypatch.setattr(store_module, "_CONDEMNED_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(condemned, "_WAIT_SECONDS", 0.0)
     with pytest.raises(StoreUnavailable, match="sweeper"):
         await sweeping.lease(digest, "publisher", 60)
     # The mark survives a loss of Redis, with which a publisher's lease may be lost before it reserves.
@@ -189,7 +189,7 @@ async def test_publishing_waits_while_its_blob_is_being_deleted(
         await sweeping.lease(digest, "publisher", 60)
     with pytest.raises(StoreUnavailable, match="sweeper"):
         await publish(sweeping, 7)
-    monkeypatch.setattr(store_module, "_CONDEMNED_WAIT_SECONDS", 30.0)
+    monkeypatch.setattr(condemned, "_WAIT_SECONDS", 30.0)
     lease = asyncio.create_task(sweeping.lease(digest, "publisher", 60))
     published = asyncio.create_task(publish(sweeping, 7))
     resume.set()

@@ -16,7 +16,7 @@ import pytest
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import CartridgeStore, StoreSettings
-from foundry.store.hot import CHUNK_BYTES, chunks
+from foundry.store.hot.bytes import CHUNK_BYTES, chunks
 from tests.cut import CuttingProxy
 from tests.store_data import FINGERPRINT, draft
 from tests.valkey import Valkey

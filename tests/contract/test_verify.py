@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from foundry.store import CartridgeStore, Manifest, StoreSettings
-from foundry.store.hot import CHUNK_BYTES
-from foundry.store.verify import Checked
+from foundry.store.hot.bytes import CHUNK_BYTES
+from foundry.store.upkeep.verify import Checked
 from tests.store_data import cartridge, draft
 
 

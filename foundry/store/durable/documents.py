@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from foundry.errors import DigestMismatch, DocumentNotFound, DocumentTooLong, DocumentUnreadable, NotFound
 from foundry.identity import check_digest, content_digest
-from foundry.store.objects import Objects
+from foundry.store.durable.objects import Objects
 
 
 @dataclass(frozen=True, slots=True)

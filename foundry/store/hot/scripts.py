@@ -13,7 +13,7 @@ Keys, all starting with `foundry:` (`name:` is `name:<cartridge name>` and so on
     hot:             zset    versions whose bytes are in Redis
     refs:<digest>    set     "<name>@<version>" that keep the hot bytes
     leases:<digest>  zset    holder -> expiry in ms
-    bytes:<digest>   string  JSON {header, chunks}; `bytes:<digest>:<i>` are the chunks (see hot.py)
+    bytes:<digest>   string  JSON {header, chunks}; `bytes:<digest>:<i>` are the chunks (see bytes.py)
     staged:<token>:<i>       chunks of an upload that no commit has taken yet
     events           stream  published versions
     reserving        set     names that have reservations, or had

@@ -15,14 +15,14 @@ from typing import Any
 
 from foundry.errors import Conflict, Fenced, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
 from foundry.identity import Buffer
-from foundry.store import run_scripts as scripts
-from foundry.store.checkpoints import Checkpoints
-from foundry.store.connection import Connection, Reply
+from foundry.store.durable.checkpoints import Checkpoints
+from foundry.store.durable.objects import Objects
+from foundry.store.hot.connection import Connection, Reply
 from foundry.store.names import check_run
-from foundry.store.objects import Objects
-from foundry.store.run_archive import FinalState, RunArchive
-from foundry.store.run_record import ClaimedRun, Desired, RunRecord, RunState, archived_record, desired_of, record_of
-from foundry.store.run_spec import RunSpec
+from foundry.store.runs import scripts as scripts
+from foundry.store.runs.archive import FinalState, RunArchive
+from foundry.store.runs.record import ClaimedRun, Desired, RunRecord, RunState, archived_record, desired_of, record_of
+from foundry.store.runs.spec import RunSpec
 from foundry.store.settings import StoreSettings
 
 __all__ = ["ClaimedRun", "Desired", "RunRecord", "RunSpec", "RunState", "RunStore"]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from foundry.store.condemned import MARK_SECONDS, Condemned
-from foundry.store.connection import Connection
-from foundry.store.durable import Durable
+from foundry.store.durable.versions import Durable
+from foundry.store.hot.connection import Connection
+from foundry.store.hot.pointers import versions_value
+from foundry.store.hot.scripts import LIBRARY
 from foundry.store.manifest import Manifest
-from foundry.store.pointers import versions_value
-from foundry.store.runs import RunStore
-from foundry.store.scripts import LIBRARY
+from foundry.store.runs.store import RunStore
+from foundry.store.upkeep.condemned import MARK_SECONDS, Condemned
 
 log = structlog.get_logger(__name__)
 

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from foundry.store.run_archive import ArchivedRun
-from foundry.store.run_spec import RunSpec
+from foundry.store.runs.archive import ArchivedRun
+from foundry.store.runs.spec import RunSpec
 
 
 class RunState(StrEnum):

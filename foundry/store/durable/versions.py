@@ -19,11 +19,11 @@ import structlog
 
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester, prologue_bytes, read_prologue
+from foundry.store.durable.objects import ETag, ObjectInfo, Objects
+from foundry.store.durable.tag_record import TagRecord
 from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
-from foundry.store.objects import ETag, ObjectInfo, Objects
-from foundry.store.tag_record import TagRecord
 
 log = structlog.get_logger(__name__)
 

@@ -8,16 +8,25 @@ nobody puts a blob that a sweeper, which has not noticed the loss, then deletes.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
-from foundry.errors import NotFound
-from foundry.store.objects import Objects
+from foundry.errors import NotFound, StoreUnavailable
+from foundry.store.durable.objects import Objects
 
 # How long a mark stands if its sweeper dies. A sweeper begins no deletion later than DELETING_SECONDS after it marked
 # the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to arrive.
 MARK_SECONDS = 300.0
 DELETING_SECONDS = 60.0
+# A sweep of one batch of blobs takes seconds.
+_WAIT_SECONDS = 30.0
+_POLL_SECONDS = 0.1
+
+Answer = TypeVar("Answer")
 
 
 class Condemned:
@@ -46,6 +55,20 @@ class Condemned:
         async for entry in self._objects.scan("condemned"):
             if entry.last_modified < before:
                 await self._objects.delete(entry.key)
+
+
+async def while_condemned(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:
+    """Ask until there is an answer: None while a sweeper deletes the blob. Raises StoreUnavailable if that lasts."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while (answer := await ask()) is None:
+        if time.monotonic() > deadline:
+            raise StoreUnavailable(
+                f"a sweeper has been deleting an old blob of {digest} for {_WAIT_SECONDS:.0f} seconds; if it "
+                f"died, its mark goes {MARK_SECONDS:.0f} seconds after it was set: try again then",
+                retry_after_seconds=MARK_SECONDS,
+            )
+        await asyncio.sleep(_POLL_SECONDS)
+    return answer
 
 
 def _key(sweep: str) -> str:

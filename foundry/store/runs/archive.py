@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foundry.errors import NotFound, RunNotFound
-from foundry.store.objects import Objects
+from foundry.store.durable.objects import Objects
 
 _MAX_READS = 16
 _RUN_KEY = re.compile(r"runs/(?P<run>[^/]+)/run\.json")

@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.store import bulk
-from foundry.store.connection import Connection, redis_errors
+from foundry.store.hot import bulk
+from foundry.store.hot.connection import Connection, redis_errors
 from foundry.store.incoming import Incoming
 
 CHUNK_BYTES = 2 * 2**20

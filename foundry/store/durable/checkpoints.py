@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from foundry.errors import DigestMismatch, NotFound
 from foundry.identity import Buffer, content_digest
-from foundry.store.objects import ObjectInfo, Objects
+from foundry.store.durable.objects import ObjectInfo, Objects
 
 log = structlog.get_logger(__name__)
 

@@ -25,14 +25,14 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 from foundry.errors import DigestMismatch, InvalidArgument, StoreUnavailable
-from foundry.store import sweep_scripts as scripts
-from foundry.store.checkpoints import Checkpoints
-from foundry.store.condemned import DELETING_SECONDS, MARK_SECONDS, Condemned
-from foundry.store.connection import Connection
-from foundry.store.durable import Durable
+from foundry.store.durable.checkpoints import Checkpoints
+from foundry.store.durable.objects import ObjectInfo
+from foundry.store.durable.versions import Durable
+from foundry.store.hot.connection import Connection
+from foundry.store.hot.pointers import Pointers
 from foundry.store.manifest import Manifest
-from foundry.store.objects import ObjectInfo
-from foundry.store.pointers import Pointers
+from foundry.store.upkeep import sweep_scripts as scripts
+from foundry.store.upkeep.condemned import DELETING_SECONDS, MARK_SECONDS, Condemned
 
 _PARALLEL = 16
 # Blobs that are marked at a time: few enough that their deletion ends well before the marks do.

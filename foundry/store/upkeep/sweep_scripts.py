@@ -3,7 +3,7 @@
 With `dry` = 1 a script says what it would do and changes nothing.
 """
 
-from foundry.store.scripts import LIBRARY
+from foundry.store.hot.scripts import LIBRARY
 
 _HOT_SHARE = """
 -- What a version has in Redis: digest, bytes, versions that share them; no bytes if none are kept for it.

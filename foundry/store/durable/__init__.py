@@ -1,0 +1,1 @@
+"""What object storage holds: versions, documents, checkpoints."""

@@ -1,0 +1,1 @@
+"""What Redis holds: pointers, and the bytes of the newest versions."""

@@ -1,0 +1,88 @@
+"""Publishing a version: bytes, manifest, pointer, in this order. Why it is right stands in protocol.py."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from foundry.errors import StoreUnavailable
+from foundry.identity import CartridgeBytes
+from foundry.store.durable.versions import Durable
+from foundry.store.hot.bytes import HotBytes, chunks
+from foundry.store.hot.pointers import Commit, LimitReached, Pointers, Reservation
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.settings import StoreSettings
+from foundry.store.upkeep.condemned import while_condemned
+
+_ATTEMPTS = 3
+
+Keep = Callable[[Manifest, CartridgeBytes], Awaitable[None]]
+"""Makes a version that Redis shows durable, with the bytes at hand."""
+
+
+class Publisher:
+    """See `CartridgeStore.publish`."""
+
+    def __init__(
+        self, pointers: Pointers, durable: Durable, hot: HotBytes, settings: StoreSettings, keep: Keep
+    ) -> None:
+        self._pointers, self._durable, self._hot = pointers, durable, hot
+        self._settings, self._keep = settings, keep
+
+    async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
+        for _ in range(_ATTEMPTS):
+            await self._pointers.check_owner(draft)
+            token = uuid.uuid4().hex
+            # Hashed while it is sent.
+            digest, _sent = await asyncio.gather(asyncio.to_thread(stored.digest), self._hot.stage(token, stored))
+            manifest = await self._publish_staged(token, stored, draft, digest, durable=durable)
+            if manifest is not None:
+                return manifest
+        raise StoreUnavailable(f"Redis lost the publication of {draft.name} step {draft.step} {_ATTEMPTS} times")
+
+    async def _publish_staged(
+        self, token: str, stored: CartridgeBytes, draft: ManifestDraft, digest: str, *, durable: bool
+    ) -> Manifest | None:
+        """None if Redis was emptied meanwhile: all has to be done again."""
+        reservation = await self._reserve(draft, digest, durable=durable)
+        if (manifest := reservation.committed) is not None:
+            await self._pointers.drop_staged(token, len(chunks(stored.header)))
+            if durable:
+                await self._keep(manifest, stored)
+            return manifest
+        manifest = Manifest.of(
+            draft,
+            header=stored.header,
+            digest=digest,
+            version=reservation.version,
+            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+        if durable:
+            await self._durable.put_blob(digest, stored)
+            manifest = await self._durable.put_manifest(manifest)
+        outcome = await self._pointers.commit(
+            manifest,
+            token,
+            durable=durable,
+            keep_hot=self._settings.keep_hot,
+            event_stream_length=self._settings.event_stream_length,
+        )
+        if outcome is Commit.DONE:
+            return manifest
+        if durable and outcome is Commit.RESERVATION_LOST:
+            # The next attempt gets another number; nothing may find this one when pointers are restored.
+            await self._durable.withdraw(manifest.name, manifest.version)
+        return None
+
+    async def _reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation:
+        async def ask() -> Reservation | None:
+            reservation = await self._pointers.reserve(draft, digest, durable=durable)
+            while isinstance(reservation, LimitReached):
+                limit = await self._durable.raise_limit(draft.name, reservation.counter)
+                await self._pointers.raise_limit(draft.name, limit)
+                reservation = await self._pointers.reserve(draft, digest, durable=durable)
+            return reservation
+
+        return await while_condemned(digest, ask)

@@ -1,0 +1,1 @@
+"""Sweeping, verifying and restoring what the store holds."""

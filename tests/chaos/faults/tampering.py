@@ -75,12 +75,15 @@ async def killed(call: Call) -> AsyncIterator[Any]:
 
 
 def swapped(rng: random.Random) -> Tamper:
-    """Two answers of a batch, each under the other's place."""
+    """Two answers of a batch, each under the other's place; one alone under a place that nobody asked for."""
 
     async def tamper(call: Call) -> AsyncIterator[Any]:
         responses = [response async for response in call.answer(call.request)]
-        first, second = rng.sample(responses, 2)
-        first.request_index, second.request_index = second.request_index, first.request_index
+        if len(responses) == 1:
+            responses[0].request_index += 1
+        else:
+            first, second = rng.sample(responses, 2)
+            first.request_index, second.request_index = second.request_index, first.request_index
         for response in responses:
             yield response
 
@@ -220,12 +223,15 @@ def flipped_scored_ids(rng: random.Random) -> Tamper:
 
 
 def other_samples(rng: random.Random) -> Tamper:
-    """Scores of one item under another's place."""
+    """Scores of one item under another's place; of one alone under a place that nobody asked for."""
 
     async def tamper(call: Call) -> AsyncIterator[Any]:
         responses = [response async for response in call.answer(call.request)]
-        first, second = rng.sample(responses, 2)
-        first.item, second.item = second.item, first.item
+        if len(responses) == 1:
+            responses[0].item += 1
+        else:
+            first, second = rng.sample(responses, 2)
+            first.item, second.item = second.item, first.item
         for response in responses:
             yield response
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -42,10 +43,27 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
     """What a client raises: the server's type where it named one, otherwise the nearest by status code."""
     message = error.details() or "no details"
     try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    except ValueError:
-        # The two places where a status stands contradict each other: one was damaged on the way.
-        status = None
+        reason, field, retry_after_seconds = _details_of(error)
+    except (ValueError, DecodeError) as damage:
+        # Unreadable, or in contradiction to the code beside it: nobody knows any more what the server said.
+        return Unavailable(f"{peer}: a status that was damaged on the way ({damage}): {message}")
+    if reason in BY_REASON:
+        return BY_REASON[reason](message, field=field, retry_after_seconds=retry_after_seconds)
+    nearest: dict[grpc.StatusCode, type[FoundryError]] = {
+        grpc.StatusCode.UNAVAILABLE: Unavailable,
+        grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+        grpc.StatusCode.CANCELLED: Cancelled,
+        # gRPC itself, of frames that make no sense or too large: ours would have named the type.
+        grpc.StatusCode.INTERNAL: Unavailable,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+        grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    }
+    return nearest.get(error.code(), FoundryError)(f"{peer}: {error.code().name}: {message}")
+
+
+def _details_of(error: grpc.aio.AioRpcError) -> tuple[str | None, str | None, float | None]:
+    """Reason, field and seconds to wait, where the server told them. Raises ValueError or DecodeError if damaged."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
     reason, field, retry_after_seconds = None, None, None
     for detail in status.details if status is not None else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
@@ -60,18 +78,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
             retry_after_seconds = retry.retry_delay.ToNanoseconds() / 1e9
-    if reason in BY_REASON:
-        return BY_REASON[reason](message, field=field, retry_after_seconds=retry_after_seconds)
-    nearest: dict[grpc.StatusCode, type[FoundryError]] = {
-        grpc.StatusCode.UNAVAILABLE: Unavailable,
-        grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-        grpc.StatusCode.CANCELLED: Cancelled,
-        # gRPC itself, of frames that make no sense or too large: ours would have named the type.
-        grpc.StatusCode.INTERNAL: Unavailable,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
-        grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
-    }
-    return nearest.get(error.code(), FoundryError)(f"{peer}: {error.code().name}: {message}")
+    return reason, field, retry_after_seconds
 
 
 def _any(

@@ -11,7 +11,7 @@ import pytest
 from google.rpc import status_pb2
 from redis.asyncio import Redis
 
-from foundry.errors import AlignmentError, DigestMismatch, FoundryError, StoreUnavailable
+from foundry.errors import AlignmentError, DigestMismatch, StoreUnavailable, Unavailable
 from foundry.rpc.server import Server
 from foundry.rpc.status import from_rpc_error
 from foundry.store import CartridgeId, CartridgeStore, StoreSettings
@@ -111,14 +111,20 @@ async def test_a_message_that_cannot_be_read_is_an_error() -> None:
     await server.stop(0)
 
 
-def test_a_status_that_contradicts_itself_is_an_error_by_its_code() -> None:
-    details = status_pb2.Status(code=5, message="there is no cartridge", details=[])
+@pytest.mark.parametrize(
+    "details",
+    [
+        status_pb2.Status(code=5, message="there is no cartridge").SerializeToString(),
+        b"\xff no message at all",
+    ],
+    ids=["contradicts", "unreadable"],
+)
+def test_a_damaged_status_is_asked_for_again(details: bytes) -> None:
     error = grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.NOT_FOUND,
         grpc.aio.Metadata(),
-        grpc.aio.Metadata(("grpc-status-details-bin", details.SerializeToString())),
+        grpc.aio.Metadata(("grpc-status-details-bin", details)),
         details="there is no cartridGe",
     )
     found = from_rpc_error(error, "rollout")
-    assert isinstance(found, FoundryError)
-    assert found.reason == "UNAVAILABLE"
+    assert (type(found), found.reason) == (Unavailable, "UNAVAILABLE")

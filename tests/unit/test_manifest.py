@@ -9,6 +9,7 @@ import pytest
 
 from foundry.errors import InvalidArgument
 from foundry.store import Manifest
+from foundry.store.manifest import checksum_of
 from tests.store_data import DOCUMENT, cartridge, draft
 
 
@@ -21,6 +22,17 @@ def manifest() -> Manifest:
         version=17,
         created_at="2026-11-22T10:00:00.000+00:00",
     )
+
+
+def written() -> dict[str, Any]:
+    """What a manifest says, without its checksum."""
+    values: dict[str, Any] = json.loads(manifest().to_json())
+    del values["checksum"]
+    return values
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"checksum": checksum_of(values)}
 
 
 def test_json_round_trip() -> None:
@@ -55,17 +67,31 @@ def test_id_names_version_and_digest() -> None:
     ],
 )
 def test_wrong_values_are_refused(key: str, value: Any) -> None:
-    values = json.loads(manifest().to_json()) | {key: value}
-    with pytest.raises(InvalidArgument):
-        Manifest.from_json(json.dumps(values))
+    with pytest.raises(InvalidArgument, match=r"^(?!.*damaged)"):
+        Manifest.from_json(json.dumps(sealed(written() | {key: value})))
 
 
-@pytest.mark.parametrize("key", sorted(json.loads(manifest().to_json())))
+@pytest.mark.parametrize("key", sorted(written()))
 def test_missing_keys_are_refused(key: str) -> None:
-    values = json.loads(manifest().to_json())
+    values = written()
     del values[key]
-    with pytest.raises(InvalidArgument):
-        Manifest.from_json(json.dumps(values))
+    with pytest.raises(InvalidArgument, match=r"^(?!.*damaged)"):
+        Manifest.from_json(json.dumps(sealed(values)))
+
+
+def test_no_flipped_bit_passes() -> None:
+    content = bytearray(manifest().to_json().encode())
+    for bit in range(8 * len(content)):
+        content[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InvalidArgument):
+            Manifest.from_json(bytes(content))
+        content[bit // 8] ^= 1 << bit % 8
+    assert Manifest.from_json(bytes(content)) == manifest()
+
+
+def test_without_its_checksum_it_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="damaged"):
+        Manifest.from_json(json.dumps(written()))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "\x00"])

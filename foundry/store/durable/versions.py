@@ -163,7 +163,7 @@ class Durable:
         key = _manifest_key(manifest.name, manifest.version)
         if await self._objects.put_if_absent(key, manifest.to_json().encode()):
             return manifest
-        standing = _manifest_at(bytes(await self._objects.get(key)))
+        standing = _manifest_at(key, bytes(await self._objects.get(key)))
         if standing is None:
             raise Fenced(f"{manifest.id} was withdrawn when another run or attempt took the name over")
         if standing.digest != manifest.digest:
@@ -178,7 +178,8 @@ class Durable:
 
     async def manifest(self, name: str, version: int) -> Manifest:
         try:
-            found = _manifest_at(bytes(await self._objects.get(_manifest_key(name, version))))
+            key = _manifest_key(name, version)
+            found = _manifest_at(key, bytes(await self._objects.get(key)))
         except NotFound:
             found = None
         if found is None:
@@ -199,7 +200,7 @@ class Durable:
         """None if it is a tombstone or was deleted. Raises InvalidArgument if it is neither that nor a manifest."""
         async with self._reads:
             try:
-                return _manifest_at(bytes(await self._objects.get(key)))
+                return _manifest_at(key, bytes(await self._objects.get(key)))
             except NotFound:
                 return None
 
@@ -320,11 +321,14 @@ class Durable:
             return None
 
 
-def _manifest_at(content: bytes) -> Manifest | None:
-    """None for a tombstone."""
+def _manifest_at(key: str, content: bytes) -> Manifest | None:
+    """None for a tombstone. Raises InvalidArgument if it is damaged, or another version's."""
     if content == json.dumps(_TOMBSTONE).encode():
         return None
-    return Manifest.from_json(content)
+    manifest = Manifest.from_json(content)
+    if key != _manifest_key(manifest.name, manifest.version):
+        raise InvalidArgument(f"{key} holds the manifest of {manifest.id}")
+    return manifest
 
 
 def _blob_key(digest: str) -> str:

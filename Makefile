@@ -44,7 +44,7 @@ test: install  ## run all tests
 
 # Which ones: make kills FOUNDRY_KILLS_SEED=7. The kills are listed at the end.
 kills: install  ## kill services and Valkey 200 times during one run (25 minutes on 2 cores)
-	FOUNDRY_KILLS=200 $(BIN)/python -m pytest tests/chaos/test_kills.py -s
+	FOUNDRY_KILLS=200 FOUNDRY_KILLS_RESULT=benchmarks/results/kills.json $(BIN)/python -m pytest tests/chaos/test_kills.py -s
 
 faults: install  ## 10,000 seeded faults at the seams of store and RPC (a quarter of an hour; CI runs 500 with the tests)
 	FOUNDRY_FAULTS=10000 FOUNDRY_FAULTS_RESULT=benchmarks/results/faults.json $(BIN)/python -m pytest tests/chaos/test_faults.py

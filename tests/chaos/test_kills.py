@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,21 @@ def test_a_run_survives_random_kills(stack: Stack) -> None:
             process.check_alive()
     stack.close()
     assert processes_of(stack.directory) == []
+    if path := os.environ.get("FOUNDRY_KILLS_RESULT"):
+        Path(path).write_text(json.dumps(result(kills, witness), indent=2) + "\n")
+
+
+def result(kills: list[Kill], witness: Witness) -> dict[str, Any]:
+    """What happened, for the record."""
+    return {
+        "seed": SEED,
+        "kills": dict(sorted(Counter(kill.victim for kill in kills).items())),
+        "seconds": kills[-1].seconds,
+        "steps": STEPS,
+        "steps_reported_twice": len(witness.steps) - STEPS,
+        "attempts": max(event["attempt"] for event in witness.steps),
+        "last_version": witness.steps[-1]["version"],
+    }
 
 
 def check_steps(witness: Witness, expected: dict[int, dict[str, Any]]) -> None:

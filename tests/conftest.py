@@ -6,6 +6,8 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+# Its plugin would import it when all tests are over, and Python 3.11 can't parse while leftovers are collected.
+import hypothesis  # noqa: F401
 import pytest
 
 from foundry.store import CartridgeStore, StoreSettings

@@ -43,10 +43,10 @@ test: install  ## run all tests
 	$(BIN)/python -m pytest
 
 # Which ones: make kills FOUNDRY_KILLS_SEED=7. The kills are listed at the end.
-kills: install  ## kill services and Valkey 200 times during one run (25 minutes on 2 cores)
+kills: install  ## kill services and Valkey 200 times during one run (15 minutes on 2 cores)
 	FOUNDRY_KILLS=200 FOUNDRY_KILLS_RESULT=benchmarks/results/kills.json $(BIN)/python -m pytest tests/chaos/test_kills.py -s
 
-faults: install  ## 10,000 seeded faults at the seams of store and RPC (a quarter of an hour; CI runs 500 with the tests)
+faults: install  ## 10,000 seeded faults at the seams of store and RPC (20 minutes on 2 cores)
 	FOUNDRY_FAULTS=10000 FOUNDRY_FAULTS_RESULT=benchmarks/results/faults.json $(BIN)/python -m pytest tests/chaos/test_faults.py
 
 properties: install  ## the store against a model of it, and its protocol, at length

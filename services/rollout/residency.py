@@ -119,7 +119,8 @@ class Residency:
         already_resident = digest in self.device
         # Again if it was evicted between the end of its load and this task's turn.
         while digest not in self.device:
-            if (task := self._loads.get(digest)) is None:
+            # One that is done may stand there until its callback has its turn, which waiting for it does not give.
+            if (task := self._loads.get(digest)) is None or task.done():
                 task = self._loads[digest] = asyncio.create_task(self._load(cartridge))
                 task.add_done_callback(lambda done: self._loaded(digest, done))
             # Shielded: the first caller may go away while others still wait.
@@ -175,7 +176,8 @@ class Residency:
         return stored
 
     def _loaded(self, digest: str, task: asyncio.Task[None]) -> None:
-        del self._loads[digest]
+        if self._loads.get(digest) is task:
+            del self._loads[digest]
         # Every caller may have gone away: look at the error, so that asyncio doesn't complain that nobody did.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("cartridge not loaded", digest=digest, error=str(error))

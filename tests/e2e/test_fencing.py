@@ -315,7 +315,9 @@ def test_a_cancelled_run_keeps_a_version_that_redis_lost(stack: Stack, cluster: 
         await stack.valkey.restart()
         await store.runs.request_cancel(run_id)
 
-    events = cluster.train("cancelled", {FREEZE_AT: lose_and_cancel}, end=RunState.CANCELLED, seed=6, durable_every=100)
+    events = cluster.train(
+        "cancelled", {FREEZE_AT: lose_and_cancel}, end=RunState.CANCELLED, seed=6, durable_every=100, num_steps=500
+    )
 
     async def check(store: CartridgeStore) -> None:
         latest = await store.resolve("cancelled")

@@ -152,17 +152,17 @@ async def test_a_failed_load_is_tried_again() -> None:
 @pytest.mark.timeout(20)
 async def test_a_load_that_has_ended_is_not_waited_for_again() -> None:
     """Evicted between the end of its load and the turn of that load's callback: waiting would never give it one."""
-    source = DictSource(A)
-    residency, engine = make(source)
+    a = stored(0)
+    residency, _ = make(DictSource(a))
 
     async def ended() -> None:
         pass
 
     task = asyncio.create_task(ended())
     await task
-    residency._loads[A.digest()] = task
-    assert not await residency.load(named(A))
-    assert A.digest() in residency.device
+    residency._loads[a.digest()] = task
+    assert not await residency.load(named(a))
+    assert a.digest() in residency.device
 
 
 async def test_malformed_digest_names_its_field() -> None:

@@ -107,18 +107,6 @@ class CartridgeHeader:
         except TypeError as error:
             raise InvalidArgument(f"cartridge header is incomplete: {error}") from error
 
-    @classmethod
-    def from_file(cls, beginning: Buffer) -> CartridgeHeader:
-        """Read it from the beginning of a cartridge's safetensors file. Raises InvalidArgument."""
-        view = memoryview(beginning)
-        if len(view) < 8 or (length := struct.unpack("<Q", view[:8])[0]) > len(view) - 8:
-            raise InvalidArgument("cartridge file is cut short: its safetensors header is incomplete")
-        try:
-            entries = json.loads(bytes(view[8 : 8 + length]))
-            return cls.from_dict(json.loads(entries["__metadata__"]["foundry"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
-
 
 @dataclass(frozen=True, slots=True)
 class CartridgeBytes:

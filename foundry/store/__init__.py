@@ -3,7 +3,6 @@
 from foundry.store.durable.checkpoints import Checkpoints
 from foundry.store.durable.documents import DocumentInfo, DocumentStore
 from foundry.store.durable.objects import Objects
-from foundry.store.durable.tag_record import TagRecord
 from foundry.store.hot.pointers import Published
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
@@ -13,6 +12,7 @@ from foundry.store.runs.spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpe
 from foundry.store.runs.store import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.store import CartridgeStore
+from foundry.store.tag_record import TagRecord
 from foundry.store.upkeep.sweep import Swept
 
 __all__ = [

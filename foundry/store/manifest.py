@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 from foundry.errors import InvalidArgument
-from foundry.identity import CartridgeHeader, check_digest, content_digest
+from foundry.identity import CartridgeHeader, check_digest
 from foundry.store.names import CartridgeId, check_name, check_run, check_version
+from foundry.store.sealed import seal, unseal
 
 _TEXTS = ("run", "document", "init", "objective", "created_at")
 _COUNTS = ("attempt", "step", "tokens_seen")
@@ -75,20 +74,12 @@ class Manifest(ManifestDraft):
         return CartridgeId(self.name, self.version, self.digest)
 
     def to_json(self) -> str:
-        """With a checksum over the rest: a bit that flips at rest must not make a version mean other bytes."""
-        values = asdict(self)
-        return _dump(values | {"checksum": checksum_of(values)})
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Raises InvalidArgument on unknown or missing keys, wrong types, and on anything that is not a manifest."""
-        try:
-            values: dict[str, Any] = json.loads(text)
-        except ValueError as error:
-            raise InvalidArgument(f"manifest is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InvalidArgument("manifest is not a JSON object")
-        stated, found = values.pop("checksum", None), checksum_of(values)
+        values = unseal(text, "manifest")
         known = {entry.name for entry in fields(cls)}
         if wrong := (set(values) ^ known):
             raise InvalidArgument(f"manifest has unknown fields or lacks some: {sorted(wrong)}", field=min(wrong))
@@ -105,16 +96,4 @@ class Manifest(ManifestDraft):
             if not isinstance(values[name], dict):
                 raise InvalidArgument(f"manifest {name} is {values[name]!r}, not an object", field=name)
         values["header"] = CartridgeHeader.from_dict(values["header"])
-        manifest = cls(**values)
-        if stated != found:
-            raise InvalidArgument(f"manifest of {manifest.id} is damaged: its checksum is {found}, it says {stated}")
-        return manifest
-
-
-def checksum_of(values: Mapping[str, Any]) -> str:
-    """Of a manifest's values, without the checksum itself."""
-    return content_digest(_dump(values).encode())
-
-
-def _dump(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, ensure_ascii=False)
+        return cls(**values)

@@ -29,7 +29,6 @@ from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.durable.checkpoints import Checkpoints
 from foundry.store.durable.documents import DocumentStore
 from foundry.store.durable.objects import Objects
-from foundry.store.durable.tag_record import TagRecord
 from foundry.store.durable.versions import Durable
 from foundry.store.hot.bytes import HotBytes
 from foundry.store.hot.connection import Connection
@@ -39,6 +38,7 @@ from foundry.store.names import CartridgeId, Reference, check_name, check_run, c
 from foundry.store.publish import Publisher
 from foundry.store.runs.store import RunStore
 from foundry.store.settings import StoreSettings
+from foundry.store.tag_record import TagRecord
 from foundry.store.upkeep import rebuild
 from foundry.store.upkeep.condemned import Condemned, while_condemned
 from foundry.store.upkeep.rebuild import Rebuilt

@@ -64,3 +64,20 @@ async def test_a_damaged_document_is_a_digest_mismatch(documents: DocumentStore,
 async def test_what_is_no_digest_is_refused(documents: DocumentStore, digest: str) -> None:
     with pytest.raises(InvalidArgument):
         await documents.get(digest)
+
+
+async def test_a_damaged_record_is_found_out_and_mended_by_putting_the_document_again(
+    documents: DocumentStore, tmp_path: Path
+) -> None:
+    digest, other = await documents.put("text", title="one"), await documents.put("other")
+    record = tmp_path / "documents" / f"{digest[7:]}.json"
+    record.write_text(record.read_text().replace("one", "two"))
+    with pytest.raises(DigestMismatch, match="damaged"):
+        await documents.info(digest)
+    assert [info.digest for info in await documents.list()] == [other]
+    await documents.put("text", title="three")
+    assert (await documents.info(digest)).title == "three"
+    record.write_text("{")
+    await documents.delete(digest)
+    with pytest.raises(DocumentNotFound):
+        await documents.info(digest)

@@ -18,6 +18,38 @@ def runs(store: CartridgeStore) -> RunStore:
     return store.runs
 
 
+async def test_a_damaged_record_of_a_run_takes_no_other_with_it(store: CartridgeStore) -> None:
+    damaged, whole = await store.runs.create(run_spec()), await store.runs.create(run_spec("other"))
+    key = f"runs/{damaged}/run.json"
+    content = bytes(await store.objects.get(key))
+    await store.objects.put(key, [content.replace(b"report", b"repost")])
+    await store._connection.redis.flushall()
+    assert [run.run_id for run in await store.runs.list()] == [whole]
+    with pytest.raises(DigestMismatch, match=key):
+        await store.runs._archive.run(damaged)
+    assert (await store.runs.claim("worker", 60)).run_id == whole  # type: ignore[union-attr]
+
+
+async def test_damage_on_the_way_is_read_again(store: CartridgeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = await store.runs.create(run_spec())
+    await store.acquire("report", "run-a", 1)
+    published = await store.publish(cartridge(0), draft(), durable=True)
+    get, flipped = store.objects.get, set[str]()
+
+    async def flip_once(key: str) -> memoryview:
+        content = bytearray(await get(key))
+        if key not in flipped and content:
+            flipped.add(key)
+            content[len(content) // 2] ^= 1
+        return memoryview(content)
+
+    monkeypatch.setattr(store.objects, "get", flip_once)
+    await store._connection.redis.flushall()
+    assert await store.versions("report") == [published]
+    assert [run.run_id for run in await store.runs.list()] == [run_id]
+    assert {key.partition("/")[0] for key in flipped} == {"runs", "cartridges"}
+
+
 async def claim(runs: RunStore, worker: str = "worker-0", *, lease_seconds: float = 60) -> ClaimedRun:
     """The next run, also if its lease has yet to end."""
     claimed = await runs.claim(worker, lease_seconds, timeout_seconds=10)

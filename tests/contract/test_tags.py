@@ -97,14 +97,6 @@ async def test_history_is_in_object_storage_and_survives_redis(report: Cartridge
         await report.rollback_tag("report", "prod")
 
 
-async def test_a_tag_of_an_older_release_has_no_history(report: CartridgeStore) -> None:
-    await report.objects.put("cartridges/report/tags/prod.json", [b'{"version": 2}'])
-    await report._connection.redis.flushall()
-    assert await report.tags("report") == {"prod": 2}
-    assert await report.tag("report", "prod", 4) == 2
-    assert await report.rollback_tag("report", "prod") == (2, 4)
-
-
 async def test_an_unreadable_tag_takes_nothing_with_it_and_is_written_anew(report: CartridgeStore) -> None:
     await report.tag("report", "prod", 1)
     await report.tag("report", "good", 2)

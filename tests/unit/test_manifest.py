@@ -9,7 +9,7 @@ import pytest
 
 from foundry.errors import InvalidArgument
 from foundry.store import Manifest
-from foundry.store.manifest import checksum_of
+from foundry.store.sealed import seal, unseal
 from tests.store_data import DOCUMENT, cartridge, draft
 
 
@@ -25,14 +25,7 @@ def manifest() -> Manifest:
 
 
 def written() -> dict[str, Any]:
-    """What a manifest says, without its checksum."""
-    values: dict[str, Any] = json.loads(manifest().to_json())
-    del values["checksum"]
-    return values
-
-
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"checksum": checksum_of(values)}
+    return unseal(manifest().to_json(), "manifest")
 
 
 def test_json_round_trip() -> None:
@@ -68,7 +61,7 @@ def test_id_names_version_and_digest() -> None:
 )
 def test_wrong_values_are_refused(key: str, value: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"^(?!.*damaged)"):
-        Manifest.from_json(json.dumps(sealed(written() | {key: value})))
+        Manifest.from_json(seal(written() | {key: value}))
 
 
 @pytest.mark.parametrize("key", sorted(written()))
@@ -76,7 +69,7 @@ def test_missing_keys_are_refused(key: str) -> None:
     values = written()
     del values[key]
     with pytest.raises(InvalidArgument, match=r"^(?!.*damaged)"):
-        Manifest.from_json(json.dumps(sealed(values)))
+        Manifest.from_json(seal(values))
 
 
 def test_no_flipped_bit_passes() -> None:

@@ -7,13 +7,24 @@ documents/<hex>.json    {title, num_bytes, created_at}, written last: without it
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from foundry.errors import DigestMismatch, DocumentNotFound, DocumentTooLong, DocumentUnreadable, NotFound
+import structlog
+
+from foundry.errors import (
+    DigestMismatch,
+    DocumentNotFound,
+    DocumentTooLong,
+    DocumentUnreadable,
+    InvalidArgument,
+    NotFound,
+)
 from foundry.identity import check_digest, content_digest
 from foundry.store.durable.objects import Objects
+from foundry.store.sealed import seal, unseal
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,12 @@ class DocumentStore:
         await self._objects.put(_text_key(digest), [content])
         created_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         info = DocumentInfo(digest, title, len(content), created_at)
-        await self._objects.put_if_absent(_info_key(digest), json.dumps(asdict(info)).encode())
+        record = seal(asdict(info)).encode()
+        if not await self._objects.put_if_absent(_info_key(digest), record):
+            try:
+                await self.info(digest)
+            except DigestMismatch:
+                await self._objects.put(_info_key(digest), [record])
         return digest
 
     async def get(self, digest: str) -> str:
@@ -61,25 +77,39 @@ class DocumentStore:
         return content.decode()
 
     async def info(self, digest: str) -> DocumentInfo:
-        """Raises DocumentNotFound."""
+        """Raises DocumentNotFound, DigestMismatch if the record is damaged: putting the document again mends it."""
+        key = _info_key(digest)
         try:
-            return DocumentInfo(**json.loads(bytes(await self._objects.get(_info_key(digest)))))
+            return _info(key, await self._objects.get(key))
         except NotFound as error:
             raise DocumentNotFound(f"there is no document {digest}", field="document") from error
 
     async def delete(self, digest: str) -> None:
         """Raises DocumentNotFound. Runs and cartridges that name the document keep its digest."""
-        await self.info(digest)
+        if not await self._objects.exists(_info_key(digest)):
+            raise DocumentNotFound(f"there is no document {digest}", field="document")
         await self._objects.delete(_info_key(digest))
         await self._objects.delete(_text_key(digest))
 
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:
-        """All documents, oldest first."""
+        """All documents whose record is whole, oldest first."""
         keys = [key for key in await self._objects.keys_here("documents") if key.endswith(".json")]
         contents = await asyncio.gather(*(self._objects.get(key) for key in keys))
-        infos = [DocumentInfo(**json.loads(bytes(content))) for content in contents]
+        infos = []
+        for key, content in zip(keys, contents, strict=True):
+            try:
+                infos.append(_info(key, content))
+            except DigestMismatch as error:
+                log.error("document_unreadable", key=key, error=error.message)
         return sorted(infos, key=lambda info: (info.created_at, info.digest))
+
+
+def _info(key: str, content: memoryview) -> DocumentInfo:
+    try:
+        return DocumentInfo(**unseal(bytes(content), key))
+    except InvalidArgument as error:
+        raise DigestMismatch(error.message) from error
 
 
 def _readable(document: str | bytes) -> bytes:

@@ -16,12 +16,12 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Larger objects are sent in parts, several at a time.
 _ONE_REQUEST_BYTES = 5 * 2**20
 _LIST_PAGE = 1000
+_READS_OF_DAMAGED = 3
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
 _LET_GO_SECONDS = 0.1
@@ -65,6 +66,9 @@ _METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
 _ANSWER = re.compile(r"<Code>(?P<code>[^<]*)</Code>.*?<Message>(?P<message>[^<]*)</Message>", re.DOTALL)
 # Signed addresses carry what signs them.
 _SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-[a-z-]+|x-goog-[a-z-]+|[a-z_]*token)=)[^&\s)]+")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,16 @@ class Objects:
         """Raises NotFound."""
         with self._typed_errors(key):
             return memoryview(await (await obstore.get_async(self._store, key)).bytes_async())
+
+    async def parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
+        """What `parse` makes of a small object. Raises NotFound, and InvalidArgument as `parse` does.
+
+        What it refuses is read again: the damage may have been on the way.
+        """
+        for _ in range(_READS_OF_DAMAGED - 1):
+            with suppress(InvalidArgument):
+                return parse(bytes(await self.get(key)))
+        return parse(bytes(await self.get(key)))
 
     async def get_with_etag(self, key: str) -> tuple[memoryview, ETag]:
         """The object and what `put_if_match` needs to replace it. Raises NotFound."""

@@ -20,10 +20,10 @@ import structlog
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester, prologue_bytes, read_prologue
 from foundry.store.durable.objects import ETag, ObjectInfo, Objects
-from foundry.store.durable.tag_record import TagRecord
 from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.tag_record import TagRecord
 
 log = structlog.get_logger(__name__)
 
@@ -163,7 +163,7 @@ class Durable:
         key = _manifest_key(manifest.name, manifest.version)
         if await self._objects.put_if_absent(key, manifest.to_json().encode()):
             return manifest
-        standing = _manifest_at(key, bytes(await self._objects.get(key)))
+        standing = await self._manifest(key)
         if standing is None:
             raise Fenced(f"{manifest.id} was withdrawn when another run or attempt took the name over")
         if standing.digest != manifest.digest:
@@ -179,7 +179,7 @@ class Durable:
     async def manifest(self, name: str, version: int) -> Manifest:
         try:
             key = _manifest_key(name, version)
-            found = _manifest_at(key, bytes(await self._objects.get(key)))
+            found = await self._manifest(key)
         except NotFound:
             found = None
         if found is None:
@@ -200,7 +200,7 @@ class Durable:
         """None if it is a tombstone or was deleted. Raises InvalidArgument if it is neither that nor a manifest."""
         async with self._reads:
             try:
-                return _manifest_at(key, bytes(await self._objects.get(key)))
+                return await self._manifest(key)
             except NotFound:
                 return None
 
@@ -307,6 +307,9 @@ class Durable:
         """Numbers of manifests and tombstones, ascending."""
         keys = await self._objects.keys_here(f"cartridges/{name}")
         return sorted(int(match["version"]) for key in keys if (match := _MANIFEST_KEY.fullmatch(key)))
+
+    async def _manifest(self, key: str) -> Manifest | None:
+        return await self._objects.parsed(key, lambda content: _manifest_at(key, content))
 
     async def _read_manifests(self, keys: Iterable[str]) -> list[Manifest]:
         found = await asyncio.gather(*(self._read_manifest(key) for key in keys))

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from foundry.errors import CartridgeNotFound, Conflict, Fenced
-from foundry.store.durable.tag_record import TagRecord
 from foundry.store.hot import bytes as hot
 from foundry.store.hot import scripts
 from foundry.store.hot.connection import Connection, Reply
+from foundry.store.hot.sweep_scripts import FORGET
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
-from foundry.store.upkeep.sweep_scripts import FORGET
+from foundry.store.tag_record import TagRecord
 
 
 @dataclass(frozen=True, slots=True)

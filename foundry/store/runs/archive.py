@@ -12,11 +12,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from foundry.errors import NotFound, RunNotFound
+import structlog
+
+from foundry.errors import DigestMismatch, InvalidArgument, NotFound, RunNotFound
 from foundry.store.durable.objects import Objects
+from foundry.store.sealed import seal, unseal
+
+log = structlog.get_logger(__name__)
 
 _MAX_READS = 16
 _RUN_KEY = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
@@ -49,7 +54,7 @@ class RunArchive:
         self._reads = asyncio.Semaphore(_MAX_READS)
 
     async def create(self, run_id: str, *, spec: str, name: str, created_ms: int) -> None:
-        content = json.dumps({"spec": spec, "name": name, "created_ms": created_ms})
+        content = seal({"spec": spec, "name": name, "created_ms": created_ms})
         await self._objects.put_if_absent(f"runs/{run_id}/run.json", content.encode())
 
     async def forget(self, run_id: str) -> None:
@@ -61,53 +66,57 @@ class RunArchive:
         return await self._objects.put_if_absent(f"runs/{run_id}/attempts/{attempt:06d}", b"")
 
     async def desire(self, run_id: str, desired: str) -> None:
-        await self._objects.put(f"runs/{run_id}/desired.json", [json.dumps({"desired": desired}).encode()])
+        await self._objects.put(f"runs/{run_id}/desired.json", [seal({"desired": desired}).encode()])
 
     async def finish(self, run_id: str, final: FinalState, events: list[tuple[str, dict[str, Any]]]) -> None:
         lines = "".join(json.dumps({"id": event_id, "event": event}) + "\n" for event_id, event in events)
         await self._objects.put_if_absent(f"runs/{run_id}/events.jsonl", lines.encode())
-        content = json.dumps(
-            {
-                "state": final.state,
-                "error": final.error,
-                "result": final.result,
-                "finished_ms": final.finished_ms,
-            }
-        )
-        await self._objects.put_if_absent(f"runs/{run_id}/result.json", content.encode())
+        await self._objects.put_if_absent(f"runs/{run_id}/result.json", seal(asdict(final)).encode())
 
     async def events(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
-        """What happened in a run that is over; nothing for any other."""
+        """What happened in a run that is over; nothing for any other. Raises DigestMismatch if it is damaged."""
         try:
             lines = bytes(await self._objects.get(f"runs/{run_id}/events.jsonl")).decode().splitlines()
         except NotFound:
             return []
-        return [(entry["id"], entry["event"]) for entry in map(json.loads, lines)]
+        try:
+            return [(entry["id"], entry["event"]) for entry in map(json.loads, lines)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DigestMismatch(f"the events of run {run_id} are damaged: {error!r}") from error
 
     async def runs(self) -> list[ArchivedRun]:
-        """All runs, oldest first."""
+        """All runs that can be read, oldest first: a damaged one must not take the others with it."""
         # One listing tells which of the small objects exist.
         keys = set(await self._objects.keys("runs"))
         found = [match["run"] for key in keys if (match := _RUN_KEY.fullmatch(key))]
-        runs = await asyncio.gather(*(self._read(run_id, keys) for run_id in found))
-        return sorted(runs, key=lambda run: (run.created_ms, run.run_id))
+        runs = await asyncio.gather(*(self._read_if_whole(run_id, keys) for run_id in found))
+        return sorted((run for run in runs if run), key=lambda run: (run.created_ms, run.run_id))
 
     async def run(self, run_id: str) -> ArchivedRun:
-        """Raises RunNotFound."""
+        """Raises RunNotFound, DigestMismatch if what is kept of it is damaged."""
         keys = set(await self._objects.keys(f"runs/{run_id}"))
         if f"runs/{run_id}/run.json" not in keys:
             raise RunNotFound(f"there is no run {run_id}", field="run_id")
         return await self._read(run_id, keys)
 
+    async def _read_if_whole(self, run_id: str, keys: set[str]) -> ArchivedRun | None:
+        try:
+            return await self._read(run_id, keys)
+        except DigestMismatch as error:
+            log.error("run_unreadable", run=run_id, error=error.message)
+        except NotFound:
+            pass  # forgotten since it was listed
+        return None
+
     async def _read(self, run_id: str, keys: set[str]) -> ArchivedRun:
         prefix = f"runs/{run_id}"
-        begun = json.loads(await self._get(f"{prefix}/run.json"))
+        begun = await self._record(f"{prefix}/run.json")
         desired = ""
         if f"{prefix}/desired.json" in keys:
-            desired = json.loads(await self._get(f"{prefix}/desired.json"))["desired"]
+            desired = (await self._record(f"{prefix}/desired.json"))["desired"]
         final = None
         if f"{prefix}/result.json" in keys:
-            final = FinalState(**json.loads(await self._get(f"{prefix}/result.json")))
+            final = FinalState(**await self._record(f"{prefix}/result.json"))
         attempts = [int(key.rsplit("/", 1)[1]) for key in keys if key.startswith(f"{prefix}/attempts/")]
         return ArchivedRun(
             run_id=run_id,
@@ -119,6 +128,9 @@ class RunArchive:
             final=final,
         )
 
-    async def _get(self, key: str) -> bytes:
+    async def _record(self, key: str) -> dict[str, Any]:
         async with self._reads:
-            return bytes(await self._objects.get(key))
+            try:
+                return await self._objects.parsed(key, lambda content: unseal(content, key))
+            except InvalidArgument as error:
+                raise DigestMismatch(error.message) from error

@@ -1,6 +1,6 @@
 """Which blobs a sweeper is deleting, written where a loss of Redis can't undo it.
 
-    condemned/<sweep>.json      a list of digests; stands from before Redis is marked until the last blob is gone
+    condemned/<sweep>.json      {digests}; stands from before Redis is marked until the last blob is gone
 
 Redis holds the marks that publishers meet (`foundry:condemned:<digest>`); a rebuild restores them from here, so that
 nobody puts a blob that a sweeper, which has not noticed the loss, then deletes.
@@ -9,7 +9,6 @@ nobody puts a blob that a sweeper, which has not noticed the loss, then deletes.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 from foundry.errors import NotFound, StoreUnavailable
 from foundry.store.durable.objects import Objects
+from foundry.store.sealed import seal, unseal
 
 # How long a mark stands if its sweeper dies. A sweeper begins no deletion later than DELETING_SECONDS after it marked
 # the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to arrive.
@@ -34,17 +34,19 @@ class Condemned:
         self._objects = objects
 
     async def put(self, sweep: str, digests: list[str]) -> None:
-        await self._objects.put(_key(sweep), [json.dumps(digests).encode()])
+        await self._objects.put(_key(sweep), [seal({"digests": digests}).encode()])
 
     async def delete(self, sweep: str) -> None:
         await self._objects.delete(_key(sweep))
 
     async def digests(self) -> list[str]:
-        """All that some sweeper may be deleting."""
+        """All that some sweeper may be deleting. Raises InvalidArgument if a record is damaged: delete that object once
+        no sweep runs.
+        """
         found: set[str] = set()
         for key in await self._objects.keys_here("condemned"):
             try:
-                found.update(json.loads(bytes(await self._objects.get(key))))
+                found.update(unseal(bytes(await self._objects.get(key)), key)["digests"])
             except NotFound:
                 continue  # that sweep has ended
         return sorted(found)

@@ -28,10 +28,10 @@ from foundry.errors import DigestMismatch, InvalidArgument, StoreUnavailable
 from foundry.store.durable.checkpoints import Checkpoints
 from foundry.store.durable.objects import ObjectInfo
 from foundry.store.durable.versions import Durable
+from foundry.store.hot import sweep_scripts as scripts
 from foundry.store.hot.connection import Connection
 from foundry.store.hot.pointers import Pointers
 from foundry.store.manifest import Manifest
-from foundry.store.upkeep import sweep_scripts as scripts
 from foundry.store.upkeep.condemned import DELETING_SECONDS, MARK_SECONDS, Condemned
 
 _PARALLEL = 16

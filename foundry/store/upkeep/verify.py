@@ -57,9 +57,6 @@ class Verifier:
                 continue
             if manifest is None:
                 continue
-            if (manifest.name, manifest.version) != (name, version):
-                yield Checked("corrupt", "manifest", entry.key, entry.size, f"it is the manifest of {manifest.id}")
-                continue
             self._versions[name].add(version)
             self._needed.setdefault(manifest.digest, entry.key)
             yield Checked("ok", "manifest", entry.key, entry.size, "")

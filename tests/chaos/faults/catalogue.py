@@ -37,10 +37,11 @@ Inject = Callable[[Moment, Fault], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Kind:
-    """`rare` ones are drawn a fifth as often."""
+    """`rare` ones are drawn a fifth as often; after one that empties Redis, what was only there may be gone."""
 
     inject: Inject
     rare: bool = False
+    empties_redis: bool = False
 
 
 def on_redis(harm: Harm, direction: Direction | None = None, *, seconds: float = 0.0) -> Inject:
@@ -98,6 +99,16 @@ def on_checkpoint(make: Callable[[random.Random], ObjectsTamper]) -> Inject:
         prefix = f"runs/{moment.run.claimed.run_id}/checkpoints/"
         moment.world.objects.arm_get(fault, make(moment.rng), prefix=prefix)
         await _take_over(moment)
+
+    return inject
+
+
+def on_rebuild(make: Callable[[random.Random], ObjectsTamper], prefix: str) -> Inject:
+    """On what is read to restore a Redis that was emptied."""
+
+    async def inject(moment: Moment, fault: Fault) -> None:
+        moment.world.objects.arm_get(fault, make(moment.rng), prefix=prefix)
+        await moment.world.redis.flushall()
 
     return inject
 
@@ -177,12 +188,15 @@ KINDS: dict[str, Kind] = {
     "objects-flip": Kind(on_get(storage.flipped)),
     "checkpoint-truncate": Kind(on_checkpoint(storage.truncated), rare=True),
     "checkpoint-flip": Kind(on_checkpoint(storage.flipped), rare=True),
+    "manifest-flip": Kind(on_rebuild(storage.flipped, "cartridges/"), empties_redis=True),
+    "manifest-truncate": Kind(on_rebuild(storage.truncated, "cartridges/"), empties_redis=True),
+    "run-flip": Kind(on_rebuild(storage.flipped, "runs/"), empties_redis=True),
     # What is stored.
     "hot-flip": Kind(at_rest(damage.flip_hot)),
     "hot-delete": Kind(at_rest(damage.delete_hot)),
     "hot-truncate": Kind(at_rest(damage.truncate_hot)),
     "blob-flip": Kind(at_rest(damage.flip_blob)),
-    "redis-emptied": Kind(emptied),
+    "redis-emptied": Kind(emptied, empties_redis=True),
     "events-lost": Kind(events_lost),
     "intruder": Kind(intruder),
     "taken-over": Kind(taken_over, rare=True),

@@ -109,7 +109,7 @@ class Episode:
         fault = Fault(kind)
         self.report.faults.append(fault)
         self._open.append(fault)
-        if kind == "redis-emptied":
+        if self._kinds[kind].empties_redis:
             self._lost_up_to = self._world.observer.newest(NAME)
         await self._kinds[kind].inject(Moment(self._world, run, self._rng), fault)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
 from foundry.errors import InvalidArgument
+from foundry.store.sealed import seal, unseal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,14 @@ class TagRecord:
     moved_ms: int = 0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return seal(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TagRecord:
-        """Raises InvalidArgument. A record without history, as older releases wrote it, has none."""
+        """Raises InvalidArgument."""
+        values = unseal(text, "tag")
         try:
-            values = json.loads(text)
-            history = tuple(int(version) for version in values.get("history", ()))
-            return cls(int(values["version"]), history, int(values.get("moved_ms", 0)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            history = tuple(int(version) for version in values["history"])
+            return cls(int(values["version"]), history, int(values["moved_ms"]))
+        except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"the record of a tag is unreadable: {error!r}") from error

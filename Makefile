@@ -55,6 +55,21 @@ properties: install  ## the store against a model of it, and its protocol, at le
 bench-sync: install  ## how long a new version takes from the end of a step to its first token
 	$(BIN)/python -m benchmarks.sync
 
+# make images REPOSITORY=registry.example/foundry TAG=1.2.3 ACCELERATOR=cuda BUILD='--build-arg NAME=VALUE'
+REPOSITORY ?= cartridge-foundry
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+ACCELERATOR ?= cpu
+SERVICES := gateway rollout teacher trainer
+build_image = DOCKER_BUILDKIT=1 docker build --build-arg VERSION=$(TAG) --build-arg REVISION=$(shell git rev-parse HEAD) \
+    --build-arg ACCELERATOR=$(ACCELERATOR) $(BUILD)
+images: $(SERVICES:%=image-%) image-demo-model  ## build the container images (ACCELERATOR=cpu or cuda)
+
+image-demo-model:
+	$(build_image) --file deploy/images/demo-model/Dockerfile --tag $(REPOSITORY)/demo-model:$(TAG) .
+
+image-%:
+	$(build_image) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG) .
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -1,0 +1,50 @@
+"""Ask a service of ours how it is: `python -m foundry.rpc.probe [--live] [ADDRESS]`, exit 0 if well.
+
+For health checks that can only run a command. Without an address it asks the server that this container's variables
+describe. `--live` is content with any answer: a server that loads its model is alive and does not serve yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_TIMEOUT_SECONDS = 4.0
+
+
+def serving(address: str, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> bool:
+    """What the server's health service says. Raises grpc.RpcError if it does not answer in time."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_seconds)  # type: ignore[attr-defined]
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def own_address() -> str:
+    """FOUNDRY_LISTEN, as a client in the same container reaches it. Raises KeyError if it is not set."""
+    host, _, port = os.environ["FOUNDRY_LISTEN"].rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]") else f"{host}:{port}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m foundry.rpc.probe", description="exit 0 if the service is well")
+    parser.add_argument("address", nargs="?", help="host:port; default: this container's own server")
+    parser.add_argument("--live", action="store_true", help="any answer will do, NOT_SERVING too")
+    options = parser.parse_args(arguments)
+    address = options.address or own_address()
+    try:
+        well = serving(address) or options.live
+    except grpc.RpcError as error:
+        print(f"{address}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    if not well:
+        print(f"{address}: NOT_SERVING", file=sys.stderr)
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -70,6 +70,10 @@ image-demo-model:
 image-%:
 	$(build_image) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG) .
 
+# FOUNDRY_COMPOSE='docker-compose' where the engine has no plugin. Needs the images.
+e2e-compose: install  ## the development stack in containers: training, kills, scaling
+	$(BIN)/python -m pytest tests/containers/test_compose.py
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

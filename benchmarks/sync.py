@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from foundry.cartridge import TrainableCartridge
 from foundry.identity import CartridgeBytes, digest_of
 from foundry.lm import FrozenLM
+from foundry.local.ports import address_of, reserve
 from foundry.memory import allocate
 from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.store import CartridgeId, CartridgeStore, ManifestDraft, StoreSettings
@@ -101,7 +102,8 @@ class Reader:
         }
         arguments = ["--model", str(model), "--dtype", "bfloat16", "--max-sequences", "8"]
         arguments += ["--max-sequence-tokens", "512", "--cartridge-budget-bytes", str(budget_bytes)]
-        self.metrics = _free_address()
+        self._metrics_port = reserve()
+        self.metrics = address_of(self._metrics_port)
         arguments += ["--metrics-port", self.metrics.rpartition(":")[2]]
         self.process = Process("rollout", arguments, directory, environment)
 
@@ -122,6 +124,7 @@ class Reader:
     async def close(self) -> None:
         await self.channel.close()
         self.process.close()
+        self._metrics_port.close()
 
 
 def generate(fingerprint: str, version: CartridgeId, num_tokens: int) -> rollout_pb2.GenerateRequest:
@@ -358,14 +361,6 @@ def report(result: dict[str, Any]) -> None:
         print(f"  {name + ', extra memory':28}{share:8.2f} cartridges")
     for name, seconds in result.get("stall", {}).items():
         print(f"  {name:28}{seconds * 1e3:8.1f}")
-
-
-def _free_address() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 async def main() -> None:

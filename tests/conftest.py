@@ -22,6 +22,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("storage", marker.args, indirect=True)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads only get in each other's way on models this small."""
+    # Here, so that tests without a model need not wait for it.
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
     """A running, empty Valkey server."""

@@ -1,4 +1,4 @@
-"""Publishing a version: bytes, manifest, pointer, in this order. Why it is right stands in protocol.py."""
+"""Publishing a version: bytes, manifest, pointer, in this order. Why it is right: docs/store-protocol.md"""
 
 from __future__ import annotations
 

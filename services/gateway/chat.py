@@ -56,10 +56,7 @@ class _Chat:
 
     def completion(self, choices: list[Choice]) -> ChatCompletion:
         return ChatCompletion(
-            id=self.answer.id,
-            created=self.answer.created,
-            model=self._asked.model,
-            system_fingerprint=self.answer.system_fingerprint(),
+            **self.answer.head(),
             choices=[
                 ChatChoice(
                     index=index,
@@ -84,23 +81,13 @@ class _Chat:
             finish_reason=finish_reason(chunk),
             token_ids=list(chunk.ids) if self._asked.return_token_ids else None,
         )
-        body = self._chunk([choice])
-        if first:
-            body.foundry = self.answer.info()
-        return body
+        return ChatCompletionChunk(
+            **self.answer.head(), choices=[choice], foundry=self.answer.info() if first else None
+        )
 
     def last(self) -> ChatCompletionChunk:
-        body = self._chunk([])
-        body.usage, body.foundry = self.answer.usage(), self.answer.info()
-        return body
-
-    def _chunk(self, choices: list[ChatDeltaChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(
-            id=self.answer.id,
-            created=self.answer.created,
-            model=self._asked.model,
-            system_fingerprint=self.answer.system_fingerprint(),
-            choices=choices,
+            **self.answer.head(), choices=[], usage=self.answer.usage(), foundry=self.answer.info()
         )
 
     def _logprobs(self, part: Choice | Chunk) -> ChatLogprobs | None:

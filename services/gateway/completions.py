@@ -38,8 +38,9 @@ class _Text:
         self._sent: defaultdict[int, int] = defaultdict(int)
 
     def completion(self, choices: list[Choice]) -> Completion:
-        body = self._body(
-            [
+        return Completion(
+            **self.answer.head(),
+            choices=[
                 TextChoice(
                     index=index,
                     text=choice.text,
@@ -48,10 +49,10 @@ class _Text:
                     token_ids=choice.ids if self._asked.return_token_ids else None,
                 )
                 for index, choice in enumerate(choices)
-            ]
+            ],
+            usage=self.answer.usage(),
+            foundry=self.answer.info(),
         )
-        body.usage, body.foundry = self.answer.usage(), self.answer.info()
-        return body
 
     def delta(self, index: int, chunk: Chunk) -> Completion:
         first = index not in self._sent
@@ -64,24 +65,10 @@ class _Text:
             finish_reason=finish_reason(chunk),
             token_ids=list(chunk.ids) if self._asked.return_token_ids else None,
         )
-        body = self._body([choice])
-        if first:
-            body.foundry = self.answer.info()
-        return body
+        return Completion(**self.answer.head(), choices=[choice], foundry=self.answer.info() if first else None)
 
     def last(self) -> Completion:
-        body = self._body([])
-        body.usage, body.foundry = self.answer.usage(), self.answer.info()
-        return body
-
-    def _body(self, choices: list[TextChoice]) -> Completion:
-        return Completion(
-            id=self.answer.id,
-            created=self.answer.created,
-            model=self._asked.model,
-            system_fingerprint=self.answer.system_fingerprint(),
-            choices=choices,
-        )
+        return Completion(**self.answer.head(), choices=[], usage=self.answer.usage(), foundry=self.answer.info())
 
     def _logprobs(self, part: Choice | Chunk, offsets: list[int]) -> TextLogprobs | None:
         if self._asked.num_logprobs is None:

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from fastapi import Request
@@ -227,8 +227,14 @@ class Answer:
             headers["x-foundry-digest"] = ", ".join(cartridge.digest for cartridge in self.target.cartridges)
         return headers
 
-    def system_fingerprint(self) -> str:
-        return f"fp_{self.target.model.fingerprint.removeprefix('blake3:')[:12]}"
+    def head(self) -> dict[str, Any]:
+        """What every body of the answer begins with, whole or a chunk."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.asked.model,
+            "system_fingerprint": f"fp_{self.target.model.fingerprint.removeprefix('blake3:')[:12]}",
+        }
 
     def info(self) -> FoundryInfo:
         return FoundryInfo(

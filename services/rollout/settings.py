@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from foundry.identity import Dtype
-from foundry.settings import ServiceSettings
+from foundry.model_settings import ModelSettings
 from foundry.store import StoreSettings
 
 
-class RolloutSettings(ServiceSettings):
+class RolloutSettings(ModelSettings):
     """The rollout service: answers behind cartridges."""
 
     listen: str = "127.0.0.1:7001"
     """host:port to serve gRPC on; port 0 takes a free one."""
 
-    model: Path
-    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
-
     model_name: str = ""
     """Name under which the base model is served; empty takes the directory's name."""
-
-    device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1, mps."""
-
-    dtype: Dtype = "auto"
-    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
-
-    num_threads: int = Field(default=0, ge=0)
-    """CPU threads of torch; 0 leaves its default."""
 
     store: StoreSettings
     """Where cartridges are fetched from."""

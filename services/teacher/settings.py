@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from foundry.identity import Dtype
-from foundry.settings import ServiceSettings
+from foundry.model_settings import ModelSettings
 
 
-class TeacherSettings(ServiceSettings):
+class TeacherSettings(ModelSettings):
     """The teacher: logprobs and hidden states behind whole documents."""
 
     listen: str = "127.0.0.1:7002"
     """host:port to serve gRPC on; port 0 takes a free one."""
-
-    model: Path
-    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
-
-    device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1, mps."""
-
-    dtype: Dtype = "auto"
-    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
-
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves its default."""
 
     reserve_tokens: int = 1024
     """Tokens of the model's context kept free for turn and answer, a quarter of it at the most; a document may take

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 from pydantic import Field
 
-from foundry.identity import Dtype
-from foundry.settings import ServiceSettings
+from foundry.model_settings import ModelSettings
 from foundry.store.settings import StoreSettings
 
 
-class TrainerSettings(ServiceSettings):
+class TrainerSettings(ModelSettings):
     """The trainer: takes runs from the queue, one at a time, and trains their cartridges."""
 
     listen: str = "127.0.0.1:7003"
     """host:port to serve gRPC on; port 0 takes a free one."""
-
-    model: Path
-    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
-
-    device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1, mps."""
-
-    dtype: Dtype = "auto"
-    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
-
-    num_threads: int = 0
-    """CPU threads of torch; 0 leaves its default."""
 
     rollout_addresses: list[str] = Field(default=["127.0.0.1:7001"], min_length=1)
     """host:port of every rollout server; each batch is dealt out to them in turn."""

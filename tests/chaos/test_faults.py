@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import structlog
-import torch
 
 from foundry.identity import Digester
 from foundry.lm import FrozenLM
@@ -44,14 +43,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lm(model: Path) -> Iterator[FrozenLM]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def lm(model: Path, one_thread: None) -> Iterator[FrozenLM]:
     # Thousands of warnings that are meant to be.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield FrozenLM.load(model)
     structlog.reset_defaults()
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from foundry.store.protocol import DEAD, DONE, Protocol, Publisher, Reader, State, Sweeper, Version, explore
+from tests.store_protocol.explorer import explore
+from tests.store_protocol.state import DEAD, DONE, Protocol, Publisher, Reader, State, Sweeper, Version
 
 PROTOCOL = Protocol()
 SWEEP_BLOBS = Sweeper(step=PROTOCOL.sweep.index("list_manifests"))
@@ -188,7 +189,7 @@ def test_without_a_part_of_it_a_promise_is_broken(start: State, changes: dict[st
 
 
 def test_what_is_not_promised_is_so_because_it_does_not_hold() -> None:
-    """The exceptions that the module's docstring names are real ones: two losses of Redis, a tag during a loss."""
+    """The exceptions that docs/store-protocol.md names are real ones: two losses of Redis, a tag during a loss."""
     two_losses = explore(PROTOCOL, TAKEOVER._replace(crashes_left=0, losses_left=2))
     assert two_losses.violation is not None
     assert two_losses.violation.promise == FENCED

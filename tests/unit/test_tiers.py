@@ -1,19 +1,17 @@
-"""Tiers under any order of events: budgets hold at every moment, what is used stays, the oldest goes first."""
+"""Tiers, one event after the other: what is kept where, and what goes first."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 import pytest
 
-from foundry.cartridge import Cartridge
-from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, FoundryError, ResourceExhausted
-from foundry.identity import CartridgeBytes, CartridgeHeader
+from foundry.errors import DigestMismatch, ResourceExhausted
+from foundry.identity import CartridgeHeader
 from services.rollout.residency import Residency
-from tests.unit.test_residency import ONE, SPEC, DictSource, P, RecordingEngine, make, named, stored
+from tests.unit.test_residency import ONE, DictSource, P, make, named, stored
 
 A, B, C, D = (stored(seed) for seed in range(4))
 LARGE = stored(9, num_tokens=3 * P)
@@ -186,132 +184,3 @@ async def test_order_is_least_recently_used_in_both_tiers(seed: int, host_slots:
         assert set(engine.loaded) == set(device)
         assert in_host(residency) == list(host)
         assert source.fetched == fetched
-
-
-class Meter:
-    """Counts the bytes of each tier at the moments when they grow."""
-
-    def __init__(self, device_budget: int, host_budget: int) -> None:
-        self.device_budget, self.host_budget = device_budget, host_budget
-        self.residency: Residency | None = None
-        self.coming: Counter[str] = Counter()
-        self.in_use: Counter[str] = Counter()
-
-    def check_host(self, sizes: dict[str, int]) -> None:
-        assert self.residency is not None
-        kept = sum(each.num_bytes for each in self.residency.host.entries())
-        coming = sum(sizes[digest] * count for digest, count in self.coming.items())
-        alone = max(sizes.values()) if sum(self.coming.values()) == 1 and not kept else 0
-        assert kept + coming <= max(self.host_budget, alone)
-
-
-class MeteredSource(DictSource):
-    """Takes a random number of turns of the loop for each call; some fail."""
-
-    def __init__(self, meter: Meter, draw: random.Random, *cartridges: CartridgeBytes) -> None:
-        super().__init__(*cartridges)
-        self.meter, self.draw = meter, draw
-        self.sizes = {digest: cartridge.header.num_bytes for digest, cartridge in self.cartridges.items()}
-
-    async def fetch(self, digest: str) -> CartridgeBytes:
-        self.meter.coming[digest] += 1
-        try:
-            for _ in range(self.draw.randrange(6)):
-                self.meter.check_host(self.sizes)
-                await asyncio.sleep(0)
-            if self.draw.random() < 0.1:
-                raise CartridgeNotFound("swept")
-            return await super().fetch(digest)
-        finally:
-            self.meter.coming[digest] -= 1
-
-
-class MeteredEngine(RecordingEngine):
-    """Called from threads (load) and from the loop (unload)."""
-
-    def __init__(self, meter: Meter) -> None:
-        super().__init__()
-        self._meter = meter
-        self._lock = threading.Lock()
-
-    def load(self, digest: str, cartridge: Cartridge) -> None:
-        with self._lock:
-            super().load(digest, cartridge)
-            assert sum(each.header.num_bytes for each in self.loaded.values()) <= self._meter.device_budget
-
-    def unload(self, digest: str) -> None:
-        assert not self._meter.in_use[digest]
-        with self._lock:
-            super().unload(digest)
-
-
-@pytest.mark.parametrize("host_slots", [0, 2, 6])
-@pytest.mark.parametrize("seed", range(8))
-async def test_nothing_is_exceeded_or_lost_when_everything_happens_at_once(seed: int, host_slots: int) -> None:
-    draw = random.Random(1000 + seed)
-    cartridges = [stored(200 + index, num_tokens=P * (1 + index % 3)) for index in range(8)]
-    meter = Meter(6 * ONE, host_slots * ONE)
-    source, engine = MeteredSource(meter, draw, *cartridges), MeteredEngine(meter)
-    residency = meter.residency = Residency(
-        SPEC,
-        source,
-        engine,
-        budget_bytes=meter.device_budget,
-        host_budget_bytes=meter.host_budget,
-        element_bytes=4,
-    )
-    outcomes: Counter[str] = Counter()
-
-    async def use() -> None:
-        wanted = [(each, draw.randint(1, 3)) for each in draw.sample(cartridges, draw.randint(1, 2))]
-        hold = await residency.hold([(named(each), count) for each, count in wanted])
-        for each, _ in wanted:
-            meter.in_use[each.digest()] += 1
-        try:
-            for _ in range(draw.randrange(30)):
-                for each, _ in wanted:
-                    assert engine.loaded[each.digest()].to_bytes().digest() == each.digest()
-                await asyncio.sleep(0)
-        finally:
-            for each, _ in wanted:
-                meter.in_use[each.digest()] -= 1
-            hold.release()
-
-    async def pin_for_a_while() -> None:
-        cartridge = draw.choice(cartridges[:2])
-        await residency.load(named(cartridge), pin=True)
-        meter.in_use[cartridge.digest()] += 1
-        for _ in range(draw.randrange(30)):
-            assert cartridge.digest() in engine.loaded
-            await asyncio.sleep(0)
-        meter.in_use[cartridge.digest()] -= 1
-        try:
-            residency.unload(cartridge.digest())
-        except Conflict:
-            # Somebody decodes with it, so it would stay anyway.
-            residency.device.use(cartridge.digest()).pinned = False
-
-    async def client(number: int) -> None:
-        for _ in range(12):
-            # Two pins of one digest would unpin each other: one client pins.
-            task = asyncio.create_task(pin_for_a_while() if number == 0 else use())
-            if draw.random() < 0.2 and number:
-                for _ in range(draw.randrange(12)):
-                    await asyncio.sleep(0)
-                task.cancel()
-            (result,) = await asyncio.gather(task, return_exceptions=True)
-            if isinstance(result, Exception) and not isinstance(result, FoundryError):
-                raise result
-            outcomes[type(result).__name__] += 1
-
-    await asyncio.gather(*(client(number) for number in range(6)))
-    while residency._loads:
-        await asyncio.gather(*residency._loads.values(), return_exceptions=True)
-    assert [each.references for each in residency.device.residents()] == [0] * len(engine.loaded)
-    assert set(on_device(residency)) == set(engine.loaded)
-    assert residency.device._loading_bytes == residency.host._moving_bytes == 0
-    # All of it happened.
-    assert {"NoneType", "CancelledError", "ResourceExhausted"} <= set(outcomes), outcomes
-    # And all fits again: nothing was leaked.
-    await asyncio.gather(*(residency.hold([(named(each), 1)]) for each in cartridges[:3]), return_exceptions=True)
-    assert residency.device._loading_bytes == residency.host._moving_bytes == 0

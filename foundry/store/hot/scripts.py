@@ -101,6 +101,15 @@ local function trimmable(name, keep)
   return found
 end
 
+-- A tag that means the version, or nil.
+local function tag_of(name, version)
+  local tags = call('HGETALL', key('tags', name))
+  for i = 1, #tags, 2 do
+    if tags[i + 1] == version then return tags[i] end
+  end
+  return nil
+end
+
 -- Bytes leave Redis, and a version that was only there is forgotten.
 local function drop_version(name, version, value)
   drop_hot(name, version, digest_of(value))
@@ -356,10 +365,8 @@ local name, version = ARGV[1], ARGV[2]
 local value = call('HGET', key('versions', name), version)
 if not value then return {'missing'} end
 if call('HGET', key('name', name), 'latest') == version then return {'conflict', 'latest'} end
-local tags = call('HGETALL', key('tags', name))
-for i = 1, #tags, 2 do
-  if tags[i + 1] == version then return {'conflict', tags[i]} end
-end
+local tag = tag_of(name, version)
+if tag then return {'conflict', tag} end
 drop_hot(name, version, digest_of(value))
 forget_version(name, version, value)
 return {'ok'}

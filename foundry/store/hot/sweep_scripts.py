@@ -41,10 +41,8 @@ if call('HGET', key('pending', name), version) then return {'kept', 'being publi
 local value = call('HGET', key('versions', name), version)
 if not value then return {'unknown'} end
 if call('HGET', key('name', name), 'latest') == version then return {'kept', 'latest'} end
-local tags = call('HGETALL', key('tags', name))
-for i = 1, #tags, 2 do
-  if tags[i + 1] == version then return {'kept', 'tag ' .. tags[i]} end
-end
+local tag = tag_of(name, version)
+if tag then return {'kept', 'tag ' .. tag} end
 if leased(digest_of(value)) then return {'kept', 'leased'} end
 local owner = holder(name)
 if owner and cjson.decode(string.sub(value, 73)).run == owner then

@@ -5,8 +5,8 @@
     blob        tensors that no manifest names
     checkpoint  of runs that are over
 
-Why none of this takes what a publisher at work or a reader needs is argued in protocol.py. Tombstones stay: there is
-one for each publication that was cut off, and each is needed as long as its publisher might wake up.
+Why none of this takes what a publisher at work or a reader needs is argued in docs/store-protocol.md. Tombstones
+stay: there is one for each publication that was cut off, and each is needed as long as its publisher might wake up.
 
 Memory: the digest and the key of each version, about 300 bytes; never manifests or tensors. At most `_PARALLEL`
 requests are under way at a time.

@@ -5,13 +5,42 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from foundry.v1 import rollout_pb2
 from tests.chaos.faults.servers import Call, RolloutHost, Tamper
 
 _DELAY_SECONDS = 0.02
+
+
+def changed(change: Callable[[list[Any], random.Random], None]) -> Callable[[random.Random], Tamper]:
+    """Change all responses, in place, before the first is sent."""
+
+    def seeded(rng: random.Random) -> Tamper:
+        async def tamper(call: Call) -> AsyncIterator[Any]:
+            responses = [response async for response in call.answer(call.request)]
+            change(responses, rng)
+            for response in responses:
+                yield response
+
+        return tamper
+
+    return seeded
+
+
+def asked_otherwise(change: Callable[[Any, random.Random], None]) -> Callable[[random.Random], Tamper]:
+    """Change the request, in place, before the server sees it."""
+
+    def seeded(rng: random.Random) -> Tamper:
+        async def tamper(call: Call) -> AsyncIterator[Any]:
+            change(call.request, rng)
+            async for response in call.answer(call.request):
+                yield response
+
+        return tamper
+
+    return seeded
 
 
 # Of any streamed call
@@ -52,14 +81,9 @@ async def asked_twice(call: Call) -> AsyncIterator[Any]:
         yield response
 
 
-def reordered(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        rng.shuffle(responses)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def reordered(responses: list[Any], rng: random.Random) -> None:
+    rng.shuffle(responses)
 
 
 async def killed(call: Call) -> AsyncIterator[Any]:
@@ -74,66 +98,36 @@ async def killed(call: Call) -> AsyncIterator[Any]:
 # Of the rollout's answers
 
 
-def swapped(rng: random.Random) -> Tamper:
+@changed
+def swapped(responses: list[Any], rng: random.Random) -> None:
     """Two answers of a batch, each under the other's place; one alone under a place that nobody asked for."""
-
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        if len(responses) == 1:
-            responses[0].request_index += 1
-        else:
-            first, second = rng.sample(responses, 2)
-            first.request_index, second.request_index = second.request_index, first.request_index
-        for response in responses:
-            yield response
-
-    return tamper
+    _exchange("request_index", responses, rng)
 
 
-def flipped_ids(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        ids = rng.choice(responses).completion.ids
-        # The vocabulary has fewer than 2**9 ids: most stay within it.
-        ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(9)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_ids(responses: list[Any], rng: random.Random) -> None:
+    ids = rng.choice(responses).completion.ids
+    # The vocabulary has fewer than 2**9 ids: most stay within it.
+    ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(9)
 
 
-def flipped_logprobs(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        completion = rng.choice(responses).completion
-        _flip_floats(completion.logprobs, rng)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_logprobs(responses: list[Any], rng: random.Random) -> None:
+    completion = rng.choice(responses).completion
+    _flip_floats(completion.logprobs, rng)
 
 
-def flipped_digest(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        for named in rng.choice(responses).completion.identity.cartridges:
-            named.digest = _other_hex(named.digest, rng)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_digest(responses: list[Any], rng: random.Random) -> None:
+    for named in rng.choice(responses).completion.identity.cartridges:
+        named.digest = _other_hex(named.digest, rng)
 
 
-def flipped_prompt(rng: random.Random) -> Tamper:
+@asked_otherwise
+def flipped_prompt(request: Any, rng: random.Random) -> None:
     """The server is asked something else than what was sent."""
-
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        ids = rng.choice(call.request.requests).token_ids.ids
-        ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(8)
-        async for response in call.answer(call.request):
-            yield response
-
-    return tamper
+    ids = rng.choice(request.requests).token_ids.ids
+    ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(8)
 
 
 def other_version(rng: random.Random) -> Tamper:
@@ -172,82 +166,47 @@ def _decoded_with_others(rng: random.Random, *, honest: bool) -> Tamper:
 # Of the teacher's answers
 
 
-def flipped_hidden(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        hidden = rng.choice(responses).hidden
-        data = bytearray(hidden.data)
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        hidden.data = bytes(data)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_hidden(responses: list[Any], rng: random.Random) -> None:
+    hidden = rng.choice(responses).hidden
+    data = bytearray(hidden.data)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    hidden.data = bytes(data)
 
 
-def flipped_shape(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        shape = rng.choice(responses).hidden.shape
-        if rng.random() < 0.5:
-            shape[rng.randrange(len(shape))] ^= 1 << rng.randrange(8)
-        else:
-            del shape[:]
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_shape(responses: list[Any], rng: random.Random) -> None:
+    shape = rng.choice(responses).hidden.shape
+    if rng.random() < 0.5:
+        shape[rng.randrange(len(shape))] ^= 1 << rng.randrange(8)
+    else:
+        del shape[:]
 
 
-def flipped_checksum(rng: random.Random) -> Tamper:
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        response = rng.choice(responses)
-        response.ids_checksum = _other_hex(response.ids_checksum, rng)
-        for response in responses:
-            yield response
-
-    return tamper
+@changed
+def flipped_checksum(responses: list[Any], rng: random.Random) -> None:
+    response = rng.choice(responses)
+    response.ids_checksum = _other_hex(response.ids_checksum, rng)
 
 
-def flipped_scored_ids(rng: random.Random) -> Tamper:
+@asked_otherwise
+def flipped_scored_ids(request: Any, rng: random.Random) -> None:
     """The teacher scores something else than what was sent."""
-
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        ids = rng.choice(call.request.items).token_ids.ids
-        ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(8)
-        async for response in call.answer(call.request):
-            yield response
-
-    return tamper
+    ids = rng.choice(request.items).token_ids.ids
+    ids[rng.randrange(len(ids))] ^= 1 << rng.randrange(8)
 
 
-def other_samples(rng: random.Random) -> Tamper:
+@changed
+def other_samples(responses: list[Any], rng: random.Random) -> None:
     """Scores of one item under another's place; of one alone under a place that nobody asked for."""
-
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        responses = [response async for response in call.answer(call.request)]
-        if len(responses) == 1:
-            responses[0].item += 1
-        else:
-            first, second = rng.sample(responses, 2)
-            first.item, second.item = second.item, first.item
-        for response in responses:
-            yield response
-
-    return tamper
+    _exchange("item", responses, rng)
 
 
-def shifted(rng: random.Random) -> Tamper:
+@asked_otherwise
+def shifted(request: Any, rng: random.Random) -> None:
     """Scores of other positions of the same item."""
-
-    async def tamper(call: Call) -> AsyncIterator[Any]:
-        item = rng.choice(call.request.items)
-        item.score_from += 1 if item.score_from + 1 < len(item.token_ids.ids) else -1
-        async for response in call.answer(call.request):
-            yield response
-
-    return tamper
+    item = rng.choice(request.items)
+    item.score_from += 1 if item.score_from + 1 < len(item.token_ids.ids) else -1
 
 
 def other_context(rng: random.Random) -> Tamper:
@@ -259,6 +218,16 @@ def other_context(rng: random.Random) -> Tamper:
             yield response
 
     return tamper
+
+
+def _exchange(place: str, responses: list[Any], rng: random.Random) -> None:
+    if len(responses) == 1:
+        setattr(responses[0], place, getattr(responses[0], place) + 1)
+    else:
+        first, second = rng.sample(responses, 2)
+        there, here = getattr(first, place), getattr(second, place)
+        setattr(first, place, here)
+        setattr(second, place, there)
 
 
 def _flip_floats(values: Any, rng: random.Random) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,39 +16,20 @@ from prometheus_client import REGISTRY
 from foundry.cartridge import Cartridge
 from foundry.identity import CartridgeBytes
 from foundry.lm import FrozenLM
-from foundry.rpc.channel import open_channel, typed_errors
-from foundry.rpc.server import Server
+from foundry.rpc.channel import typed_errors
 from foundry.store import CartridgeId, CartridgeStore, Manifest, ManifestDraft, Published, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.parts import Parts
 from services.rollout.prefetch import Prefetch
-from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
-from tests.contract.test_rollout import Gate
-from tests.tiny import build_tiny_model
+from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, served
 from tests.valkey import Valkey
 
-TIMEOUT_SECONDS = 30.0
 NAME, RUN = "moving", "run-moving"
 NUM_TOKENS = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
-def lm(directory: Path) -> FrozenLM:
-    return FrozenLM.load(directory)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Rollout:
@@ -110,32 +91,19 @@ async def serving(
 ) -> AsyncIterator[Rollout]:
     settings = RolloutSettings(model=directory, store=store_settings, max_sequences=4, max_sequence_tokens=256)
     parts = Parts.build(settings, lm, store)
-    gate = Gate()
-    step = parts.driver._engine.step
-    parts.driver._engine.step = lambda: (gate.wait(), step())[1]
 
     def subscribe(last_event_id: str) -> AsyncIterator[Published]:
         # From the beginning, so that no test races with the first read of "$".
         return store.subscribe("0-0" if last_event_id == "$" else last_event_id)
 
-    prefetch = Prefetch(parts.residency, subscribe)
-    server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
-    servicer = RolloutServicer(server.set_not_serving)
-    rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
-    await server.start()
-    parts.driver.start()
-    servicer.begin(parts)
-    if prefetching:
-        prefetch.start()
-    try:
-        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+    prefetch, gate = Prefetch(parts.residency, subscribe), Gate()
+    async with served(parts, gate) as channel:
+        if prefetching:
+            prefetch.start()
+        try:
             yield Rollout(lm, store, gate, channel)
-    finally:
-        gate.open()
-        await server.stop(0)
-        await prefetch.close()
-        await parts.residency.close()
-        await parts.driver.close()
+        finally:
+            await prefetch.close()
 
 
 def prefetches(result: str) -> float:

@@ -1,0 +1,26 @@
+"""Settings of the services that run the frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from foundry.identity import Dtype
+from foundry.settings import ServiceSettings
+
+
+class ModelSettings(ServiceSettings):
+    """What every service takes that runs the frozen model."""
+
+    model: Path
+    """Directory of the frozen model (configuration, tokenizer, safetensors)."""
+
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1, mps."""
+
+    dtype: Dtype = "auto"
+    """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""
+
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads of torch; 0 leaves its default."""

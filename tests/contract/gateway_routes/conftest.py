@@ -1,0 +1,25 @@
+"""One site for all tests of the routes: it takes seconds to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from foundry.client import FoundryClient
+from tests.contract.gateway_routes.site import Site
+from tests.services import open_stack, wait_ready, wait_serving
+
+
+@pytest.fixture(scope="package")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with open_stack(tmp_path_factory.mktemp("gateway")) as stack:
+        metrics_port = stack.free_port()
+        rollout = stack.rollout("--metrics-port", str(metrics_port))
+        teacher = stack.spawn("teacher", "--model", str(stack.model), "--reserve-tokens", "128")
+        gateway = stack.gateway([rollout], "--teacher-address", teacher.address, "--retry-timeout-seconds", "2")
+        wait_serving(rollout)
+        wait_serving(teacher)
+        wait_ready(gateway)
+        with FoundryClient(f"http://{gateway.address}") as client:
+            yield Site(stack, rollout, f"127.0.0.1:{metrics_port}", gateway, client)

@@ -1,0 +1,55 @@
+"""Documents: kept under their digest, refused if they are no text or too long."""
+
+from __future__ import annotations
+
+import pytest
+
+from foundry.errors import DocumentNotFound, DocumentTooLong, DocumentUnreadable, InvalidArgument
+from foundry.identity import content_digest
+from tests.contract.gateway_routes.site import DOCUMENT, Site
+
+
+def test_a_document_is_kept_under_its_digest(site: Site) -> None:
+    card = site.client.documents.create(DOCUMENT, title="The treaty")
+    assert card["digest"] == content_digest(DOCUMENT.encode())
+    assert (card["title"], card["num_bytes"]) == ("The treaty", len(DOCUMENT))
+    assert site.client.documents.get(card["digest"]) == card
+    assert card in site.client.documents.list()
+    assert site.client.documents.text(card["digest"]) == DOCUMENT
+    answer = site.http("POST", "/v1/documents", json={"text": DOCUMENT, "title": "Another title"})
+    assert (answer.status_code, answer.json()) == (201, card)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"a\0b"])
+def test_what_is_no_text_is_refused(site: Site, content: bytes) -> None:
+    with pytest.raises(DocumentUnreadable) as raised:
+        site.client.documents.create(content)
+    assert raised.value.field == "text"
+
+
+def test_a_document_larger_than_the_store_takes_is_refused(site: Site) -> None:
+    with pytest.raises(DocumentTooLong):
+        site.client.documents.create("a" * 100_001)
+    answer = site.http("POST", "/v1/documents", json={"text": "a" * 100_001})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "DOCUMENT_TOO_LONG"
+    assert site.client.documents.create("a" * 100_000)["num_bytes"] == 100_000
+
+
+def test_a_body_beyond_the_limit_is_never_held(site: Site) -> None:
+    before = site.gateway.peak_bytes()
+    num_bytes = 256 * 2**20
+    for content in ((b"a" * 2**20 for _ in range(num_bytes // 2**20)), b"a" * 2**22):
+        answer = site.http("POST", "/v1/documents", content=content, headers={"content-type": "text/plain"})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert site.gateway.peak_bytes() - before < num_bytes / 8
+    big = {"model": "tiny", "messages": [{"role": "user", "content": "a" * 2**22}]}
+    assert site.http("POST", "/v1/chat/completions", json=big).status_code == 413
+
+
+def test_unknown_documents_are_not_found(site: Site) -> None:
+    with pytest.raises(DocumentNotFound):
+        site.client.documents.get("blake3:" + "0" * 64)
+    with pytest.raises(InvalidArgument):
+        site.client.documents.get("nonsense")

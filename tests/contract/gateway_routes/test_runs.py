@@ -1,0 +1,136 @@
+"""Runs: queued, refused, followed, paused and cancelled."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from foundry.errors import (
+    CartridgeTooLong,
+    Conflict,
+    DocumentNotFound,
+    DocumentTooLong,
+    DocumentUnreadable,
+    FingerprintMismatch,
+    InvalidArgument,
+    RunNotFound,
+)
+from foundry.identity import content_digest
+from foundry.store import CartridgeStore, RunState
+from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
+
+
+def test_a_run_is_queued_with_its_document(site: Site) -> None:
+    created = site.client.runs.create(**specification(text=DOCUMENT, title="Inline"))
+    assert created["state"] == "queued"
+    assert created["spec"]["document"] == content_digest(DOCUMENT.encode())
+    assert site.client.documents.text(created["spec"]["document"]) == DOCUMENT
+    assert site.client.runs.get(created["id"]) == created
+    again = site.client.runs.create(**specification(document=created["spec"]["document"]))
+    assert [run["id"] for run in site.client.runs.list()][:2] == [again["id"], created["id"]]
+    for run in (created, again):
+        assert site.client.runs.cancel(run["id"])["state"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "field"),
+    [
+        ({"text": DOCUMENT, "num_tokens": 0}, InvalidArgument, "num_tokens"),
+        ({"text": DOCUMENT, "objective": "mse"}, InvalidArgument, "objective"),
+        ({"text": DOCUMENT, "learning_rat": 1}, InvalidArgument, "learning_rat"),
+        ({"text": DOCUMENT, "name": "Not A Name"}, InvalidArgument, "name"),
+        ({"text": DOCUMENT, "prompts": {"kind": "oracle"}}, InvalidArgument, "prompts.kind"),
+        ({"text": DOCUMENT, "document": "blake3:" + "0" * 64}, InvalidArgument, "text"),
+        ({"text": 5}, InvalidArgument, "text"),
+        ({}, InvalidArgument, "document"),
+        ({"document": "blake3:" + "0" * 64}, DocumentNotFound, "document"),
+        ({"text": ""}, DocumentUnreadable, "document"),
+        (
+            {"text": DOCUMENT, "prompts": {"kind": "document", "digest": "blake3:" + "1" * 64}},
+            DocumentNotFound,
+            "prompts.digest",
+        ),
+        ({"text": DOCUMENT, "model_fingerprint": "blake3:" + "2" * 64}, FingerprintMismatch, "model_fingerprint"),
+        ({"text": DOCUMENT, "max_new_tokens": 5000}, InvalidArgument, "max_new_tokens"),
+        ({"text": "Short text.", "num_tokens": 64}, CartridgeTooLong, "num_tokens"),
+        ({"text": "x" * 2000}, DocumentTooLong, "document"),
+    ],
+)
+def test_an_impossible_run_is_refused_at_once(
+    site: Site, changes: dict[str, Any], kind: type[Exception], field: str
+) -> None:
+    before = len(site.client.runs.list())
+    with pytest.raises(kind) as raised:
+        site.client.runs.create(**specification(**changes))
+    assert raised.type is kind
+    assert getattr(raised.value, "field", None) == field
+    assert len(site.client.runs.list()) == before
+
+
+def test_events_follow_a_run_to_its_end_and_can_be_resumed(site: Site) -> None:
+    run_id = site.client.runs.create(**specification(text=DOCUMENT))["id"]
+    events = site.client.runs.events(run_id)
+    queued = next(events)
+    assert (queued["type"], queued["state"]) == ("state", "queued")
+
+    async def work(store: CartridgeStore) -> None:
+        claimed = await store.runs.claim("worker", 60.0, timeout_seconds=5)
+        assert claimed is not None
+        assert claimed.run_id == run_id
+        await store.runs.report(run_id, claimed.attempt, {"type": "step", "step": 1, "loss": 0.5})
+        await store.runs.report(run_id, claimed.attempt, {"type": "step", "step": 2, "note": "\u2028é"})
+
+    site.stack.with_store(work)
+    # The stream was open before any of this was reported.
+    running, one, two = islice(events, 3)
+    assert (running["state"], one["step"], one["loss"], two["note"]) == ("running", 1, 0.5, "\u2028é")
+    assert site.client.runs.get(run_id)["last_event"]["step"] == 2
+
+    async def finish(store: CartridgeStore) -> None:
+        await store.runs.finish(run_id, 1, RunState.SUCCEEDED, result={"version": 2})
+
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(site.client.runs.wait, run_id)
+        site.stack.with_store(finish)
+        assert waiting.result(timeout=30)["state"] == "succeeded"
+    finished = list(events)
+    assert [(event["type"], event["state"], event["result"]) for event in finished] == [
+        ("finished", "succeeded", {"version": 2})
+    ]
+    resumed = list(site.client.runs.events(run_id, after=one["id"]))
+    assert [event["id"] for event in resumed] == [two["id"], finished[0]["id"]]
+
+
+def test_the_event_stream_is_server_sent_events(site: Site) -> None:
+    run_id = site.client.runs.create(**specification(text=DOCUMENT))["id"]
+    site.client.runs.cancel(run_id)
+    answer = site.http("GET", f"/v1/runs/{run_id}/events")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in answer.text.strip().split("\n\n")]
+    assert all(set(block) == {"id", "data"} for block in blocks)
+    assert json.loads(blocks[-1]["data"])["state"] == "cancelled"
+    later = site.http("GET", f"/v1/runs/{run_id}/events", headers={"last-event-id": blocks[-2]["id"]})
+    assert later.text.strip().split("\n\n") == [answer.text.strip().split("\n\n")[-1]]
+    for path, headers, status in (
+        (f"/v1/runs/{run_id}/events", {"last-event-id": "yesterday"}, 400),
+        ("/v1/runs/run-aaaaaaaa/events", {}, 404),
+    ):
+        refused = site.http("GET", path, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_runs_are_paused_resumed_and_cancelled(site: Site) -> None:
+    runs = site.client.runs
+    run_id = runs.create(**specification(text=DOCUMENT))["id"]
+    assert runs.pause(run_id)["state"] == "paused"
+    assert runs.resume(run_id)["state"] == "queued"
+    assert runs.cancel(run_id)["state"] == "cancelled"
+    with pytest.raises(Conflict):
+        runs.pause(run_id)
+    for unknown in (runs.get, runs.cancel, runs.pause, runs.resume):
+        with pytest.raises(RunNotFound):
+            unknown("run-aaaaaaaa")

@@ -1,0 +1,195 @@
+"""A rollout server in this process on a tiny model, whose engine can be made to take only the steps a test allows."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from foundry.cartridge import Cartridge
+from foundry.errors import CartridgeNotFound
+from foundry.identity import CartridgeBytes, CartridgeHeader
+from foundry.lm import FrozenLM
+from foundry.rpc.channel import open_channel, typed_errors
+from foundry.rpc.server import Server
+from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from services.rollout.driver import Job
+from services.rollout.parts import Parts
+from services.rollout.servicer import RolloutServicer
+from services.rollout.settings import RolloutSettings
+
+TIMEOUT_SECONDS = 30.0
+MAX_SEQUENCES, MAX_WAITING = 4, 12
+STORE = {"redis_url": "redis://127.0.0.1:1/0", "objects_url": "memory://", "redis_timeout_seconds": 0.5}
+
+
+class DictSource:
+    def __init__(self) -> None:
+        self.cartridges: dict[str, CartridgeBytes] = {}
+
+    async def header(self, digest: str) -> CartridgeHeader:
+        return (await self.fetch(digest)).header
+
+    async def fetch(self, digest: str) -> CartridgeBytes:
+        if digest not in self.cartridges:
+            raise CartridgeNotFound(f"no cartridge {digest}")
+        self.cartridges[digest].verify(digest)
+        return self.cartridges[digest]
+
+
+class Gate:
+    """Lets the engine take only the steps that a test allows."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._open = False
+        self.failure: Exception | None = None
+
+    def allow(self, num_steps: int) -> None:
+        self._permits.release(num_steps)
+
+    def open(self) -> None:
+        self._open = True
+        self._permits.release()
+
+    def wait(self) -> None:
+        if not self._open:
+            self._permits.acquire()
+        if self.failure is not None:
+            raise self.failure
+
+
+class Rollout:
+    """A running server, its parts, and calls with deadlines and typed errors."""
+
+    def __init__(self, lm: FrozenLM, parts: Parts, source: DictSource, channel: grpc.aio.Channel) -> None:
+        self.lm, self.parts, self.source, self.channel = lm, parts, source, channel
+        self.stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+        # What the servicer asked of the driver, as it happens.
+        self.submitted: asyncio.Queue[Job] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[Job] = asyncio.Queue()
+        self.draining = asyncio.Event()
+        driver = parts.driver
+        submit, cancel, drain = driver.submit, driver.cancel, driver.drain
+
+        def noting_submit(*args: Any, **kwargs: Any) -> Job:
+            job = submit(*args, **kwargs)
+            self.submitted.put_nowait(job)
+            return job
+
+        def noting_cancel(job: Job) -> None:
+            cancel(job)
+            self.cancelled.put_nowait(job)
+
+        async def noting_drain() -> None:
+            waiting = asyncio.ensure_future(drain())
+            await asyncio.sleep(0)
+            self.draining.set()
+            await waiting
+
+        driver.submit, driver.cancel, driver.drain = noting_submit, noting_cancel, noting_drain
+
+    def publish(self, seed: int, num_tokens: int = 16, version: int = 1) -> common_pb2.CartridgeId:
+        spec = self.lm.spec
+        shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        kv = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        stored = Cartridge(spec.header(num_tokens, 1, torch.float32), kv).to_bytes()
+        self.source.cartridges[stored.digest()] = stored
+        return common_pb2.CartridgeId(name="report", version=version, digest=stored.digest())
+
+    def request(
+        self,
+        ids: Sequence[int] = (5, 6, 7, 8, 9),
+        *,
+        cartridges: Sequence[common_pb2.CartridgeId] = (),
+        sampling: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> rollout_pb2.GenerateRequest:
+        if "text" not in fields and "conversation" not in fields:
+            fields["token_ids"] = common_pb2.TokenIds(ids=ids)
+        fields.setdefault("model_fingerprint", self.lm.spec.fingerprint)
+        wanted = {"max_new_tokens": 6, "seed": 1, "ignore_eos": True, **(sampling or {})}
+        return rollout_pb2.GenerateRequest(cartridges=cartridges, sampling=rollout_pb2.Sampling(**wanted), **fields)
+
+    async def generate(self, request: rollout_pb2.GenerateRequest) -> list[rollout_pb2.GenerateChunk]:
+        with typed_errors("rollout"):
+            return [chunk async for chunk in self.stub.Generate(request, timeout=TIMEOUT_SECONDS)]
+
+    async def batch(self, requests: Sequence[rollout_pb2.GenerateRequest]) -> dict[tuple[int, int], Any]:
+        """Completions by place of the request and index."""
+        message = rollout_pb2.GenerateBatchRequest(requests=requests)
+        with typed_errors("rollout"):
+            answers = [answer async for answer in self.stub.GenerateBatch(message, timeout=TIMEOUT_SECONDS)]
+        found = {(answer.request_index, answer.completion.index): answer.completion for answer in answers}
+        assert len(found) == len(answers)
+        return found
+
+    async def resident(self) -> rollout_pb2.ResidentResponse:
+        with typed_errors("rollout"):
+            return await self.stub.Resident(rollout_pb2.ResidentRequest(), timeout=TIMEOUT_SECONDS)
+
+
+@asynccontextmanager
+async def served(parts: Parts, gate: Gate | None) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server of `parts`."""
+    step = parts.driver._engine.step
+    if gate is not None:
+        parts.driver._engine.step = lambda: (gate.wait(), step())[1]
+    server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
+    servicer = RolloutServicer(server.set_not_serving)
+    rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
+    await server.start()
+    parts.driver.start()
+    servicer.begin(parts)
+    await server.set_serving()
+    try:
+        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+            yield channel
+    finally:
+        if gate is not None:
+            gate.open()
+        await server.stop(0)
+        await parts.residency.close()
+        await parts.driver.close()
+
+
+@asynccontextmanager
+async def serving(lm: FrozenLM, directory: Path, gate: Gate | None = None, **settings: Any) -> AsyncIterator[Rollout]:
+    values = {
+        "model": directory,
+        "store": STORE,
+        "max_sequences": MAX_SEQUENCES,
+        "max_waiting": MAX_WAITING,
+        "max_sequence_tokens": 256,
+        "prefill_tokens_per_step": 32,
+        **settings,
+    }
+    source = DictSource()
+    parts = Parts.build(RolloutSettings(**values), lm, source)
+    async with served(parts, gate) as channel:
+        yield Rollout(lm, parts, source, channel)
+
+
+def joined(chunks: Sequence[rollout_pb2.GenerateChunk], index: int = 0) -> tuple[list[int], list[float], str]:
+    mine = [chunk for chunk in chunks if chunk.index == index]
+    return (
+        [token_id for chunk in mine for token_id in chunk.ids],
+        [logprob for chunk in mine for logprob in chunk.logprobs],
+        "".join(chunk.text for chunk in mine),
+    )
+
+
+def long(rollout: Rollout, **fields: Any) -> rollout_pb2.GenerateRequest:
+    return rollout.request(sampling={"max_new_tokens": 250}, **fields)
+
+
+async def status(channel: grpc.aio.Channel) -> health_pb2.HealthCheckResponse.ServingStatus:
+    request = health_pb2.HealthCheckRequest(service="foundry.v1.Rollout")
+    return (await health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_SECONDS)).status

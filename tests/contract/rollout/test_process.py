@@ -1,0 +1,114 @@
+"""The process: from listening, over the model's loading, to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from foundry.errors import Unavailable
+from foundry.lm import FrozenLM
+from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
+from foundry.rpc.server import Server
+from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from services.rollout import main
+from services.rollout.engine import TokenOutput
+from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.settings import RolloutSettings
+from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings(directory: Path, **values: Any) -> RolloutSettings:
+    return RolloutSettings(model=directory, store=STORE, listen="127.0.0.1:0", **values)
+
+
+@asynccontextmanager
+async def process(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, **values: Any
+) -> AsyncIterator[tuple[asyncio.Task[int], grpc.aio.Channel]]:
+    """`serve` as a task, and a channel to it as soon as it listens."""
+    listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    class Announcing(Server):
+        async def start(self) -> None:
+            await super().start()
+            listening.set_result(self.port)
+
+    monkeypatch.setattr(main, "Server", Announcing)
+    task = asyncio.create_task(main.serve(settings(directory, **values)))
+    async with open_channel(f"127.0.0.1:{await listening}") as channel:
+        yield task, channel
+    assert task.done()
+
+
+async def test_listens_before_the_model_is_loaded_and_serves_after(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_load = threading.Event()
+    load_model = FrozenLM.load
+
+    def gated(*args: Any, **kwargs: Any) -> FrozenLM:
+        may_load.wait()
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(FrozenLM, "load", gated)
+    async with process(directory, monkeypatch) as (task, channel):
+        assert await status(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+        stub = rollout_pb2_grpc.RolloutStub(channel)
+        with pytest.raises(Unavailable, match="loading"), typed_errors("rollout"):
+            await stub.Resident(rollout_pb2.ResidentRequest(), timeout=TIMEOUT_SECONDS)
+        may_load.set()
+        await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+        resident = await stub.Resident(rollout_pb2.ResidentRequest(), timeout=TIMEOUT_SECONDS)
+        assert resident.model_name == "tiny-llama"
+        assert resident.max_sequence_tokens == 512
+        # Calls in flight when the signal comes are finished.
+        call = stub.Generate(
+            rollout_pb2.GenerateRequest(
+                model_fingerprint=resident.model_fingerprint,
+                token_ids=common_pb2.TokenIds(ids=[5, 6]),
+                sampling=rollout_pb2.Sampling(max_new_tokens=50, ignore_eos=True),
+            ),
+            timeout=TIMEOUT_SECONDS,
+        )
+        chunks = [await call.read()]
+        signal.raise_signal(signal.SIGTERM)
+        chunks += [chunk async for chunk in call]
+        assert len(joined(chunks)[0]) == 50
+        assert await task == 0
+
+
+async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: TorchEngine) -> list[TokenOutput]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TorchEngine, "step", broken)
+    async with process(directory, monkeypatch, grace_seconds=0.5) as (task, channel):
+        stub = rollout_pb2_grpc.RolloutStub(channel)
+        await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+        fingerprint = (await stub.Resident(rollout_pb2.ResidentRequest(), timeout=TIMEOUT_SECONDS)).model_fingerprint
+        request = rollout_pb2.GenerateRequest(
+            model_fingerprint=fingerprint,
+            token_ids=common_pb2.TokenIds(ids=[5, 6]),
+            sampling=rollout_pb2.Sampling(max_new_tokens=5),
+        )
+        statuses = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="foundry.v1.Rollout"), timeout=TIMEOUT_SECONDS
+        )
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(Unavailable, match="out of memory"), typed_errors("rollout"):
+            async for _ in stub.Generate(request, timeout=TIMEOUT_SECONDS):
+                pass
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        statuses.cancel()
+        assert await task == 1

@@ -1,0 +1,192 @@
+"""What is refused, and how."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foundry.cartridge import Cartridge
+from foundry.errors import CartridgeNotFound, FingerprintMismatch, InvalidArgument, ResourceExhausted, ShapeMismatch
+from foundry.lm import FrozenLM
+from foundry.rpc.channel import typed_errors
+from foundry.v1 import common_pb2, rollout_pb2
+from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Gate, Rollout, long, serving
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def changed(request: rollout_pb2.GenerateRequest, **sampling: Any) -> rollout_pb2.GenerateRequest:
+    request.sampling.MergeFrom(rollout_pb2.Sampling(**sampling))
+    return request
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"temperature": -1}, "sampling.temperature"),
+        ({"temperature": math.nan}, "sampling.temperature"),
+        ({"temperature": math.inf}, "sampling.temperature"),
+        ({"top_p": 0}, "sampling.top_p"),
+        ({"top_p": 1.5}, "sampling.top_p"),
+        ({"top_p": math.nan}, "sampling.top_p"),
+        ({"max_new_tokens": 0}, "sampling.max_new_tokens"),
+        ({"max_new_tokens": 252}, "sampling.max_new_tokens"),
+        ({"logprobs": 21}, "sampling.logprobs"),
+        ({"stop": [""]}, "sampling.stop"),
+        ({"stop": ["x" * 257]}, "sampling.stop"),
+        ({"stop": ["x"] * 17}, "sampling.stop"),
+        ({"n": MAX_SEQUENCES + MAX_WAITING + 1}, "sampling.n"),
+        ({"n": 2**32 - 1}, "sampling.n"),
+    ],
+)
+async def test_sampling_out_of_range_names_its_field(rollout: Rollout, sampling: dict[str, Any], field: str) -> None:
+    request = rollout.request(sampling=sampling)
+    with pytest.raises(InvalidArgument) as caught:
+        await rollout.generate(request)
+    assert caught.value.field == field
+    with pytest.raises(InvalidArgument) as caught:
+        await rollout.batch([rollout.request(), request])
+    assert caught.value.field in (f"requests[1].{field}", "requests")
+
+
+async def test_prompts_that_cannot_be(rollout: Rollout) -> None:
+    empty = common_pb2.Conversation()
+    cases = [
+        (rollout.request([]), "token_ids"),
+        (rollout.request([3, 384]), "token_ids"),
+        (rollout.request(text=""), "text"),
+        (rollout.request(conversation=empty), "messages"),
+        (rollout.request(range(3, 258)), "sampling.max_new_tokens"),
+    ]
+    request = rollout.request()
+    request.ClearField("token_ids")
+    for case, field in [*cases, (request, "prompt")]:
+        with pytest.raises(InvalidArgument) as caught:
+            await rollout.generate(case)
+        assert caught.value.field == field
+    with pytest.raises(InvalidArgument, match=r"384.*vocabulary of 384"):
+        await rollout.generate(cases[1][0])
+    with pytest.raises(InvalidArgument, match=r"255.* 6 .*261.*256"):
+        await rollout.generate(cases[4][0])
+
+
+async def test_cartridges_count_towards_the_models_context(rollout: Rollout) -> None:
+    cartridge = rollout.publish(0, num_tokens=300)
+    fits = rollout.request(range(3, 203), cartridges=[cartridge], sampling={"max_new_tokens": 12})
+    await rollout.generate(fits)
+    with pytest.raises(InvalidArgument, match=r"300.*200.*13.*513.*512") as caught:
+        await rollout.generate(changed(fits, max_new_tokens=13))
+    assert caught.value.field == "sampling.max_new_tokens"
+    assert (await rollout.resident()).cartridges[0].references == 0
+
+
+async def test_cartridge_ids_need_a_digest(rollout: Rollout) -> None:
+    good = rollout.publish(0)
+    for cartridges, field in (
+        ([good, common_pb2.CartridgeId(name="report", version=1)], "cartridges[1].digest"),
+        ([common_pb2.CartridgeId(digest="blake3:xyz")], "cartridges[0].digest"),
+        ([good, good], "cartridges"),
+        ([rollout.publish(seed, num_tokens=1) for seed in range(17)], "cartridges"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            await rollout.generate(rollout.request(cartridges=cartridges))
+        assert caught.value.field == field
+    with pytest.raises(InvalidArgument) as caught:
+        await load(rollout, common_pb2.CartridgeId(name="report"))
+    assert caught.value.field == "cartridge.digest"
+
+
+async def load(rollout: Rollout, cartridge: common_pb2.CartridgeId, fingerprint: str | None = None) -> bool:
+    request = rollout_pb2.LoadRequest(
+        cartridge=cartridge, model_fingerprint=rollout.lm.spec.fingerprint if fingerprint is None else fingerprint
+    )
+    with typed_errors("rollout"):
+        return (await rollout.stub.Load(request, timeout=TIMEOUT_SECONDS)).already_resident
+
+
+async def test_fingerprint_is_required_everywhere(rollout: Rollout) -> None:
+    cartridge = rollout.publish(0)
+    for fingerprint, error in (("", InvalidArgument), ("blake3:" + "0" * 64, FingerprintMismatch)):
+        request = rollout.request(model_fingerprint=fingerprint)
+        with pytest.raises(error):
+            await rollout.generate(request)
+        with pytest.raises(error):
+            await rollout.batch([rollout.request(), request])
+        with pytest.raises(error):
+            await load(rollout, cartridge, fingerprint)
+    assert not (await rollout.resident()).cartridges
+
+
+async def test_a_digest_that_is_nowhere_is_not_found(rollout: Rollout) -> None:
+    known = rollout.publish(0)
+    await load(rollout, known)
+    gone = common_pb2.CartridgeId(name=known.name, version=known.version, digest="blake3:" + "0" * 64)
+    with pytest.raises(CartridgeNotFound):
+        await rollout.generate(rollout.request(cartridges=[gone]))
+    with pytest.raises(CartridgeNotFound):
+        await rollout.batch([rollout.request(cartridges=[known]), rollout.request(cartridges=[gone])])
+    assert [each.references for each in (await rollout.resident()).cartridges] == [0]
+
+
+async def test_a_cartridge_of_another_shape(rollout: Rollout) -> None:
+    spec = rollout.lm.spec
+    header = spec.header(4, 1, torch.float32)
+    object.__setattr__(header, "num_layers", 3)
+    stored = Cartridge(header, torch.zeros(3, 2, spec.num_kv_heads, 4, spec.head_dim)).to_bytes()
+    rollout.source.cartridges[stored.digest()] = stored
+    with pytest.raises(ShapeMismatch, match="num_layers 3"):
+        await rollout.generate(rollout.request(cartridges=[common_pb2.CartridgeId(digest=stored.digest())]))
+
+
+async def test_batches_that_never_fit(lm: FrozenLM, directory: Path) -> None:
+    async with serving(lm, directory) as rollout:
+        with pytest.raises(InvalidArgument) as caught:
+            await rollout.batch([])
+        assert caught.value.field == "requests"
+        with pytest.raises(InvalidArgument, match=r"17 sequences.*16") as caught:
+            await rollout.batch([rollout.request()] * 15 + [rollout.request(sampling={"n": 2})])
+        assert caught.value.field == "requests"
+    # A completion of a batch is one message.
+    wide = FrozenLM(lm.model, lm.tokenizer, lm.spec.fingerprint)
+    object.__setattr__(wide.spec, "max_tokens", 2**20)
+    async with serving(wide, directory, max_sequence_tokens=2**15, max_sequences=1) as rollout:
+        with pytest.raises(InvalidArgument, match="a message holds") as caught:
+            await rollout.batch([rollout.request(sampling={"max_new_tokens": 20_000, "logprobs": 20})])
+        assert caught.value.field == "requests[0].sampling.max_new_tokens"
+
+
+async def test_a_full_queue_says_when_to_come_back(lm: FrozenLM, directory: Path) -> None:
+    gate = Gate()
+    async with serving(lm, directory, gate, max_sequences=1, max_waiting=1) as rollout:
+        calls = [rollout.stub.Generate(long(rollout), timeout=TIMEOUT_SECONDS) for _ in range(2)]
+        for _ in calls:
+            await rollout.submitted.get()
+        with pytest.raises(ResourceExhausted) as caught:
+            await rollout.generate(rollout.request())
+        assert caught.value.retry_after_seconds == 1.0
+        calls[1].cancel()
+        gate.open()
+        await (await rollout.cancelled.get()).ended
+        await rollout.generate(rollout.request())
+
+
+async def test_a_full_budget_says_when_to_come_back(lm: FrozenLM, directory: Path) -> None:
+    gate = Gate()
+    num_bytes = lm.spec.header(16, 1, torch.float32).num_bytes
+    async with serving(lm, directory, gate, cartridge_budget_bytes=num_bytes) as rollout:
+        first, second = rollout.publish(0), rollout.publish(1)
+        call = rollout.stub.Generate(long(rollout, cartridges=[first]), timeout=TIMEOUT_SECONDS)
+        await rollout.submitted.get()
+        with pytest.raises(ResourceExhausted) as caught:
+            await rollout.generate(rollout.request(cartridges=[second]))
+        assert caught.value.retry_after_seconds is not None
+        call.cancel()
+        gate.open()
+        await (await rollout.cancelled.get()).ended
+        await rollout.generate(rollout.request(cartridges=[second]))
+        resident = await rollout.resident()
+        assert [each.cartridge.digest for each in resident.cartridges] == [second.digest]

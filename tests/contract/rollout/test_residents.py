@@ -1,0 +1,126 @@
+"""Cartridges in the server: in use, pinned, in which tier, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from foundry.errors import Conflict
+from foundry.lm import FrozenLM
+from foundry.rpc.channel import typed_errors
+from foundry.v1 import rollout_pb2
+from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, Rollout, joined, serving
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def metric(name: str, **labels: str) -> float:
+    value = REGISTRY.get_sample_value(name, labels)
+    assert value is not None, name
+    return value
+
+
+def hits() -> list[float]:
+    name, tiers = "foundry_cartridge_hits_total", ("device", "host", "store")
+    return [REGISTRY.get_sample_value(name, {"tier": tier}) or 0.0 for tier in tiers]
+
+
+async def test_references_while_decoding(lm: FrozenLM, directory: Path) -> None:
+    gate = Gate()
+    async with serving(lm, directory, gate) as rollout:
+        cartridge = rollout.publish(0, version=4)
+        request = rollout.request(cartridges=[cartridge], sampling={"n": 2})
+        call = rollout.stub.Generate(request, timeout=TIMEOUT_SECONDS)
+        job = await rollout.submitted.get()
+        resident = await rollout.resident()
+        (found,) = resident.cartridges
+        assert (found.cartridge, found.references) == (cartridge, 2)
+        assert found.num_bytes == rollout.source.cartridges[cartridge.digest].header.num_bytes
+        unload = rollout_pb2.UnloadRequest(digest=cartridge.digest)
+        with pytest.raises(Conflict), typed_errors("rollout"):
+            await rollout.stub.Unload(unload, timeout=TIMEOUT_SECONDS)
+        gate.open()
+        assert len([chunk async for chunk in call]) >= 2
+        await job.ended
+        await rollout.stub.Unload(unload, timeout=TIMEOUT_SECONDS)
+        assert not (await rollout.resident()).cartridges
+
+
+async def test_pins_and_tiers_are_reported(lm: FrozenLM, directory: Path) -> None:
+    num_bytes = lm.spec.header(16, 1, torch.float32).num_bytes
+    budgets = {"cartridge_budget_bytes": 2 * num_bytes, "host_cartridge_budget_bytes": 4 * num_bytes}
+    async with serving(lm, directory, **budgets) as rollout:
+        pinned, old, new = (rollout.publish(seed, version=seed) for seed in range(3))
+        for cartridge in (pinned, old, new):
+            load = rollout_pb2.LoadRequest(
+                cartridge=cartridge, model_fingerprint=lm.spec.fingerprint, pin=cartridge is pinned
+            )
+            await rollout.stub.Load(load, timeout=TIMEOUT_SECONDS)
+        answer = await rollout.resident()
+        assert (answer.budget_bytes, answer.host_budget_bytes) == (2 * num_bytes, 4 * num_bytes)
+        assert [(each.cartridge, each.pinned, each.tier) for each in answer.cartridges] == [
+            (pinned, True, rollout_pb2.TIER_DEVICE),
+            (new, False, rollout_pb2.TIER_DEVICE),
+            (old, False, rollout_pb2.TIER_HOST),
+        ]
+        assert {each.num_bytes for each in answer.cartridges} == {num_bytes}
+        assert metric("foundry_resident_cartridges", tier="host") == 3
+        assert metric("foundry_resident_cartridge_bytes", tier="host") == 3 * num_bytes
+        before = hits()
+        # The store has lost it; host memory has not.
+        rollout.source.cartridges.clear()
+        for cartridge in (old, old, pinned):
+            await rollout.generate(rollout.request(cartridges=[cartridge]))
+        assert [now - old for now, old in zip(hits(), before, strict=True)] == [2, 1, 0]
+        for cartridge in (pinned, old):
+            await rollout.stub.Unload(rollout_pb2.UnloadRequest(digest=cartridge.digest), timeout=TIMEOUT_SECONDS)
+        answer = await rollout.resident()
+        assert [(each.cartridge, each.tier) for each in answer.cartridges] == [(new, rollout_pb2.TIER_HOST)]
+
+
+async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, directory: Path) -> None:
+    gate = Gate()
+    async with serving(lm, directory, gate) as rollout:
+        old, new = rollout.publish(0, version=1), rollout.publish(1, version=2)
+        call = rollout.stub.Generate(
+            rollout.request(cartridges=[old], sampling={"max_new_tokens": 50}), timeout=TIMEOUT_SECONDS
+        )
+        job = await rollout.submitted.get()
+        gate.allow(2)
+        chunks = [await call.read()]
+        meanwhile = asyncio.create_task(rollout.generate(rollout.request(cartridges=[new])))
+        await rollout.submitted.get()
+        gate.allow(8)
+        assert (await meanwhile)[0].identity.cartridges[0].digest == new.digest
+        assert not job.ended.done()
+        gate.open()
+        chunks += [chunk async for chunk in call]
+        assert chunks[0].identity.cartridges[0].digest == old.digest
+        alone = rollout.request(cartridges=[old], sampling={"max_new_tokens": 50}, skip_prefix_cache=True)
+        assert joined(chunks)[0] == joined(await rollout.generate(alone))[0]
+
+
+async def test_metrics(rollout: Rollout) -> None:
+    names = [
+        "foundry_prompt_tokens_total",
+        "foundry_generation_tokens_total",
+        "foundry_prefix_cache_hits_total",
+        "foundry_time_to_first_token_seconds_count",
+        "foundry_time_per_output_token_seconds_count",
+        "foundry_cartridge_fetch_seconds_count",
+    ]
+    before = [metric(name) for name in names]
+    request = rollout.request(cartridges=[rollout.publish(0)])
+    await rollout.generate(request)
+    await rollout.generate(request)
+    assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [10, 12, 4, 2, 10, 1]
+    assert metric("foundry_resident_cartridges", tier="device") == 1
+    num_bytes = (await rollout.resident()).cartridges[0].num_bytes
+    assert metric("foundry_resident_cartridge_bytes", tier="device") == num_bytes
+    assert metric("foundry_resident_cartridges", tier="host") == 0
+    assert metric("foundry_num_requests_running") == 0
+    assert metric("foundry_num_requests_waiting") == 0

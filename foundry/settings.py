@@ -6,9 +6,13 @@ from both. Unknown keys are refused.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
+from pydantic import model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from foundry.rpc.tls import Tls, tls_of
 
 
 class ServiceSettings(BaseSettings):
@@ -36,8 +40,33 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe level that is logged."""
 
+    tls_certificate_file: Path | None = None
+    """This service's certificate (PEM) for mutual TLS with the other services, all three files or none. It is both the
+    server's and the client's. Files that are renewed in place are read anew."""
+
+    tls_key_file: Path | None = None
+    """The certificate's private key (PEM, without a password)."""
+
+    tls_ca_file: Path | None = None
+    """Certificates (PEM) of the authority that every other service's certificate must come from."""
+
     dry_run: bool = False
     """Print the resolved settings, without secrets, and exit."""
+
+    @model_validator(mode="after")
+    def _tls_files_belong_together(self) -> Self:
+        if len({path is None for path in (self.tls_certificate_file, self.tls_key_file, self.tls_ca_file)}) > 1:
+            raise ValueError(
+                "tls_certificate_file, tls_key_file and tls_ca_file belong together: set all three or none"
+            )
+        return self
+
+    @property
+    def tls(self) -> Tls | None:
+        """None where services talk without TLS. Raises InvalidArgument if a file can't be used."""
+        if self.tls_certificate_file is None or self.tls_key_file is None or self.tls_ca_file is None:
+            return None
+        return tls_of(self.tls_certificate_file, self.tls_key_file, self.tls_ca_file)
 
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from foundry.lm import FrozenLM
 from foundry.local.ports import address_of, reserve
 from foundry.local.process import spawn
 from foundry.rpc.channel import open_channel, wait_until_serving
+from foundry.rpc.tls import Credentials
 from foundry.store import CartridgeStore, Manifest, ManifestDraft, StoreSettings
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from tests.tiny import build_tiny_model
@@ -37,12 +38,19 @@ class Process:
     """A service on a port that stays reserved, so that it can be killed and come back."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], directory: Path, environment: dict[str, str], *, module: str = ""
+        self,
+        name: str,
+        arguments: Sequence[str],
+        directory: Path,
+        environment: dict[str, str],
+        *,
+        module: str = "",
+        address: str = "",
     ) -> None:
-        """`module` runs instead of the service's own, with the same options."""
-        self._held = reserve()
-        self.address = address_of(self._held)
-        self.log = directory / f"{name}-{self.address.rpartition(':')[2]}.log"
+        """`module` runs instead of the service's own, with the same options. `address`: one that nobody else takes."""
+        self._held = None if address else reserve()
+        self.address = address_of(self._held) if self._held else address
+        self.log = directory / f"{name}-{self.address.replace(':', '-')}.log"
         module = module or f"services.{name}.main"
         self._command = [sys.executable, "-m", module, "--listen", self.address, *arguments]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
@@ -82,7 +90,8 @@ class Process:
 
     def close(self) -> None:
         self.kill()
-        self._held.close()
+        if self._held is not None:
+            self._held.close()
 
     def peak_bytes(self) -> int:
         """The most memory that the process has held."""
@@ -100,8 +109,15 @@ class Process:
 class Stack:
     """Valkey, a store, rollout servers of one tiny model, and a gateway before them."""
 
-    def __init__(self, directory: Path, *, persistent_valkey: bool = False, **store: Any) -> None:
-        """`store`: settings of the store that every process here gets."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        persistent_valkey: bool = False,
+        environment: Mapping[str, str] | None = None,
+        **store: Any,
+    ) -> None:
+        """Every process here gets `environment`, and `store` as the settings of its store."""
         self.directory = directory
         self.model = build_tiny_model(directory / "models" / "tiny")
         self.lm = FrozenLM.load(self.model)
@@ -114,11 +130,12 @@ class Stack:
         }
         self.settings = StoreSettings.model_validate(values)
         self._environment = {f"FOUNDRY_STORE__{name.upper()}": str(value) for name, value in values.items()}
+        self._environment |= environment or {}
         self._processes: list[Process] = []
         self._ports: list[socket.socket] = []
 
-    def spawn(self, name: str, *arguments: str, module: str = "") -> Process:
-        process = Process(name, arguments, self.directory, self._environment, module=module)
+    def spawn(self, name: str, *arguments: str, module: str = "", address: str = "") -> Process:
+        process = Process(name, arguments, self.directory, self._environment, module=module, address=address)
         self._processes.append(process)
         process.start()
         return process
@@ -128,8 +145,8 @@ class Stack:
         self._ports.append(held)
         return int(held.getsockname()[1])
 
-    def rollout(self, *arguments: str) -> Process:
-        return self.spawn("rollout", "--model", str(self.model), *arguments)
+    def rollout(self, *arguments: str, module: str = "", address: str = "") -> Process:
+        return self.spawn("rollout", "--model", str(self.model), *arguments, module=module, address=address)
 
     def gateway(self, rollouts: Sequence[Process], *arguments: str) -> Process:
         # By name, as in a cluster: it is looked up again and again, and may stand for more than one address.
@@ -189,11 +206,11 @@ class Stack:
         return answer
 
 
-def wait_serving(process: Process) -> None:
-    """Return when a gRPC service serves."""
+def wait_serving(process: Process, credentials: Credentials | None = None, *, server_name: str = "") -> None:
+    """Return when a gRPC service serves; one with TLS to those who have credentials."""
 
     async def wait() -> None:
-        channel = open_channel(process.address)
+        channel = open_channel(process.address, credentials, server_name=server_name)
         try:
             await wait_until_serving(channel, process.address, timeout_seconds=START_SECONDS)
         finally:

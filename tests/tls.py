@@ -1,4 +1,4 @@
-"""TLS before a plain server, with certificates made for the test: for servers whose binary was built without."""
+"""Certificates made for the test; and TLS before a plain server, for servers whose binary was built without."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class Authority:
     """A certificate authority of its own. `file` is what those who trust it are given."""
 
     def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
         self._authority = trustme.CA()
         self._directory = directory
         self.file = directory / "authority.pem"
         self._authority.cert_pem.write_to_path(self.file)
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """Files of a certificate for `name` and of its key."""
+        """Files of a certificate for `name` and of its key; new ones in the same files when it is issued again."""
         issued = self._authority.issue_cert(name)
         certificate, key = self._directory / f"{name}.pem", self._directory / f"{name}.key"
         certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))

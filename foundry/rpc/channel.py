@@ -11,15 +11,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from foundry.errors import AlignmentError, DeadlineExceeded
 from foundry.rpc.limits import CHANNEL_OPTIONS
+from foundry.rpc.resolve import host_of
 from foundry.rpc.status import from_rpc_error
+from foundry.rpc.tls import Credentials
 
 T = TypeVar("T")
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """An insecure channel to `host:port`; every call must pass `timeout` (seconds)."""
+def open_channel(address: str, credentials: Credentials | None = None, *, server_name: str = "") -> grpc.aio.Channel:
+    """A channel to `host:port`; every call must pass `timeout` (seconds).
+
+    With credentials in mutual TLS, where the server's certificate must carry `server_name`, by default the host.
+    """
     interceptors = [_RequireDeadline(), _RequireDeadlineStream(), _RequireDeadlineBidirectional()]
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name or host_of(address)))
+    return grpc.aio.secure_channel(address, credentials.for_channel(), options=options, interceptors=interceptors)
 
 
 @contextmanager

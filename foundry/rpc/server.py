@@ -16,6 +16,7 @@ from foundry import telemetry
 from foundry.errors import FoundryError, PortTaken
 from foundry.rpc.limits import SERVER_OPTIONS
 from foundry.rpc.status import to_status
+from foundry.rpc.tls import Tls
 
 log = structlog.get_logger(__name__)
 
@@ -23,8 +24,11 @@ log = structlog.get_logger(__name__)
 class Server:
     """Listens at once, says NOT_SERVING until `set_serving`, ends calls within a grace period on `stop`."""
 
-    def __init__(self, address: str, services: Sequence[ServiceDescriptor]) -> None:
-        """Raises PortTaken. Register the servicers on `.grpc` before `start`; `port` is the one bound."""
+    def __init__(self, address: str, services: Sequence[ServiceDescriptor], tls: Tls | None = None) -> None:
+        """Raises PortTaken. Register the servicers on `.grpc` before `start`; `port` is the one bound.
+
+        With `tls` only clients with a certificate of its authority are answered.
+        """
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[_TypedErrors()])
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -32,7 +36,10 @@ class Server:
         listed = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(listed, self.grpc)
         try:
-            self.port = self.grpc.add_insecure_port(address)
+            if tls is None:
+                self.port = self.grpc.add_insecure_port(address)
+            else:
+                self.port = self.grpc.add_secure_port(address, tls.server_credentials())
         except RuntimeError as error:
             raise PortTaken(f"cannot listen on {address}: is another server running there?") from error
 

@@ -21,6 +21,7 @@ from foundry.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from foundry.rpc import tls
 
 _DOMAIN = "foundry"
 
@@ -42,6 +43,8 @@ def to_status(error: FoundryError) -> grpc.Status:
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
     """What a client raises: the server's type where it named one, otherwise the nearest by status code."""
     message = error.details() or "no details"
+    if (meaning := tls.meaning(message)) is not None:
+        message = f"{meaning} ({message})"
     try:
         reason, field, retry_after_seconds = _details_of(error)
     except (ValueError, DecodeError) as damage:

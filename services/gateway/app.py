@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from services.gateway import (
     cartridges,
@@ -61,11 +62,15 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         store = await CartridgeStore.open(settings.store)
         rollouts = Rollouts(
-            settings.rollout_addresses,
+            Pods("rollout", settings.rollout_addresses, settings.tls),
             poll_seconds=settings.poll_seconds,
             retry_timeout_seconds=settings.retry_timeout_seconds,
         )
-        teacher = Teacher(settings.teacher_address) if settings.teacher_address is not None else None
+        teacher = (
+            Teacher(Pods("teacher", [settings.teacher_address], settings.tls))
+            if settings.teacher_address is not None
+            else None
+        )
         try:
             await rollouts.start()
             app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer))

@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import math
 import random
-import socket
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 import grpc
 import structlog
-from blake3 import blake3
 
 from foundry.errors import DeadlineExceeded, FingerprintMismatch, FoundryError, Unavailable
-from foundry.rpc.channel import open_channel, typed_errors
+from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.gateway import metrics
 
@@ -38,42 +36,42 @@ class ServedModel:
     max_sequence_tokens: int
 
 
-class Pod:
+class RolloutServer:
     """One rollout server. `model` is None while it does not answer."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.channel = open_channel(address)
-        self.stub = rollout_pb2_grpc.RolloutStub(self.channel)
+    def __init__(self, pod: Pod) -> None:
+        self.pod = pod
         self.model: ServedModel | None = None
-        self.in_flight = 0
+        # Why it did not answer.
+        self.error = ""
 
     async def look(self) -> None:
         try:
-            with typed_errors(self.address):
-                answer = await self.stub.Resident(rollout_pb2.ResidentRequest(), timeout=_RESIDENT_TIMEOUT_SECONDS)
+            with self.pod.calling() as channel:
+                stub = rollout_pb2_grpc.RolloutStub(channel)
+                answer = await stub.Resident(rollout_pb2.ResidentRequest(), timeout=_RESIDENT_TIMEOUT_SECONDS)
         except FoundryError as error:
             if self.model is not None:
-                log.warning("rollout server is gone", address=self.address, error=error.message)
-            self.model = None
+                log.warning("rollout server is gone", address=self.pod.address, error=error.message)
+            self.model, self.error = None, error.message
             return
         found = ServedModel(
             answer.model_name, answer.model_fingerprint, answer.template_digest, answer.max_sequence_tokens
         )
         if found != self.model:
-            log.info("rollout server found", address=self.address, model=found.name, fingerprint=found.fingerprint)
-        self.model = found
+            log.info("rollout server found", address=self.pod.address, model=found.name, fingerprint=found.fingerprint)
+        self.model, self.error = found, ""
 
 
 class Rollouts:
-    """Channels to every rollout server; looks again every `poll_seconds`."""
+    """All rollout servers; looks again every `poll_seconds`."""
 
-    def __init__(self, addresses: Sequence[str], *, poll_seconds: float, retry_timeout_seconds: float) -> None:
-        self._addresses = addresses
+    def __init__(self, pods: Pods, *, poll_seconds: float, retry_timeout_seconds: float) -> None:
+        """`pods` are closed with it."""
+        self._pods = pods
         self._poll_seconds = poll_seconds
         self._retry_timeout_seconds = retry_timeout_seconds
-        self._pods: dict[str, Pod] = {}
-        self._resolved: dict[str, list[str]] = {}
+        self._servers: dict[str, RolloutServer] = {}
         self._last: ServedModel | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -87,7 +85,7 @@ class Rollouts:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(pod.channel.close() for pod in self._pods.values()))
+        await self._pods.close()
 
     def model(self) -> ServedModel:
         """What is served now, or was last: requests wait out a short absence.
@@ -95,12 +93,14 @@ class Rollouts:
         Raises Unavailable, FingerprintMismatch.
         """
         by_fingerprint = {
-            pod.model.fingerprint: pod.model
-            for _, pod in sorted(self._pods.items(), reverse=True)
-            if pod.model is not None
+            server.model.fingerprint: server.model
+            for _, server in sorted(self._servers.items(), reverse=True)
+            if server.model is not None
         }
         if len(by_fingerprint) > 1:
-            served = ", ".join(f"{pod.address}: {pod.model.fingerprint}" for pod in self._pods.values() if pod.model)
+            served = ", ".join(
+                f"{address}: {server.model.fingerprint}" for address, server in self._servers.items() if server.model
+            )
             raise FingerprintMismatch(f"the rollout servers serve different models: {served}")
         if by_fingerprint:
             (self._last,) = by_fingerprint.values()
@@ -109,7 +109,7 @@ class Rollouts:
         return self._last
 
     def num_reachable(self) -> int:
-        return sum(pod.model is not None for pod in self._pods.values())
+        return sum(server.model is not None for server in self._servers.values())
 
     async def generate(
         self, request: rollout_pb2.GenerateRequest, *, deadline: float, metadata: Metadata = ()
@@ -127,8 +127,8 @@ class Rollouts:
         while True:
             started = False
             try:
-                pod = self._pick(key, tried)
-                async with contextlib.aclosing(_attempt(pod, request, deadline, metadata)) as chunks:
+                server = self._pick(key, tried)
+                async with contextlib.aclosing(_attempt(server, request, deadline, metadata)) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -137,26 +137,33 @@ class Rollouts:
                 if started or time.monotonic() + backoff_seconds > give_up:
                     raise
                 metrics.ROLLOUT_RETRIES.inc()
-            if all(pod.model is None or pod.address in tried for pod in self._pods.values()):
+            if all(server.model is None or address in tried for address, server in self._servers.items()):
                 # Half to all of it at random, so that requests that failed together do not come back together.
                 await asyncio.sleep(backoff_seconds * random.uniform(0.5, 1.0))
                 backoff_seconds = min(1.0, 2 * backoff_seconds)
                 tried.clear()
                 await self.refresh()
 
-    def _pick(self, key: str, tried: set[str]) -> Pod:
+    def _pick(self, key: str, tried: set[str]) -> RolloutServer:
         """The first in rendezvous order of `key` that is not above its share of the load."""
-        pods = [pod for pod in self._pods.values() if pod.model is not None and pod.address not in tried]
-        if not pods:
+        servers = {
+            address: server
+            for address, server in self._servers.items()
+            if server.model is not None and address not in tried
+        }
+        if not servers:
             raise self._nobody()
-        bound = math.ceil(_LOAD_FACTOR * (sum(pod.in_flight for pod in pods) + 1) / len(pods))
-        pods.sort(key=lambda pod: blake3(f"{key} {pod.address}".encode()).digest(), reverse=True)
-        pod = next(pod for pod in pods if pod.in_flight < bound)
-        tried.add(pod.address)
-        return pod
+        num_in_flight = sum(server.pod.in_flight for server in servers.values())
+        bound = math.ceil(_LOAD_FACTOR * (num_in_flight + 1) / len(servers))
+        ordered = sorted(servers, key=lambda address: rendezvous(key, address), reverse=True)
+        address = next(address for address in ordered if servers[address].pod.in_flight < bound)
+        tried.add(address)
+        return servers[address]
 
     def _nobody(self) -> Unavailable:
-        return Unavailable(f"no rollout server answers at {', '.join(self._addresses)}", retry_after_seconds=1.0)
+        reason = next((f" ({server.error})" for server in self._servers.values() if server.error), "")
+        where = ", ".join(self._pods.addresses)
+        return Unavailable(f"no rollout server answers at {where}{reason}", retry_after_seconds=1.0)
 
     async def refresh(self) -> None:
         """Look up the addresses and ask every server what it serves. Callers at the same time share one look."""
@@ -165,28 +172,10 @@ class Rollouts:
         await asyncio.shield(self._looking)
 
     async def _look(self) -> None:
-        for address in self._addresses:
-            await self._resolve(address)
-        current = {found for resolved in self._resolved.values() for found in resolved}
-        for address in current - self._pods.keys():
-            self._pods[address] = Pod(address)
-        for address in self._pods.keys() - current:
-            self._pods[address].model = None
-            if self._pods[address].in_flight == 0:
-                await self._pods.pop(address).channel.close()
-        await asyncio.gather(*(self._pods[address].look() for address in current))
+        pods = await self._pods.look()
+        self._servers = {pod.address: self._servers.get(pod.address) or RolloutServer(pod) for pod in pods}
+        await asyncio.gather(*(server.look() for server in self._servers.values()))
         metrics.ROLLOUTS_REACHABLE.set(self.num_reachable())
-
-    async def _resolve(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            # A name server that hiccups does not take working servers away.
-            log.warning("address does not resolve", address=address, error=str(error))
-            return
-        hosts = {f"[{where[0]}]" if family == socket.AF_INET6 else str(where[0]) for family, _, _, _, where in found}
-        self._resolved[address] = [f"{found_host}:{port}" for found_host in sorted(hosts)]
 
     async def _watch(self) -> None:
         while True:
@@ -195,24 +184,22 @@ class Rollouts:
 
 
 async def _attempt(
-    pod: Pod, request: rollout_pb2.GenerateRequest, deadline: float, metadata: Metadata
+    server: RolloutServer, request: rollout_pb2.GenerateRequest, deadline: float, metadata: Metadata
 ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
     timeout_seconds = deadline - time.monotonic()
     if timeout_seconds <= 0:
         raise DeadlineExceeded("the request's time ran out before a rollout server took it")
-    pod.in_flight += 1
-    call: grpc.aio.UnaryStreamCall[rollout_pb2.GenerateRequest, rollout_pb2.GenerateChunk] = pod.stub.Generate(
-        request, timeout=timeout_seconds, metadata=metadata
-    )
     try:
-        with typed_errors(pod.address):
-            async for chunk in call:
-                yield chunk
+        with server.pod.calling() as channel:
+            call: grpc.aio.UnaryStreamCall[rollout_pb2.GenerateRequest, rollout_pb2.GenerateChunk]
+            call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds, metadata=metadata)
+            try:
+                async for chunk in call:
+                    yield chunk
+            finally:
+                call.cancel()
     except Unavailable as error:
         # Its store being away says nothing about the server itself.
         if type(error) is Unavailable:
-            pod.model = None
+            server.model, server.error = None, error.message
         raise
-    finally:
-        pod.in_flight -= 1
-        call.cancel()

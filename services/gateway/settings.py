@@ -11,7 +11,7 @@ from foundry.store.settings import StoreSettings
 
 
 class GatewaySettings(ServiceSettings):
-    """The gateway: the REST API for people and applications."""
+    """The gateway: the REST API for people and applications. It is served as plain HTTP, with the TLS files set too."""
 
     listen: str = "127.0.0.1:8000"
     """host:port to serve HTTP on; port 0 takes a free one."""
@@ -20,8 +20,8 @@ class GatewaySettings(ServiceSettings):
     """host:port of the rollout servers. A name with several addresses (a headless Service) stands for all of them."""
 
     teacher_address: str | None = None
-    """host:port of a teacher. With it, a new run's document is measured at once against the model's context and the
-    number of cartridge tokens."""
+    """host:port of the teacher, as the trainer has it. With it, a new run's document is measured at once against the
+    model's context and the number of cartridge tokens."""
 
     store: StoreSettings
     """Where documents, runs and cartridges are."""

@@ -11,6 +11,7 @@ from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import content_digest, ids_digest
 from foundry.lm import FrozenLM
 from foundry.objectives import objective_named
+from foundry.rpc.pods import Pods
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, DocumentPrompts, Prompts, RunSpec
 from foundry.template import ChatTemplate
 from services.trainer import checkpoint
@@ -47,7 +48,10 @@ class Preparation:
         self._store, self._patience = store, patience
         self._template = ChatTemplate(lm.tokenizer)
         self._rollouts = Rollouts(
-            settings.rollout_addresses, lm.spec.fingerprint, self._template.digest, settings.rollout_timeout_seconds
+            Pods("rollout", settings.rollout_addresses, settings.tls),
+            lm.spec.fingerprint,
+            self._template.digest,
+            settings.rollout_timeout_seconds,
         )
         self._teacher: Teacher | None = None
 
@@ -62,7 +66,7 @@ class Preparation:
         context = self._template.context(document, max_tokens=lm.spec.max_tokens)
         start = cut_context(context, self._template.closing, spec.num_tokens)
         self._teacher = Teacher(
-            self._settings.teacher_address,
+            Pods("teacher", [self._settings.teacher_address], self._settings.tls),
             lm.spec.fingerprint,
             self._template.digest,
             document,

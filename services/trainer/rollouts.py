@@ -7,23 +7,19 @@ from collections.abc import Sequence
 
 from foundry.errors import AlignmentError
 from foundry.identity import answer_checksum
-from foundry.rpc.channel import decoded, open_channel, typed_errors
+from foundry.rpc.channel import decoded
+from foundry.rpc.pods import Pod, Pods
 from foundry.store.names import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.trainer.sample import Answer, Prompt, Sample
 
 
 class Rollouts:
-    """All rollout servers of a run; each batch is dealt out to them in turn."""
+    """All rollout servers of a run; each batch is dealt out in turn to those that are there when it is asked."""
 
-    def __init__(
-        self, addresses: Sequence[str], model_fingerprint: str, template_digest: str, timeout_seconds: float
-    ) -> None:
-        self._addresses = addresses
-        self._channels = [open_channel(address) for address in addresses]
-        self._stubs: list[rollout_pb2_grpc.RolloutAsyncStub] = [
-            rollout_pb2_grpc.RolloutStub(channel) for channel in self._channels
-        ]
+    def __init__(self, pods: Pods, model_fingerprint: str, template_digest: str, timeout_seconds: float) -> None:
+        """`pods` are closed with it."""
+        self._pods = pods
         self._model_fingerprint = model_fingerprint
         self._template_digest = template_digest
         self._timeout_seconds = timeout_seconds
@@ -60,8 +56,7 @@ class Rollouts:
         return await self._generate(prompts, [], sampling, skip_prefix_cache=False)
 
     async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+        await self._pods.close()
 
     async def _generate(
         self,
@@ -72,10 +67,12 @@ class Rollouts:
         skip_prefix_cache: bool,
     ) -> list[Answer]:
         requests = [self._request(prompt, cartridges, sampling, skip_prefix_cache) for prompt in prompts]
-        num_servers = len(self._stubs)
-        shares = [requests[server::num_servers] for server in range(num_servers)]
+        pods = await self._pods.reachable()
+        shares = [requests[place :: len(pods)] for place in range(len(pods))]
         asked = [
-            asyncio.create_task(self._ask(server, share, cartridges)) for server, share in enumerate(shares) if share
+            asyncio.create_task(self._ask(pod, share, cartridges))
+            for pod, share in zip(pods, shares, strict=True)
+            if share
         ]
         try:
             answered = await asyncio.gather(*asked)
@@ -85,26 +82,25 @@ class Rollouts:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
         dealt = [iter(share) for share in answered]
-        return [next(dealt[index % num_servers]) for index in range(len(prompts))]
+        return [next(dealt[index % len(pods)]) for index in range(len(prompts))]
 
     async def _ask(
-        self, server: int, requests: Sequence[rollout_pb2.GenerateRequest], cartridges: Sequence[CartridgeId]
+        self, pod: Pod, requests: Sequence[rollout_pb2.GenerateRequest], cartridges: Sequence[CartridgeId]
     ) -> list[Answer]:
         answers: dict[int, Answer] = {}
-        address = self._addresses[server]
-        peer = f"rollout {address}"
-        with typed_errors(peer):
-            stream = self._stubs[server].GenerateBatch(
+        with pod.calling() as channel:
+            stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+            stream = stub.GenerateBatch(
                 rollout_pb2.GenerateBatchRequest(requests=requests), timeout=self._timeout_seconds
             )
             async for message in stream:
-                response = decoded(message, peer)
+                response = decoded(message, pod.name)
                 if response.request_index >= len(requests):
-                    raise AlignmentError(f"{peer} answered prompt {response.request_index} of {len(requests)}")
-                self._check(response.completion, requests[response.request_index], cartridges, peer)
-                answers[response.request_index] = _answer(response.completion, address)
+                    raise AlignmentError(f"{pod.name} answered prompt {response.request_index} of {len(requests)}")
+                self._check(response.completion, requests[response.request_index], cartridges, pod.name)
+                answers[response.request_index] = _answer(response.completion, pod.address)
         if sorted(answers) != list(range(len(requests))):
-            raise AlignmentError(f"{peer} answered {len(answers)} of {len(requests)} prompts")
+            raise AlignmentError(f"{pod.name} answered {len(answers)} of {len(requests)} prompts")
         return [answers[index] for index in range(len(requests))]
 
     def _request(

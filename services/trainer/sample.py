@@ -26,7 +26,7 @@ class Answer:
     logprobs: Sequence[float]
     text: str
     truncated: bool
-    # Address of the rollout server.
+    # Address of the rollout server, of the pod where a name stands for several.
     server: str = ""
 
 

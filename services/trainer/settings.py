@@ -17,10 +17,12 @@ class TrainerSettings(ModelSettings):
     """host:port to serve gRPC on; port 0 takes a free one."""
 
     rollout_addresses: list[str] = Field(default=["127.0.0.1:7001"], min_length=1)
-    """host:port of every rollout server; each batch is dealt out to them in turn."""
+    """host:port of the rollout servers; each batch is dealt out to them in turn. A name with several addresses (a
+    headless Service) stands for all of them."""
 
     teacher_address: str = "127.0.0.1:7002"
-    """host:port of the teacher."""
+    """host:port of the teacher. A name with several addresses stands for all of them: each document has one of them,
+    and another while that one is away."""
 
     store: StoreSettings
     """Where versions, documents and runs are kept."""

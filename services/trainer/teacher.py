@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 import torch
 
 from foundry.errors import AlignmentError, ContextNotFound
-from foundry.identity import ids_checksum
+from foundry.identity import content_digest, ids_checksum
 from foundry.objectives import Objective, TopK
 from foundry.rpc import tensors
-from foundry.rpc.channel import decoded, open_channel, typed_errors
+from foundry.rpc.channel import decoded
+from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.trainer.sample import Sample
 from services.trainer.step import Signal
@@ -19,21 +20,22 @@ _TENSOR = common_pb2.Tensor.DESCRIPTOR
 
 
 class Teacher:
-    """One document's context on a teacher server."""
+    """One document's context on a teacher server, the one among several that is the document's."""
 
     def __init__(
         self,
-        address: str,
+        pods: Pods,
         model_fingerprint: str,
         template_digest: str,
         document: str,
         context_digest: str,
         timeout_seconds: float,
     ) -> None:
-        """`context_digest` is of the ids that the document must become."""
-        self._address = address
-        self._channel = open_channel(address)
-        self._stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(self._channel)
+        """`context_digest` is of the ids that the document must become. `pods` are closed with it."""
+        self._pods = pods
+        self._pod: Pod | None = None
+        # The document's and not the context's, which the gateway doesn't know: both must come to the same teacher.
+        self._key = content_digest(document.encode())
         self._model_fingerprint = model_fingerprint
         self._template_digest = template_digest
         self._document = document
@@ -45,32 +47,43 @@ class Teacher:
 
         Raises what the teacher raised, e.g. DocumentTooLong, and AlignmentError if it read another document.
         """
-        peer = f"teacher {self._address}"
-        with typed_errors(peer):
-            message = await self._stub.PutContext(
-                teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
-                timeout=self._timeout_seconds,
-            )
-        answer = decoded(message, peer)
-        if answer.context_digest != self._context_digest:
-            raise AlignmentError(f"{peer} read the document as {answer.context_digest}, it is {self._context_digest}")
+        await self._put_context(await self._choose())
 
     async def score(self, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
         """The teacher's word on every answer token of every sample, in order.
 
         Raises AlignmentError if a score belongs to other ids, another context or another model.
         """
+        pod = await self._choose()
         try:
-            return await self._score(samples, objective)
+            return await self._score(pod, samples, objective)
         except ContextNotFound:
-            # Dropped for other documents' sake, or the teacher was restarted: the same digest comes of the same ids.
-            await self.put_context()
-            return await self._score(samples, objective)
+            # Dropped for other documents' sake, or another teacher than before: the same digest comes of the same ids.
+            await self._put_context(pod)
+            return await self._score(pod, samples, objective)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._pods.close()
 
-    async def _score(self, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
+    async def _choose(self) -> Pod:
+        """The teacher that has the context, as long as it can be reached: a better place would compute it again."""
+        pods = await self._pods.reachable()
+        if self._pod not in pods:
+            self._pod = max(pods, key=lambda pod: rendezvous(self._key, pod.address))
+        return self._pod
+
+    async def _put_context(self, pod: Pod) -> None:
+        with pod.calling() as channel:
+            stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
+            message = await stub.PutContext(
+                teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
+                timeout=self._timeout_seconds,
+            )
+        found = decoded(message, pod.name).context_digest
+        if found != self._context_digest:
+            raise AlignmentError(f"{pod.name} read the document as {found}, it is {self._context_digest}")
+
+    async def _score(self, pod: Pod, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
         want = teacher_pb2.Want(hidden=True) if objective.needs_hidden else teacher_pb2.Want(topk=objective.k)
         request = teacher_pb2.ScoreRequest(
             model_fingerprint=self._model_fingerprint,
@@ -86,12 +99,12 @@ class Teacher:
             want=want,
         )
         parts: list[list[teacher_pb2.ScoreResponse]] = [[] for _ in samples]
-        peer = f"teacher {self._address}"
-        with typed_errors(peer):
-            async for message in self._stub.Score(_once(request), timeout=self._timeout_seconds):
-                response = decoded(message, peer)
+        with pod.calling() as channel:
+            stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
+            async for message in stub.Score(_once(request), timeout=self._timeout_seconds):
+                response = decoded(message, pod.name)
                 if response.item >= len(samples):
-                    raise AlignmentError(f"the teacher scored item {response.item} of {len(samples)}")
+                    raise AlignmentError(f"{pod.name} scored item {response.item} of {len(samples)}")
                 parts[response.item].append(response)
         for index, sample in enumerate(samples):
             self._check(index, sample, parts[index])

@@ -12,6 +12,7 @@ from google.rpc import status_pb2
 from redis.asyncio import Redis
 
 from foundry.errors import AlignmentError, DigestMismatch, StoreUnavailable, Unavailable
+from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
 from foundry.rpc.status import from_rpc_error
 from foundry.store import CartridgeId, CartridgeStore, StoreSettings
@@ -104,7 +105,8 @@ async def test_a_message_that_cannot_be_read_is_an_error() -> None:
         [grpc.method_handlers_generic_handler("foundry.v1.Rollout", {"GenerateBatch": handler})]
     )
     await server.start()
-    rollouts = Rollouts([f"127.0.0.1:{server.port}"], "blake3:model", "blake3:template", timeout_seconds=10)
+    pods = Pods("rollout", [f"127.0.0.1:{server.port}"])
+    rollouts = Rollouts(pods, "blake3:model", "blake3:template", timeout_seconds=10)
     with pytest.raises(AlignmentError, match="damaged"):
         await rollouts.sample([Prompt([1], seed=0)], POLICY, temperature=1.0, max_new_tokens=8)
     await rollouts.close()

@@ -28,6 +28,7 @@ from foundry.objectives import Objective, TopK
 from foundry.rpc import tensors
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
 from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
@@ -92,7 +93,8 @@ SAMPLES = [
 async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
     template = ChatTemplate(lm.tokenizer)
     context_digest = ids_digest(template.context(document)) if document.strip() else ""
-    teacher = Teacher(address, lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30)
+    pods = Pods("teacher", [address])
+    teacher = Teacher(pods, lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30)
     await teacher.put_context()
     return teacher
 

@@ -4,76 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
 from foundry.errors import AlignmentError, Unavailable
 from foundry.identity import answer_checksum
-from foundry.rpc.server import Server
-from foundry.store import CartridgeId
-from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
+from foundry.rpc.pods import Pods
+from foundry.v1 import common_pb2, rollout_pb2
 from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Prompt
+from tests.contract.scripted_rollout import POLICY, Scripted, serving
 
-POLICY = CartridgeId("name", 7, "blake3:" + "7" * 64)
 OTHER = common_pb2.CartridgeId(name="name", version=7, digest="blake3:" + "8" * 64)
-
-
-class Scripted(rollout_pb2_grpc.RolloutServicer):
-    """Says what a faulty server might: the real one can't be made to lie."""
-
-    def __init__(self) -> None:
-        self.changes: dict[str, Any] = {}
-        self.leave_out = False
-        self.refuses = False
-        # Set: answers don't come until the call is cancelled.
-        self.cancelled: asyncio.Event | None = None
-        self.requests: list[rollout_pb2.GenerateRequest] = []
-
-    async def GenerateBatch(
-        self, request: rollout_pb2.GenerateBatchRequest, context: object
-    ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
-        self.requests += request.requests
-        if self.refuses:
-            raise Unavailable("going away")
-        if self.cancelled is not None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.cancelled.set()
-        # In reverse: completions come in the order in which they end.
-        for index in reversed(range(len(request.requests) - self.leave_out)):
-            asked = request.requests[index]
-            completion = rollout_pb2.Completion(
-                ids=[asked.token_ids.ids[0], 2],
-                logprobs=[-0.5, -0.25],
-                finish_reason=rollout_pb2.FINISH_REASON_STOP,
-                identity=common_pb2.Identity(
-                    model_fingerprint="blake3:model", template_digest="blake3:template", cartridges=asked.cartridges
-                ),
-            )
-            completion.checksum = answer_checksum(asked.token_ids.ids, completion.ids, completion.logprobs)
-            for name, value in self.changes.items():
-                value(completion) if callable(value) else setattr(completion, name, value)
-            yield rollout_pb2.GenerateBatchResponse(request_index=index, completion=completion)
 
 
 @pytest.fixture
 async def servers() -> AsyncIterator[tuple[list[Scripted], Rollouts]]:
     scripted = [Scripted(), Scripted()]
-    running = []
-    for servicer in scripted:
-        server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
-        rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
-        await server.start()
-        running.append(server)
-    addresses = [f"127.0.0.1:{server.port}" for server in running]
-    rollouts = Rollouts(addresses, "blake3:model", "blake3:template", timeout_seconds=10)
-    yield scripted, rollouts
-    await rollouts.close()
-    for server in running:
-        await server.stop(0)
+    async with AsyncExitStack() as stack:
+        running = [await stack.enter_async_context(serving(servicer)) for servicer in scripted]
+        addresses = [f"127.0.0.1:{server.port}" for server in running]
+        rollouts = Rollouts(Pods("rollout", addresses), "blake3:model", "blake3:template", timeout_seconds=10)
+        stack.push_async_callback(rollouts.close)
+        yield scripted, rollouts
 
 
 PROMPTS = [Prompt([10 + index], seed=index, place=f"prompt {index}") for index in range(5)]
@@ -84,7 +39,7 @@ async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list
     samples = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
     assert [list(sample.answer_ids) for sample in samples] == [[10 + index, 2] for index in range(5)]
     assert {sample.digest for sample in samples} == {POLICY.digest}
-    assert [sample.server for sample in samples] == [rollouts._addresses[index % 2] for index in range(5)]
+    assert [sample.server for sample in samples] == [rollouts._pods.addresses[index % 2] for index in range(5)]
     assert [sample.place for sample in samples] == [prompt.place for prompt in PROMPTS]
     assert [len(each.requests) for each in scripted] == [3, 2]
     request = scripted[1].requests[0]
@@ -156,10 +111,10 @@ async def test_a_wrong_identity_names_the_server_and_both_digests(servers: tuple
     with pytest.raises(AlignmentError) as caught:
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
     assert caught.value.message == (
-        f"rollout {rollouts._addresses[1]} answered with cartridges {OTHER.digest} when {POLICY.digest} was asked"
+        f"rollout {rollouts._pods.addresses[1]} answered with cartridges {OTHER.digest} when {POLICY.digest} was asked"
     )
     scripted[1].changes["lie"] = bare_model
-    with pytest.raises(AlignmentError, match=f"{rollouts._addresses[1]} answered with cartridges none when"):
+    with pytest.raises(AlignmentError, match=f"{rollouts._pods.addresses[1]} answered with cartridges none when"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
 
@@ -174,7 +129,7 @@ async def test_what_one_server_refuses_is_cancelled_on_the_others(servers: tuple
     """Otherwise the same prompts, asked again, would be decoded beside their first copies, to other bits."""
     scripted, rollouts = servers
     scripted[0].cancelled = asyncio.Event()
-    scripted[1].refuses = True
+    scripted[1].refuses = scripted[0].asked
     with pytest.raises(Unavailable):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
     async with asyncio.timeout(5):

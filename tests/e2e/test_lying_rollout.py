@@ -27,7 +27,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def test_the_run_stops_and_names_the_server(stack: Stack) -> None:
     honest = stack.rollout()
-    liar = stack.spawn("rollout", "--model", str(stack.model), module="tests.e2e.stale_rollout")
+    liar = stack.rollout(module="tests.e2e.stale_rollout")
     teacher = stack.spawn("teacher", "--model", str(stack.model))
     trainer = stack.spawn(
         "trainer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import nullcontext
@@ -24,11 +25,13 @@ from foundry.errors import (
     InvalidArgument,
     Unavailable,
 )
+from foundry.rpc.pods import Pod, Pods
+from foundry.rpc.resolve import Endpoint
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.generation import Answer, Target
 from services.gateway.openai_types import ChatRequest, CompletionRequest
-from services.gateway.rollouts import Pod, Rollouts, ServedModel
+from services.gateway.rollouts import Rollouts, RolloutServer, ServedModel
 from services.gateway.tokens import TokenSpelling, finite
 from tests.tiny import build_tokenizer
 
@@ -149,28 +152,30 @@ async def test_a_version_that_is_gone_stays_an_error() -> None:
 @pytest.fixture
 async def rollouts() -> AsyncIterator[Rollouts]:
     """Four servers that are said to serve; nobody listens there."""
-    found = Rollouts(["127.0.0.1:9"], poll_seconds=1, retry_timeout_seconds=1)
-    for port in range(1, 5):
-        pod = found._pods[f"127.0.0.1:{port}"] = Pod(f"127.0.0.1:{port}")
-        pod.model = MODEL
+    found = Rollouts(Pods("rollout", ["127.0.0.1:9"]), poll_seconds=1, retry_timeout_seconds=1)
+    addresses = [f"127.0.0.1:{port}" for port in range(1, 5)]
+    found._servers = {address: RolloutServer(Pod("rollout", Endpoint(address, "127.0.0.1"))) for address in addresses}
+    for server in found._servers.values():
+        server.model = MODEL
     yield found
+    await asyncio.gather(*(server.pod.close() for server in found._servers.values()))
     await found.close()
 
 
 async def test_a_cartridge_keeps_its_server_and_all_servers_have_some(rollouts: Rollouts) -> None:
-    homes = {key: rollouts._pick(key, set()).address for key in map(str, range(200))}
-    assert homes == {key: rollouts._pick(key, set()).address for key in homes}
+    homes = {key: rollouts._pick(key, set()).pod.address for key in map(str, range(200))}
+    assert homes == {key: rollouts._pick(key, set()).pod.address for key in homes}
     assert min(Counter(homes.values()).values()) > 25
     # When one leaves, only its own move.
-    rollouts._pods["127.0.0.1:1"].model = None
-    moved = {key for key, home in homes.items() if rollouts._pick(key, set()).address != home}
+    rollouts._servers["127.0.0.1:1"].model = None
+    moved = {key for key, home in homes.items() if rollouts._pick(key, set()).pod.address != home}
     assert moved == {key for key, home in homes.items() if home == "127.0.0.1:1"}
 
 
 async def test_no_server_gets_much_more_than_its_share(rollouts: Rollouts) -> None:
     for _ in range(100):
-        rollouts._pick("one popular cartridge", set()).in_flight += 1
-    loads = sorted(pod.in_flight for pod in rollouts._pods.values())
+        rollouts._pick("one popular cartridge", set()).pod.in_flight += 1
+    loads = sorted(server.pod.in_flight for server in rollouts._servers.values())
     assert sum(loads) == 100
     assert loads[-1] <= 1.25 * 101 / 4 + 1
     # Not spread more than needed either: its prefix cache is where it was.
@@ -179,15 +184,15 @@ async def test_no_server_gets_much_more_than_its_share(rollouts: Rollouts) -> No
 
 async def test_servers_of_different_models_are_never_mixed(rollouts: Rollouts) -> None:
     assert rollouts.model() == MODEL
-    stranger = rollouts._pods["127.0.0.1:2"]
+    stranger = rollouts._servers["127.0.0.1:2"]
     stranger.model = replace(MODEL, fingerprint="blake3:" + "0" * 64)
     with pytest.raises(FingerprintMismatch, match=r"127\.0\.0\.1:2: blake3:000"):
         rollouts.model()
     # Once it is gone the others serve on; and while nobody answers, requests may wait for the model served last.
     stranger.model = None
     assert rollouts.model() == MODEL
-    for pod in rollouts._pods.values():
-        pod.model = None
+    for server in rollouts._servers.values():
+        server.model = None
     assert rollouts.model() == MODEL
     with pytest.raises(Unavailable):
         rollouts._pick("key", set())

@@ -15,6 +15,7 @@ from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes, ids_digest
 from foundry.lm import FrozenLM
 from foundry.objectives import objective_named
+from foundry.rpc.pods import Pods
 from foundry.store import (
     CartridgeId,
     CartridgeStore,
@@ -180,9 +181,9 @@ class World:
         spec, fingerprint = claimed.spec, self.lm.spec.fingerprint
         patience = Patience(PATIENCE_SECONDS, max_wait_seconds=0.02)
         addresses = [host.link.address for host in self.rollouts]
-        rollouts = Rollouts(addresses, fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
+        rollouts = Rollouts(Pods("rollout", addresses), fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
         teacher = Teacher(
-            self.teacher.link.address,
+            Pods("teacher", [self.teacher.link.address]),
             fingerprint,
             self.template.digest,
             DOCUMENT,

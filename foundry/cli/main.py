@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foundry.cli import cartridges, chat, doctor, runs, stack, store, train
+from foundry.cli import cartridges, chat, doctor, runs, size, stack, store, train
 from foundry.cli.terminal import Group
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(chat.ask)
 app.add_typer(cartridges.app, name="cartridges")
 app.command()(store.gc)
 app.add_typer(store.app, name="store")
+app.command()(size.size)
 app.command()(doctor.doctor)
 
 

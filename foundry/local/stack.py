@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from foundry import extras
 from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
 from foundry.local.home import Home, StackState, process_start_time
@@ -54,9 +55,10 @@ class LocalStack:
     def up(self, *, tied: bool = False) -> StackState:
         """Start the stack, unless it is running, and return when it is ready. It outlives this process unless `tied`.
 
-        Raises Conflict if it is running with another model or port, PortTaken, ModelNotFound, or Unavailable with the
-        end of the log of the service that did not start. Interrupted, it leaves no process behind.
+        Raises ExtraMissing, Conflict if it is running with another model or port, PortTaken, ModelNotFound, or
+        Unavailable with the end of the log of the service that did not start. Interrupted, it leaves no process behind.
         """
+        extras.require("local", extras.LOCAL)
         self.home.create()
         with _exclusive(self.home.up_lock, self._say):
             running = self.home.running()

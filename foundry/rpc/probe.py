@@ -9,16 +9,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from foundry.errors import FoundryError
+from foundry.rpc.tls import Credentials, Tls
+
 _TIMEOUT_SECONDS = 4.0
+# The name for itself that a service's certificate carries besides its own.
+_OWN_NAME = "localhost"
 
 
-def serving(address: str, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> bool:
+def serving(address: str, credentials: Credentials | None = None, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> bool:
     """What the server's health service says. Raises grpc.RpcError if it does not answer in time."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    options = [("grpc.enable_http_proxy", 0), ("grpc.ssl_target_name_override", _OWN_NAME)]
+    if credentials is None:
+        opened = grpc.insecure_channel(address, options=options)
+    else:
+        opened = grpc.secure_channel(address, credentials.for_channel(), options=options)
+    with opened as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_seconds)  # type: ignore[attr-defined]
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -30,6 +41,12 @@ def own_address() -> str:
     return f"127.0.0.1:{port}" if host in ("", "0.0.0.0", "[::]") else f"{host}:{port}"
 
 
+def own_credentials() -> Credentials | None:
+    """Of the service's own files, which are a client's too. Raises InvalidArgument if they can't be used."""
+    files = [os.environ.get(f"FOUNDRY_TLS_{name}_FILE") for name in ("CERTIFICATE", "KEY", "CA")]
+    return Tls(*map(Path, filter(None, files))).current() if all(files) else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m foundry.rpc.probe", description="exit 0 if the service is well")
     parser.add_argument("address", nargs="?", help="host:port; default: this container's own server")
@@ -37,9 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     address = options.address or own_address()
     try:
-        well = serving(address) or options.live
+        well = serving(address, own_credentials()) or options.live
     except grpc.RpcError as error:
         print(f"{address}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except FoundryError as error:
+        print(error.message, file=sys.stderr)
         return 1
     if not well:
         print(f"{address}: NOT_SERVING", file=sys.stderr)

@@ -63,7 +63,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     listed = foundry("--help").stdout
-    for command in ("up", "down", "status", "train", "runs", "chat", "ask", "cartridges", "gc", "store", "doctor"):
+    commands = ("up", "down", "status", "train", "runs", "chat", "ask", "cartridges", "gc", "store", "size", "doctor")
+    for command in commands:
         assert f"\n  {command} " in listed
 
 
@@ -139,7 +140,7 @@ def test_doctor_fails_when_something_is_missing(monkeypatch: pytest.MonkeyPatch,
     result = foundry("doctor")
     assert result.exit_code == 1
     assert "MISSING   torch: ModuleNotFoundError: No module named 'torch'" in result.stdout
-    assert "pip install -e ." in result.stdout
+    assert "-> pip install 'cartridge-foundry[local]'" in result.stdout
 
 
 def test_doctor_knows_too_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +148,46 @@ def test_doctor_knows_too_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [finding for finding in doctor._disk() if finding.state == "missing"]
     assert {finding.what for finding in findings} == {"disk for cartridges", "disk for models"}
     assert all("FOUNDRY_" in finding.remedy for finding in findings)
+
+
+def test_size_prints_what_a_workload_takes() -> None:
+    result = foundry("size", "llama-3.2-3b", "--runs", "2", "--engine", "vllm")
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert "234.9 MB" in rows["cartridge"]
+    assert {"rollout", "teacher", "trainer"} <= rows.keys()
+    assert "An estimate before measuring" in result.stdout
+
+
+def test_size_takes_a_directory_options_and_another_gpu(tmp_path: Path) -> None:
+    config = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "vocab_size": 384,
+        "dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = ("--gpu-memory-gb", "96", "--gpu-tflops", "200", "--gpu-bandwidth", "1800")
+    values = json.loads(foundry("size", str(tmp_path), "--layers", "3", *own, "--json").stdout)
+    assert values["shape"]["num_layers"] == 3
+    assert values["shape"]["num_kv_heads"] == 4
+    assert values["device"]["memory_gb"] == 96
+    assert values["sizing"]["kv_bytes_per_token"] == 2 * 3 * 64 * 4
+    assert values["sizing"]["gpus"] == values["sizing"]["rollout"]["gpus"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "3"], "num_heads, num_kv_heads"),
+        (["no/such-model"], "nothing is fetched"),
+        (["no such model"], "nothing is fetched"),
+        (["llama-3.2-3b", "--gpu", "b9000"], "--gpu-memory-gb"),
+        (["llama-3.2-3b", "--engine", "abacus"], "not one of torch, vllm"),
+        (["qwen2.5-32b"], "tokens/s with the torch engine"),
+    ],
+)
+def test_size_refuses_what_it_cannot_reckon(arguments: list[str], message: str) -> None:
+    assert message in refused("size", *arguments)

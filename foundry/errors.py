@@ -102,6 +102,12 @@ class Conflict(FoundryError):
     http_status = 409
 
 
+class RunOver(Conflict):
+    """The run has ended: nobody can take it up."""
+
+    reason = "RUN_OVER"
+
+
 class IdentityMismatch(FoundryError):
     """Two parties mean different models, templates or bytes."""
 

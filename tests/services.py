@@ -88,6 +88,13 @@ class Process:
         self._process = None
         return status
 
+    def wait(self) -> int:
+        """The exit status of a process that ends by itself."""
+        assert self._process is not None
+        status = self._process.wait(timeout=2 * START_SECONDS)
+        self._process = None
+        return status
+
     def close(self) -> None:
         self.kill()
         if self._held is not None:

@@ -7,8 +7,8 @@ from foundry.store.hot.pointers import Published
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_tag
-from foundry.store.runs.record import ClaimedRun, Desired, RunRecord, RunState
-from foundry.store.runs.spec import OBJECTIVES, DocumentPrompts, Prompts, RunSpec, SelfStudyPrompts
+from foundry.store.runs.record import ActiveRuns, ClaimedRun, Desired, RunRecord, RunState
+from foundry.store.runs.spec import OBJECTIVES, DocumentPrompts, Prompts, Resources, RunSpec, SelfStudyPrompts
 from foundry.store.runs.store import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.store import CartridgeStore
@@ -17,6 +17,7 @@ from foundry.store.upkeep.sweep import Swept
 
 __all__ = [
     "OBJECTIVES",
+    "ActiveRuns",
     "Ancestor",
     "CartridgeId",
     "CartridgeStore",
@@ -32,6 +33,7 @@ __all__ = [
     "Prompts",
     "Published",
     "Reference",
+    "Resources",
     "RunRecord",
     "RunSpec",
     "RunState",

@@ -71,11 +71,20 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             if settings.teacher_address is not None
             else None
         )
+        jobs = None
         try:
             await rollouts.start()
-            app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer))
+            if settings.jobs is not None:
+                # Here, because the Kubernetes client is large.
+                from services.gateway.jobs import Jobs
+
+                jobs = Jobs(settings.jobs, store.runs)
+                jobs.start()
+            app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer), jobs)
             yield
         finally:
+            if jobs is not None:
+                await jobs.close()
             if teacher is not None:
                 await teacher.close()
             await rollouts.close()

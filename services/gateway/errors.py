@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound
+from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +35,14 @@ class MethodNotAllowed(InvalidArgument):
     """The path exists, but not for this method."""
 
     http_status = 405
+
+
+class ClusterUnavailable(Unavailable):
+    """The Kubernetes API can't be reached, or fails; the same call may succeed later."""
+
+
+class ClusterRefused(ClusterUnavailable):
+    """The Kubernetes API answers, but refuses: a missing right, a quota, a manifest that it does not take."""
 
 
 def install(app: FastAPI) -> None:

@@ -29,6 +29,11 @@ IDENTITY_MISMATCHES = Counter(
     "foundry_gateway_identity_mismatches_total", "Answers withheld because they came from other cartridges than asked."
 )
 ROLLOUTS_REACHABLE = Gauge("foundry_gateway_rollouts_reachable", "Rollout servers that answered the last look.")
+JOBS = Counter(
+    "foundry_gateway_jobs_total",
+    "What came of looks at Jobs: created, existed, deleted, failed (a run ended by its Job's failure), refused, error.",
+    ["outcome"],
+)
 
 router = APIRouter()
 

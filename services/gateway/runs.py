@@ -49,6 +49,7 @@ async def create_run(
     What can be known now is checked now: every value, the documents, the model, and how long the document is.
     """
     spec, text = _specification(asked)
+    _check_resources(spec, gateway)
     model = _served_model(gateway)
     if model is not None:
         _check_model(spec, model)
@@ -65,37 +66,40 @@ async def create_run(
     if text is not None:
         await documents.put(gateway, text, asked.get("title") or "")
     run_id = await gateway.store.runs.create(spec)
-    return _card(await gateway.store.runs.get(run_id))
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
 
 
 @router.get("/v1/runs")
 async def runs(gateway: GatewayDep) -> Json:
     """All runs, newest first."""
-    return {"object": "list", "data": [_card(record) for record in await gateway.store.runs.list()]}
+    return {"object": "list", "data": [_card(record, gateway) for record in await gateway.store.runs.list()]}
 
 
 @router.get("/v1/runs/{run_id}")
 async def run(run_id: str, gateway: GatewayDep) -> Json:
-    return _card(await gateway.store.runs.get(run_id))
+    return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/cancel")
 async def cancel_run(run_id: str, gateway: GatewayDep) -> Json:
     """The worker ends the run after the step in hand; a run that waits ends now."""
     await gateway.store.runs.request_cancel(run_id)
-    return _card(await gateway.store.runs.get(run_id))
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/pause")
 async def pause_run(run_id: str, gateway: GatewayDep) -> Json:
     await gateway.store.runs.request_pause(run_id)
-    return _card(await gateway.store.runs.get(run_id))
+    return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/resume")
 async def resume_run(run_id: str, gateway: GatewayDep) -> Json:
     await gateway.store.runs.request_resume(run_id)
-    return _card(await gateway.store.runs.get(run_id))
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
 
 
 async def _position(run_id: str, gateway: GatewayDep, last_event_id: Annotated[str | None, Header()] = None) -> str:
@@ -175,6 +179,28 @@ async def _check_prompts(spec: RunSpec, gateway: Gateway) -> None:
                 raise
 
 
-def _card(record: RunRecord) -> Json:
-    values = asdict(record) | {"spec": json.loads(record.spec.to_json())}
+def _check_resources(spec: RunSpec, gateway: Gateway) -> None:
+    if spec.resources is None:
+        return
+    if gateway.jobs is None:
+        raise InvalidArgument(
+            "resources are for runs that get a Kubernetes Job each; here workers train them, with what they have",
+            field="resources",
+        )
+    gateway.jobs.check(spec.resources)
+
+
+def _look_at_jobs(gateway: Gateway) -> None:
+    if gateway.jobs is not None:
+        gateway.jobs.wake()
+
+
+async def _card_of(run_id: str, gateway: Gateway) -> Json:
+    return _card(await gateway.store.runs.get(run_id), gateway)
+
+
+def _card(record: RunRecord, gateway: Gateway) -> Json:
+    """`job` names the run's Kubernetes Job, if there is one now."""
+    job = gateway.jobs.name_of(record.run_id) if gateway.jobs is not None else None
+    values = asdict(record) | {"spec": json.loads(record.spec.to_json()), "job": job}
     return {"object": "run", "id": values.pop("run_id"), **values}

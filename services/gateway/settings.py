@@ -4,10 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from foundry.settings import ServiceSettings
 from foundry.store.settings import StoreSettings
+
+
+class JobSettings(BaseModel):
+    """The gateway's part in training runs as Kubernetes Jobs, one for each run (docs/jobs.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    template: str = Field(min_length=1)
+    """Name of the ConfigMap whose key `job.yaml` is the manifest that Jobs are made from. It owns them."""
+
+    namespace: str = ""
+    """Namespace of ConfigMap and Jobs; empty: the service account's, outside a cluster that of KUBECONFIG."""
+
+    poll_seconds: float = Field(default=5.0, gt=0)
+    """Time between two looks at runs and Jobs. New and cancelled runs are looked at immediately."""
+
+    max_backoff_seconds: float = Field(default=60.0, gt=0)
+    """Longest time between two looks while the Kubernetes API or the store fails."""
+
+    api_timeout_seconds: float = Field(default=10.0, gt=0)
+    """Deadline of one call of the Kubernetes API."""
+
+    cancel_grace_seconds: float = Field(default=120.0, ge=0)
+    """How long the pod of a cancelled run may take to end the step in hand before its Job is deleted under it."""
+
+    max_cpus: float = Field(default=64.0, gt=0)
+    """Most CPUs that a run may ask for (`resources.cpu`)."""
+
+    max_memory_bytes: int = Field(default=256 * 2**30, ge=1)
+    """Most memory that a run may ask for (`resources.memory`)."""
+
+    max_gpus: int = Field(default=1, ge=0)
+    """Most GPUs that a run may ask for (`resources.gpus`)."""
 
 
 class GatewaySettings(ServiceSettings):
@@ -25,6 +58,9 @@ class GatewaySettings(ServiceSettings):
 
     store: StoreSettings
     """Where documents, runs and cartridges are."""
+
+    jobs: JobSettings | None = None
+    """Train each run by a Kubernetes Job of its own. Unset: workers take them from the queue."""
 
     tokenizer: Path | None = None
     """tokenizer.json of the served model, to spell tokens in `logprobs`. Without it they are written `token_id:N`."""

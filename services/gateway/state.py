@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -17,6 +17,10 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.teacher import Teacher
 from services.gateway.tokens import TokenSpelling
 
+if TYPE_CHECKING:
+    # Not imported where there are no Jobs: the Kubernetes client is large.
+    from services.gateway.jobs import Jobs
+
 
 @dataclass
 class Gateway:
@@ -25,6 +29,8 @@ class Gateway:
     rollouts: Rollouts
     teacher: Teacher | None
     spelling: TokenSpelling
+    # None: runs are trained by workers that take them from the queue.
+    jobs: Jobs | None = None
     num_in_flight: int = 0
 
     @contextmanager

@@ -11,16 +11,19 @@ import torch
 from foundry import telemetry
 from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
-from foundry.store import CartridgeStore
+from foundry.store import CartridgeStore, RunState
 from foundry.v1 import trainer_pb2, trainer_pb2_grpc
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker import Worker
 
 log = structlog.get_logger(__name__)
+# Of a process for one run, to whom a Job starts it: trying again does not help, and it does.
+FAILED, STOPPED = 3, 128 + signal.SIGTERM
 
 
-async def serve(settings: TrainerSettings) -> None:
+async def serve(settings: TrainerSettings) -> int:
+    """The exit status."""
     # Before the model is loaded, so that a port that is taken is known at once.
     server = Server(settings.listen, [trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]], settings.tls)
     stopping = asyncio.Event()
@@ -44,14 +47,18 @@ async def serve(settings: TrainerSettings) -> None:
     await asyncio.wait({working})
     await server.stop(settings.grace_seconds)
     await store.close()
-    if working.done() and not working.cancelled():
-        working.result()
+    if settings.run and worker.ended is not None:
+        return FAILED if worker.ended is RunState.FAILED else 0
+    if working.cancelled():
+        return STOPPED if settings.run else 0
+    working.result()
+    return 0
 
 
 def main() -> None:
     settings = TrainerSettings.parse()
     telemetry.configure_logs("trainer", settings.log_level)
-    asyncio.run(serve(settings))
+    raise SystemExit(asyncio.run(serve(settings)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class TrainerSettings(ModelSettings):
     store: StoreSettings
     """Where versions, documents and runs are kept."""
 
+    run: str = ""
+    """Id of the one run to see to its end; the process then exits: with 3 if the run failed, 143 if it was told to stop
+    first, else 0. Empty: take runs from the queue, for ever."""
+
     worker: str = Field(default_factory=socket.gethostname)
     """Name of this worker in the records of runs."""
 

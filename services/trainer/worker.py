@@ -1,4 +1,4 @@
-"""The worker: takes one run after another from the queue and sees each to its end."""
+"""The worker: takes one run after another from the queue, or a given one, and sees each to its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from foundry.errors import Fenced, FoundryError, StoreUnavailable
+from foundry.errors import Fenced, FoundryError, RunOver, StoreUnavailable
 from foundry.lm import FrozenLM
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer.checkpoint import Progress
@@ -39,8 +39,12 @@ class Hand:
         return RunState.PAUSED if self.control.paused else RunState.RUNNING
 
     @property
+    def progress(self) -> Progress | None:
+        return self.run.progress if self.run is not None else None
+
+    @property
     def step(self) -> int:
-        return self.run.progress.step if self.run is not None else 0
+        return self.progress.step if self.progress is not None else 0
 
 
 class Worker:
@@ -49,23 +53,31 @@ class Worker:
     def __init__(self, lm: FrozenLM, settings: TrainerSettings, store: CartridgeStore) -> None:
         self.lm = lm
         self.hand: Hand | None = None
+        # How the last run ended that ended in this worker's hand.
+        self.ended: RunState | None = None
         self._settings = settings
         self._store = store
 
     async def work(self) -> None:
-        """Run for ever; cancel the task to stop. The next worker takes a run in hand up from its checkpoint."""
-        while True:
-            if claimed := await self._claim():
-                await self._see_through(claimed)
+        """Run for ever, or until the one run of the settings is over; cancel the task to stop.
+
+        The next worker takes a run in hand up from its checkpoint. Raises RunNotFound.
+        """
+        with suppress(RunOver):
+            while True:
+                if claimed := await self._claim():
+                    await self._see_through(claimed)
 
     async def _claim(self) -> ClaimedRun | None:
-        patience = Patience(self._settings.patience_seconds)
-        return await patience.call(
-            "store",
-            lambda: self._store.runs.claim(
-                self._settings.worker, self._settings.lease_seconds, timeout_seconds=CLAIM_SECONDS
-            ),
-        )
+        runs, run_id, worker = self._store.runs, self._settings.run, self._settings.worker
+        lease_seconds = self._settings.lease_seconds
+
+        async def attempt() -> ClaimedRun | None:
+            if run_id:
+                return await runs.claim_run(run_id, worker, lease_seconds, timeout_seconds=CLAIM_SECONDS)
+            return await runs.claim(worker, lease_seconds, timeout_seconds=CLAIM_SECONDS)
+
+        return await Patience(self._settings.patience_seconds).call("store", attempt)
 
     async def _see_through(self, claimed: ClaimedRun) -> None:
         self.hand = Hand(claimed, Control(), Patience(self._settings.patience_seconds))
@@ -83,7 +95,9 @@ class Worker:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     # This worker is being stopped, not the run: another goes on from the last checkpoint.
                     with suppress(Fenced, StoreUnavailable):
-                        await self._store.runs.requeue(claimed.run_id, claimed.attempt)
+                        await self._store.runs.requeue(
+                            claimed.run_id, claimed.attempt, result=_result(self.hand.progress)
+                        )
                     raise
                 if not lost.is_set():
                     await self._finish(self.hand, RunState.CANCELLED, None)
@@ -92,6 +106,7 @@ class Worker:
                 await self._finish(self.hand, RunState.FAILED, f"{error.reason}: {error.message}")
             except Exception as error:
                 # A fault of ours: the run must not be taken up again and again to fail the same way.
+                log.exception("run failed")
                 await self._finish(self.hand, RunState.FAILED, f"INTERNAL: {error!r}; see the trainer's log")
                 raise
             else:
@@ -155,14 +170,24 @@ class Worker:
             hand.control.resume()
 
     async def _finish(self, hand: Hand, state: RunState, error: str | None) -> None:
-        progress = hand.run.progress if hand.run is not None else None
-        run_id, attempt = hand.claimed.run_id, hand.claimed.attempt
-        try:
-            await hand.patience.call(
-                "store", lambda: self._store.runs.finish(run_id, attempt, state, error=error, result=_result(progress))
+        run_id, attempt, result = hand.claimed.run_id, hand.claimed.attempt, _result(hand.progress)
+        finishing = asyncio.ensure_future(
+            hand.patience.call(
+                "store", lambda: self._store.runs.finish(run_id, attempt, state, error=error, result=result)
             )
+        )
+        try:
+            await asyncio.shield(finishing)
         except Fenced as fenced:
             log.warning("fenced", error=str(fenced))
+        except asyncio.CancelledError:
+            # Whoever sees the run over may stop us at once, before its end is in object storage.
+            await asyncio.wait({finishing}, timeout=self._settings.grace_seconds)
+            if not finishing.cancel() and finishing.exception() is None:
+                self.ended = state
+            raise
+        else:
+            self.ended = state
 
 
 def _result(progress: Progress | None) -> dict[str, object]:

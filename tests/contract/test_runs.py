@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, RunNotFound, StoreFull
+from foundry.errors import (
+    CartridgeNotFound,
+    Conflict,
+    DigestMismatch,
+    Fenced,
+    InvalidArgument,
+    RunNotFound,
+    RunOver,
+    StoreFull,
+)
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState, RunStore
 from tests.store_data import cartridge, draft, run_spec
 
@@ -144,6 +153,104 @@ async def test_a_run_given_back_is_claimed_at_once(runs: RunStore) -> None:
     with pytest.raises(Fenced):
         await runs.heartbeat(run_id, 1, 60)
     assert (await claim(runs, "worker-1")).attempt == 2
+
+
+async def test_a_run_that_is_given_back_while_it_is_cancelled_ends(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.request_cancel(run_id)
+    await runs.requeue(run_id, 1, result={"step": 2})
+    record = await runs.get(run_id)
+    assert (record.state, record.result) == (RunState.CANCELLED, {"step": 2})
+    assert await runs.claim("worker-1", 60) is None
+
+
+async def test_one_given_run_is_claimed_and_leaves_the_queue(runs: RunStore) -> None:
+    first, second = await runs.create(run_spec()), await runs.create(run_spec("other"))
+    claimed = await runs.claim_run(second, "worker-0", 60)
+    assert claimed == ClaimedRun(run_id=second, attempt=1, spec=run_spec("other"), desired=Desired.CONTINUE)
+    assert (await runs.get(second)).worker == "worker-0"
+    assert (await claim(runs)).run_id == first
+    assert await runs.claim("worker-1", 60) is None
+
+
+async def test_a_given_run_is_waited_for_while_another_worker_holds_it(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs, lease_seconds=0.5)
+    assert await runs.claim_run(run_id, "worker-1", 60) is None
+    assert await runs.claim_run(run_id, "worker-1", 60, timeout_seconds=0.05) is None
+    claimed = await runs.claim_run(run_id, "worker-1", 60, timeout_seconds=10)
+    assert claimed is not None
+    assert claimed.attempt == 2
+    with pytest.raises(Fenced):
+        await runs.heartbeat(run_id, 1, 60)
+    # Held, and in no queue.
+    assert await runs.claim("worker-2", 60) is None
+
+
+async def test_only_one_of_many_claims_a_given_run(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    claimed = await asyncio.gather(*(runs.claim_run(run_id, f"worker-{number}", 60) for number in range(10)))
+    assert [each.attempt for each in claimed if each is not None] == [1]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_given_run_that_is_paused_waits_for_resume(runs: RunStore, begun: bool) -> None:
+    run_id = await runs.create(run_spec())
+    if begun:
+        await claim(runs, lease_seconds=0.05)
+    await runs.request_pause(run_id)
+    assert await runs.claim_run(run_id, "worker-1", 60, timeout_seconds=0.2) is None
+    assert await runs.claim_run(run_id, "worker-1", 60) is None
+    assert (await runs.get(run_id)).state is RunState.PAUSED
+    states = [event["state"] for _, event in await runs._read_events(run_id, "0-0", block=False)]
+    assert states.count("paused") == 1
+    await runs.request_resume(run_id)
+    assert await runs.claim_run(run_id, "worker-1", 60) is not None
+
+
+async def test_a_given_run_that_is_over_says_so(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.finish(run_id, 1, RunState.SUCCEEDED)
+    with pytest.raises(RunOver, match="succeeded"):
+        await runs.claim_run(run_id, "worker-1", 60, timeout_seconds=10)
+    with pytest.raises(RunNotFound):
+        await runs.claim_run("run-absent", "worker-1", 60)
+
+
+async def test_a_given_run_that_was_to_be_cancelled_ends_when_it_is_claimed(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs, lease_seconds=0.05)
+    await runs.request_cancel(run_id)
+    with pytest.raises(RunOver, match="cancelled"):
+        await runs.claim_run(run_id, "worker-1", 60, timeout_seconds=10)
+    assert (await runs.get(run_id)).state is RunState.CANCELLED
+
+
+async def test_active_runs_are_held_or_wait_for_a_worker(runs: RunStore) -> None:
+    held, lost, queued, paused, over = [await runs.create(run_spec(f"name-{number}")) for number in range(5)]
+    assert await runs.claim_run(held, "worker-0", 60) is not None
+    assert await runs.claim_run(lost, "worker-0", 0.001) is not None
+    assert await runs.claim_run(over, "worker-0", 60) is not None
+    await runs.finish(over, 1, RunState.SUCCEEDED)
+    await runs.request_pause(paused)
+    async with asyncio.timeout(10):
+        while (active := await runs.active()).held != {held}:
+            pass
+    assert active.waiting == {lost, queued}
+
+
+async def test_a_queued_run_can_say_what_it_waits_for(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    for _ in range(2):
+        await runs.explain_queued(run_id, "job a: its pod is not ready")
+    assert (await runs.get(run_id)).waiting_for == "job a: its pod is not ready"
+    await claim(runs)
+    await runs.explain_queued(run_id, "job a: its pod is not ready")
+    await runs.finish(run_id, 1, RunState.SUCCEEDED)
+    told = [event.get("waiting_for") for event in await events(runs, run_id)]
+    assert told == ["", "job a: its pod is not ready", "", None]
 
 
 async def test_pause_and_resume_reach_the_worker(runs: RunStore) -> None:

@@ -18,16 +18,27 @@ QUESTIONS = ("What is open?", "When was the treaty signed?", "What is the price 
 
 def start_trainer(stack: Stack) -> tuple[Process, Process, Process]:
     """Rollout, teacher and trainer, serving."""
+    rollout, teacher = start_servers(stack)
+    trainer = spawn_trainer(stack, rollout, teacher)
+    wait_serving(trainer)
+    return rollout, teacher, trainer
+
+
+def start_servers(stack: Stack) -> tuple[Process, Process]:
+    """Rollout and teacher, serving."""
     rollout = stack.rollout()
     teacher = stack.spawn("teacher", "--model", str(stack.model))
-    trainer = stack.spawn(
+    for process in (rollout, teacher):
+        wait_serving(process)
+    return rollout, teacher
+
+
+def spawn_trainer(stack: Stack, rollout: Process, teacher: Process, *arguments: str) -> Process:
+    return stack.spawn(
         "trainer",
         *("--model", str(stack.model), "--rollout-addresses", rollout.address, "--teacher-address", teacher.address),
-        *("--lease-seconds", "1"),
+        *("--lease-seconds", "1", *arguments),
     )
-    for process in (rollout, teacher, trainer):
-        wait_serving(process)
-    return rollout, teacher, trainer
 
 
 async def create_run(store: CartridgeStore, name: str, **changes: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foundry.errors import InvalidArgument
-from foundry.store import DocumentPrompts, RunSpec, SelfStudyPrompts
+from foundry.store import DocumentPrompts, Resources, RunSpec, SelfStudyPrompts
 from tests.store_data import DOCUMENT, run_spec
 
 MINIMAL: dict[str, Any] = {
@@ -25,6 +25,14 @@ def test_json_round_trip() -> None:
         prompts=DocumentPrompts(digest=DOCUMENT), heldout=SelfStudyPrompts(num_prompts=2), objective="jsd", jsd_beta=0.1
     )
     assert RunSpec.from_json(spec.to_json()) == spec
+
+
+def test_resources_are_kubernetes_quantities() -> None:
+    for resources in (Resources(), Resources(cpu="1.5", memory="512Mi", gpus=0), Resources(cpu="250m", memory="1G")):
+        spec = run_spec(resources=resources)
+        assert RunSpec.from_json(spec.to_json()) == spec
+    # Its digest is in the checkpoints of runs that were begun before there were resources.
+    assert "resources" not in json.loads(run_spec().to_json())
 
 
 def test_minimal_json_is_enough() -> None:
@@ -70,12 +78,24 @@ def test_minimal_json_is_enough() -> None:
         ("prompts.max_prompt_tokens", 0),
         ("prompts.surprise", 1),
         ("surprise", 1),
+        ("resources", []),
+        ("resources.cpu", 4),
+        ("resources.cpu", "four"),
+        ("resources.cpu", "0"),
+        ("resources.cpu", "1Gi"),
+        ("resources.memory", "16 GB"),
+        ("resources.memory", "0Gi"),
+        ("resources.memory", "1Gi\n"),
+        ("resources.gpus", -1),
+        ("resources.gpus", True),
+        ("resources.disk", "1Gi"),
     ],
 )
 def test_bad_values_name_their_field(field: str, value: Any) -> None:
     values = json.loads(json.dumps(MINIMAL))
-    if field.startswith("prompts."):
-        values["prompts"][field.removeprefix("prompts.")] = value
+    part, _, key = field.partition(".")
+    if key:
+        values.setdefault(part, {})[key] = value
     else:
         values[field] = value
     with pytest.raises(InvalidArgument) as caught:

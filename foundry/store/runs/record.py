@@ -45,6 +45,14 @@ class ClaimedRun:
     desired: Desired
 
 
+@dataclass(frozen=True, slots=True)
+class ActiveRuns:
+    """Ids of the runs that a worker holds now, and of those that wait for one."""
+
+    held: frozenset[str]
+    waiting: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """A run as it stands. Times are RFC 3339, UTC; `last_event` is the worker's last report."""

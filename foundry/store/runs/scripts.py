@@ -60,12 +60,33 @@ return {'ok'}
 """
 )
 
-# worker, lease ms, events -> ok, id, attempt, spec, desired | none, ms until the next lease ends or -1
-CLAIM = (
+_CLAIMING = (
     _LIBRARY
     + """
-local now = now_ms()
+-- The reply to the worker that holds the run from now on; nil if it is to pause, which it then does.
+local function take(id, worker, lease_ms, length)
+  local now, desired = now_ms(), call('HGET', run_key(id), 'desired')
+  if desired == 'pause' then
+    call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
+    tell_state(id, 'paused', length)
+    return nil
+  end
+  local attempt = ms(call('HINCRBY', run_key(id), 'attempt', 1))
+  call('HSET', run_key(id), 'state', 'running', 'worker', worker, 'waiting_for', '')
+  call('HSETNX', run_key(id), 'started', ms(now))
+  call('ZADD', 'foundry:runs:leases', ms(now + tonumber(lease_ms)), id)
+  tell_state(id, 'running', length)
+  return {'ok', id, attempt, call('HGET', run_key(id), 'spec'), desired or ''}
+end
+"""
+)
+
+# worker, lease ms, events -> ok, id, attempt, spec, desired | none, ms until the next lease ends or -1
+CLAIM = (
+    _CLAIMING
+    + """
 while true do
+  local now = now_ms()
   -- First what a dead worker left, so that work begun is not overtaken.
   local id = call('ZRANGEBYSCORE', 'foundry:runs:leases', '-inf', now, 'LIMIT', 0, 1)[1]
   if id then
@@ -77,19 +98,53 @@ while true do
     local next = call('ZRANGE', 'foundry:runs:leases', 0, 0, 'WITHSCORES')[2]
     return {'none', next and ms(next - now) or '-1'}
   end
-  local desired = call('HGET', run_key(id), 'desired')
-  if desired == 'pause' then
-    call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
-    tell_state(id, 'paused', ARGV[3])
-  else
-    local attempt = ms(call('HINCRBY', run_key(id), 'attempt', 1))
-    call('HSET', run_key(id), 'state', 'running', 'worker', ARGV[1], 'waiting_for', '')
-    call('HSETNX', run_key(id), 'started', ms(now))
-    call('ZADD', 'foundry:runs:leases', ms(now + tonumber(ARGV[2])), id)
-    tell_state(id, 'running', ARGV[3])
-    return {'ok', id, attempt, call('HGET', run_key(id), 'spec'), desired or ''}
-  end
+  local taken = take(id, ARGV[1], ARGV[2], ARGV[3])
+  if taken then return taken end
 end
+"""
+)
+
+# id, worker, lease ms, events
+# -> ok, id, attempt, spec, desired | none, ms until its lease ends or -1 (it is paused) | over, state | missing
+CLAIM_RUN = (
+    _CLAIMING
+    + """
+local id = ARGV[1]
+local state = call('HGET', run_key(id), 'state')
+if not state then return {'missing'} end
+if over[state] then return {'over', state} end
+local left = (call('ZSCORE', 'foundry:runs:leases', id) or 0) - now_ms()
+if left > 0 then return {'none', ms(left)} end
+local unheld = call('ZREM', 'foundry:runs:leases', id) + call('ZREM', 'foundry:runs:queue', id)
+-- What is paused and in neither was told so already.
+if unheld == 0 and call('HGET', run_key(id), 'desired') == 'pause' then return {'none', '-1'} end
+return take(id, ARGV[2], ARGV[3], ARGV[4]) or {'none', '-1'}
+"""
+)
+
+# -> ok, ids that a worker holds, ids that wait for one. Those that are paused meanwhile are in neither.
+ACTIVE = (
+    _LIBRARY
+    + """
+local now = now_ms()
+local held = call('ZRANGEBYSCORE', 'foundry:runs:leases', '(' .. ms(now), '+inf')
+local left = call('ZRANGEBYSCORE', 'foundry:runs:leases', '-inf', ms(now))
+for _, id in ipairs(call('ZRANGE', 'foundry:runs:queue', 0, -1)) do table.insert(left, id) end
+return {'ok', held, left}
+"""
+)
+
+# id, waiting_for, events -> ok. Only a run in the queue: of a held one its worker says what it waits for.
+EXPLAIN_QUEUED = (
+    _LIBRARY
+    + """
+local id = ARGV[1]
+local before = call('HMGET', run_key(id), 'state', 'waiting_for')
+if before[1] == 'queued' and before[2] ~= ARGV[2] then
+  call('HSET', run_key(id), 'waiting_for', ARGV[2])
+  tell_state(id, 'queued', ARGV[3])
+end
+return {'ok'}
 """
 )
 
@@ -122,12 +177,13 @@ return {'ok', tell(ARGV[1], ARGV[3], ARGV[4])}
 """
 )
 
-# id, attempt, events -> ok | fenced | missing
+# id, attempt, events -> ok | cancel: nothing is done, nobody would take it up | fenced | missing
 REQUEUE = (
     _LIBRARY
     + """
 local refused = fence(ARGV[1], ARGV[2])
 if refused then return refused end
+if call('HGET', run_key(ARGV[1]), 'desired') == 'cancel' then return {'cancel'} end
 call('ZREM', 'foundry:runs:leases', ARGV[1])
 enqueue(ARGV[1], ARGV[3])
 return {'ok'}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
 from foundry.store.names import check_name
 
+# Quantities that Kubernetes takes too; zero is none.
+_CPU = re.compile(r"(?=.*[1-9])\d{1,4}(\.\d{1,3})?|(?=.*[1-9])\d{1,7}m")
+_MEMORY = re.compile(r"(?=.*[1-9])\d{1,15}([KMGT]i|[kMGT])?")
+T = TypeVar("T")
 OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "topk")
 
 
@@ -41,6 +46,23 @@ class DocumentPrompts:
 
 
 Prompts = SelfStudyPrompts | DocumentPrompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What a run's own pod asks of its node, in Kubernetes' quantities; what is not given is its Job template's."""
+
+    cpu: str = ""
+    memory: str = ""
+    gpus: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, pattern, example in (("cpu", _CPU, "'4' or '500m'"), ("memory", _MEMORY, "'16Gi' or '512Mi'")):
+            value = getattr(self, name)
+            if not isinstance(value, str) or (value and not pattern.fullmatch(value)):
+                raise InvalidArgument(f"{name} is {value!r}, must be a quantity such as {example}", field=name)
+        if self.gpus is not None:
+            _check_integers(self, {"gpus": (0, 1024)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +98,8 @@ class RunSpec:
     policy_mismatch_threshold: float = 0.05
     # Empty: whatever model the worker serves.
     model_fingerprint: str = ""
+    # For runs that are trained by a Kubernetes Job each.
+    resources: Resources | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "document", "objective", "model_fingerprint"):
@@ -90,6 +114,8 @@ class RunSpec:
         for name in ("prompts", "heldout"):
             if not isinstance(getattr(self, name), Prompts | None if name == "heldout" else Prompts):
                 raise InvalidArgument(f"{name} is {getattr(self, name)!r}, not prompts", field=name)
+        if not isinstance(self.resources, Resources | None):
+            raise InvalidArgument(f"resources is {self.resources!r}, not resources", field="resources")
         _check_integers(
             self,
             {
@@ -123,6 +149,9 @@ class RunSpec:
         for name in ("prompts", "heldout"):
             if (prompts := getattr(self, name)) is not None:
                 values[name] = {"kind": prompts.kind, **asdict(prompts)}
+        # Left out, so that checkpoints of runs from before it keep their configuration's digest.
+        if self.resources is None:
+            del values["resources"]
         return json.dumps(values, sort_keys=True, ensure_ascii=False)
 
     @classmethod
@@ -142,6 +171,8 @@ class RunSpec:
         for name in ("prompts", "heldout"):
             if parsed.get(name) is not None:
                 parsed[name] = _prompts(name, parsed[name])
+        if parsed.get("resources") is not None:
+            parsed["resources"] = _part("resources", Resources, parsed["resources"])
         _check_keys(cls, parsed, where="")
         return cls(**parsed)
 
@@ -156,9 +187,16 @@ def _prompts(name: str, values: Any) -> Prompts:
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:
         raise InvalidArgument(f"{name}.kind is {kind!r}, not one of {sorted(kinds)}", field=f"{name}.kind")
-    _check_keys(kinds[kind], values, where=f"{name}.")
+    return _part(name, kinds[kind], values)
+
+
+def _part(name: str, kind: type[T], values: Any) -> T:
+    """An object of a run's specification; its errors name the field within the run."""
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{name} is {values!r}, not an object", field=name)
+    _check_keys(kind, values, where=f"{name}.")
     try:
-        return kinds[kind](**values)
+        return kind(**values)
     except InvalidArgument as error:
         raise InvalidArgument(f"{name}: {error.message}", field=f"{name}.{error.field}") from error
 

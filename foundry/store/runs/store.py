@@ -6,6 +6,7 @@ that the worker does. A worker that stops sending heartbeats loses the run to th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from foundry.errors import Conflict, Fenced, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
+from foundry.errors import Conflict, Fenced, FoundryError, InvalidArgument, RunNotFound, RunOver, StoreUnavailable
 from foundry.identity import Buffer
 from foundry.store.durable.checkpoints import Checkpoints
 from foundry.store.durable.objects import Objects
@@ -21,13 +22,24 @@ from foundry.store.hot.connection import Connection, Reply
 from foundry.store.names import check_run
 from foundry.store.runs import scripts as scripts
 from foundry.store.runs.archive import FinalState, RunArchive
-from foundry.store.runs.record import ClaimedRun, Desired, RunRecord, RunState, archived_record, desired_of, record_of
+from foundry.store.runs.record import (
+    ActiveRuns,
+    ClaimedRun,
+    Desired,
+    RunRecord,
+    RunState,
+    archived_record,
+    desired_of,
+    record_of,
+)
 from foundry.store.runs.spec import RunSpec
 from foundry.store.settings import StoreSettings
 
-__all__ = ["ClaimedRun", "Desired", "RunRecord", "RunSpec", "RunState", "RunStore"]
+__all__ = ["ActiveRuns", "ClaimedRun", "Desired", "RunRecord", "RunSpec", "RunState", "RunStore"]
 
 MAX_EVENT_BYTES = 64 * 2**10
+# Between two looks at a run that another worker holds or that is paused.
+_SECONDS_BETWEEN_CLAIMS = 1.0
 # Lower-case base32: no letter that reads like a digit.
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -127,16 +139,8 @@ class RunStore:
         while True:
             reply = await self._run(scripts.CLAIM, worker, _ms(lease_seconds), self._events_length)
             if reply[0] == "ok":
-                run_id, attempt, desired = reply[1], int(reply[2]), desired_of(reply[4])
-                # Before the worker acts: an attempt that did anything must not be forgotten with Redis.
-                if not await self._archive.begin_attempt(run_id, attempt):
-                    # Redis forgot that it gave this attempt out, perhaps to a worker that still acts on it: the next.
-                    with suppress(Fenced):
-                        await self.requeue(run_id, attempt)
-                    continue
-                if desired is not Desired.CANCEL:
-                    return ClaimedRun(run_id=run_id, attempt=attempt, spec=RunSpec.from_json(reply[3]), desired=desired)
-                await self.finish(run_id, attempt, RunState.CANCELLED)
+                if claimed := await self._begin(reply):
+                    return claimed
                 continue
             wait = deadline - time.monotonic()
             if wait <= 0:
@@ -144,6 +148,46 @@ class RunStore:
             if int(reply[1]) >= 0:
                 wait = min(wait, int(reply[1]) / 1000)
             await self._connection.wait_for_token("foundry:runs:bell", wait)
+
+    async def claim_run(
+        self, run_id: str, worker: str, lease_seconds: float, *, timeout_seconds: float = 0.0
+    ) -> ClaimedRun | None:
+        """Take up this run; None if for `timeout_seconds` another worker holds it or it is paused.
+
+        Raises RunNotFound, RunOver.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            reply = await self._run(
+                scripts.CLAIM_RUN, check_run(run_id, field="run_id"), worker, _ms(lease_seconds), self._events_length
+            )
+            if reply[0] == "over":
+                raise RunOver(f"run {run_id} has {reply[1]} already", field="run_id")
+            if reply[0] == "ok":
+                if claimed := await self._begin(reply):
+                    return claimed
+                continue
+            wait = min(deadline - time.monotonic(), _SECONDS_BETWEEN_CLAIMS)
+            if wait <= 0:
+                return None
+            if int(reply[1]) >= 0:
+                wait = min(wait, int(reply[1]) / 1000)
+            # The bell would be taken from a worker that takes any run.
+            await asyncio.sleep(wait)
+
+    async def _begin(self, reply: Reply) -> ClaimedRun | None:
+        """What was claimed; None if it has to be claimed again, or is now over."""
+        run_id, attempt, desired = reply[1], int(reply[2]), desired_of(reply[4])
+        # Before the worker acts: an attempt that did anything must not be forgotten with Redis.
+        if not await self._archive.begin_attempt(run_id, attempt):
+            # Redis forgot that it gave this attempt out, perhaps to a worker that still acts on it: the next.
+            with suppress(Fenced):
+                await self.requeue(run_id, attempt)
+        elif desired is Desired.CANCEL:
+            await self.finish(run_id, attempt, RunState.CANCELLED)
+        else:
+            return ClaimedRun(run_id=run_id, attempt=attempt, spec=RunSpec.from_json(reply[3]), desired=desired)
+        return None
 
     async def heartbeat(
         self,
@@ -177,9 +221,11 @@ class RunStore:
             raise InvalidArgument(f"the event has {len(text)} bytes, at most {MAX_EVENT_BYTES} are kept", field="event")
         return str((await self._held(scripts.REPORT, run_id, attempt, text, self._events_length))[1])
 
-    async def requeue(self, run_id: str, attempt: int) -> None:
-        """Give a run back unfinished, so that another worker takes it at once. Raises Fenced."""
-        await self._held(scripts.REQUEUE, run_id, attempt, self._events_length)
+    async def requeue(self, run_id: str, attempt: int, *, result: Mapping[str, Any] | None = None) -> None:
+        """Give a run back unfinished, so that another worker takes it at once; one that is to be cancelled ends so,
+        with `result`. Raises Fenced."""
+        if (await self._held(scripts.REQUEUE, run_id, attempt, self._events_length))[0] == "cancel":
+            await self.finish(run_id, attempt, RunState.CANCELLED, result=result)
 
     async def finish(
         self,
@@ -218,6 +264,17 @@ class RunStore:
     async def load_checkpoint(self, run_id: str) -> tuple[int, bytes] | None:
         """Step and bytes of the newest good checkpoint, if there is one. Raises DigestMismatch if all are damaged."""
         return await self._checkpoints.load(check_run(run_id, field="run_id"))
+
+    # For who starts workers
+
+    async def active(self) -> ActiveRuns:
+        """All runs that are not over, but for paused ones that nobody holds. Does not know them without Redis."""
+        _, held, waiting = await self._run(scripts.ACTIVE)
+        return ActiveRuns(frozenset(held), frozenset(waiting))
+
+    async def explain_queued(self, run_id: str, waiting_for: str) -> None:
+        """Say what a run in the queue waits for; without effect once a worker has it."""
+        await self._run(scripts.EXPLAIN_QUEUED, check_run(run_id, field="run_id"), waiting_for, self._events_length)
 
     # For rebuild
 

@@ -46,6 +46,7 @@ def test_a_run_is_queued_with_its_document(site: Site) -> None:
         ({"text": DOCUMENT, "prompts": {"kind": "oracle"}}, InvalidArgument, "prompts.kind"),
         ({"text": DOCUMENT, "document": "blake3:" + "0" * 64}, InvalidArgument, "text"),
         ({"text": 5}, InvalidArgument, "text"),
+        ({"text": DOCUMENT, "resources": {"gpus": 1}}, InvalidArgument, "resources"),
         ({}, InvalidArgument, "document"),
         ({"document": "blake3:" + "0" * 64}, DocumentNotFound, "document"),
         ({"text": ""}, DocumentUnreadable, "document"),

@@ -157,7 +157,9 @@ class Stack:
 
     def gateway(self, rollouts: Sequence[Process], *arguments: str) -> Process:
         # By name, as in a cluster: it is looked up again and again, and may stand for more than one address.
-        addresses = ",".join(rollout.address.replace("127.0.0.1", "localhost") for rollout in rollouts)
+        # Without rollout servers: a port on which nobody will listen.
+        answering = [rollout.address for rollout in rollouts] or [f"127.0.0.1:{self.free_port()}"]
+        addresses = ",".join(address.replace("127.0.0.1", "localhost") for address in answering)
         return self.spawn("gateway", "--rollout-addresses", addresses, "--poll-seconds", "0.2", *arguments)
 
     def close(self) -> None:

@@ -1,0 +1,204 @@
+"""Pods: restricted, probed, and given the time that they need to end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.deploy.chart import (
+    NAME,
+    SERVICES,
+    VALUES,
+    Manifest,
+    of_kind,
+    one,
+    pods,
+    render,
+    rendered,
+    service_pods,
+    values_of,
+)
+
+
+def containers(pod: Manifest) -> list[Manifest]:
+    found: list[Manifest] = pod["spec"].get("initContainers", []) + pod["spec"]["containers"]
+    return found
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_pod_security_is_restricted(name: str) -> None:
+    for owner, pod in pods(rendered(name)):
+        context = pod["spec"]["securityContext"]
+        assert context["runAsNonRoot"] is True, owner
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, owner
+        if name != "openshift":
+            assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (65532, 65532, 65532), owner
+        for container in containers(pod):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, owner
+            assert context["readOnlyRootFilesystem"] is True, owner
+            assert context["capabilities"] == {"drop": ["ALL"]}, owner
+            assert "privileged" not in context
+        assert not any(pod["spec"].get(key) for key in ("hostNetwork", "hostPID", "hostIPC"))
+        assert not any(volume.get("hostPath") for volume in pod["spec"]["volumes"]) or name == "model-host-path"
+
+
+def test_the_cluster_may_choose_the_user() -> None:
+    for _, pod in pods(rendered("openshift")):
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & pod["spec"]["securityContext"].keys()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_resources_are_said_and_scratch_space_is_limited(name: str) -> None:
+    for owner, pod in pods(rendered(name)):
+        for container in containers(pod):
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), owner
+            assert "memory" in container["resources"]["limits"], owner
+            quantities = [each for kind in ("requests", "limits") for each in container["resources"][kind].values()]
+            # Before 1.21 a number is refused in what is applied on the server's side.
+            assert {type(each) for each in quantities} == {str}, owner
+        for volume in pod["spec"]["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], owner
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_mounts_have_their_volumes(name: str) -> None:
+    for owner, pod in pods(rendered(name)):
+        volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
+        assert len(set(volumes)) == len(volumes), owner
+        mounted = {mount["name"] for container in containers(pod) for mount in container["volumeMounts"]}
+        claimed = {"data"} if owner.startswith("StatefulSet") else set()
+        assert mounted - claimed == set(volumes) - claimed, owner
+        for container in containers(pod):
+            paths = [mount["mountPath"] for mount in container["volumeMounts"]]
+            assert len(set(paths)) == len(paths), owner
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_servers_are_probed(name: str) -> None:
+    for owner, pod in pods(rendered(name)):
+        if owner.startswith(("Pod/", "Job/")) and pod["metadata"]["labels"]["app.kubernetes.io/component"] != "trainer":
+            continue
+        (container,) = pod["spec"]["containers"]
+        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys(), owner
+
+
+def probes(name: str, kube: str) -> Manifest:
+    (container,) = service_pods(rendered(name, kube))["rollout"]["spec"]["containers"]
+    return {kind: container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")}
+
+
+def test_health_is_asked_by_the_kubelet_where_it_can() -> None:
+    native = probes("default", "1.24.0")
+    assert native["readiness"]["grpc"] == native["startup"]["grpc"] == {"port": 7001}
+    for asked in (probes("default", "1.23.0"), probes("tls-existing", "1.35.0")):
+        assert asked["readiness"]["exec"] == {"command": ["python", "-m", "foundry.rpc.probe"]}
+        assert "grpc" not in asked["readiness"]
+
+
+def test_a_server_that_is_drained_is_alive() -> None:
+    for kube in ("1.20.2", "1.35.0"):
+        assert probes("default", kube)["liveness"]["exec"]["command"][-1] == "--live"
+
+
+def test_the_gateway_takes_traffic_without_the_store() -> None:
+    (container,) = service_pods(rendered("default"))["gateway"]["spec"]["containers"]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz?exclude=store"
+    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_grace_periods_add_up(name: str) -> None:
+    for service, pod in service_pods(rendered(name)).items():
+        (container,) = pod["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        assert hook[0] == "sleep"
+        needed = float(hook[1]) + math.ceil(float(variables["FOUNDRY_GRACE_SECONDS"]))
+        assert pod["spec"]["terminationGracePeriodSeconds"] == needed + 10, service
+
+
+def test_grace_periods_follow_the_settings() -> None:
+    grace = service_pods(rendered("jobs-gpu"))["rollout"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace == 5 + 301 + 10
+    long = {"rollout": {"preStopSeconds": 15, "settings": {"grace_seconds": 600}}}
+    deployment = one(render(long), "Deployment", "rollout")
+    assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 625
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_selectors_match_their_pods_alone(name: str) -> None:
+    manifests = rendered(name)
+    found = pods(manifests)
+    for manifest in of_kind(manifests, "Deployment", "StatefulSet", "PodDisruptionBudget", "PodMonitor", "Service"):
+        selector = manifest["spec"]["selector"]
+        wanted = selector if manifest["kind"] == "Service" else selector["matchLabels"]
+        matched = [owner for owner, pod in found if wanted.items() <= pod["metadata"]["labels"].items()]
+        assert len(matched) == 1, (manifest["kind"], manifest["metadata"]["name"], matched)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_services_lead_to_ports_that_pods_have(name: str) -> None:
+    manifests = rendered(name)
+    for service in of_kind(manifests, "Service"):
+        (pod,) = [
+            pod
+            for _, pod in pods(manifests)
+            if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        ]
+        named = {port["name"] for container in pod["spec"]["containers"] for port in container["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= named
+
+
+def test_updates_take_nothing_away() -> None:
+    for deployment in of_kind(rendered("workers"), "Deployment"):
+        assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_autoscalers_alone_decide_how_many() -> None:
+    for name in ("hpa", "keda"):
+        for service in ("gateway", "rollout", "teacher"):
+            assert "replicas" not in one(rendered(name), "Deployment", service)["spec"]
+
+
+def test_gpus_are_asked_for() -> None:
+    found = service_pods(rendered("jobs-gpu"))
+    limits = {name: found[name]["spec"]["containers"][0]["resources"]["limits"] for name in SERVICES}
+    assert limits["rollout"]["nvidia.com/gpu"] == "1"
+    assert limits["rollout"]["memory"] == "64Gi"
+    assert limits["trainer"]["example.com/gpu"] == "2"
+    assert "nvidia.com/gpu" not in limits["gateway"]
+
+
+def test_a_changed_password_rolls_the_pods() -> None:
+    def rendered_with(password: str) -> dict[str, Manifest]:
+        return dict(pods(render(values_of("workers") | {"redis": {"auth": {"password": password}}})))
+
+    first, second = rendered_with("one"), rendered_with("two")
+    changed = {owner.removeprefix(f"Deployment/{NAME}-") for owner in first if first[owner] != second[owner]}
+    assert changed == {"gateway", "rollout", "trainer", f"StatefulSet/{NAME}-redis"}
+
+
+def test_without_a_cluster_pods_are_the_same_each_time() -> None:
+    """A random password must not roll them."""
+    assert [pod for _, pod in pods(render())] == [pod for _, pod in pods(render())]
+
+
+def test_the_model_is_read_only_at_its_place() -> None:
+    for name in ("default", "model-cache", "model-claim", "model-host-path", "model-hub"):
+        for service in ("rollout", "teacher", "trainer"):
+            (container,) = service_pods(rendered(name))[service]["spec"]["containers"]
+            (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "model"]
+            assert mount["mountPath"] == "/model"
+            assert mount["readOnly"] is True
+
+
+def test_another_model_has_a_folder_and_a_job_of_its_own() -> None:
+    def job(revision: str) -> str:
+        values = {"model": {"hub": {"id": "a/b", "revision": revision}}}
+        (found,) = of_kind(render(values), "Job")
+        name: str = found["metadata"]["name"]
+        return name
+
+    assert job("one") != job("two")

@@ -41,7 +41,7 @@ class Cluster:
 
     def close(self) -> None:
         self._proxy.terminate()
-        self._proxy.wait()
+        self._proxy.communicate()
         self._helm.close()
 
     # Helm

@@ -27,6 +27,7 @@ proto: install  ## regenerate the gRPC stubs
 
 docs: install  ## regenerate the pages and the chart's schema that are made from code
 	@$(BIN)/python docs/make_settings.py
+	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python docs/make_sizing.py
 	@$(BIN)/python deploy/helm/make_schema.py
 
@@ -34,6 +35,7 @@ drift: install  ## check that generated files are what they are generated from
 	@rm -rf build/proto && mkdir -p build/proto && $(MAKE) --no-print-directory proto OUT=build/proto
 	@diff -r build/proto/foundry/v1 foundry/v1 -x __pycache__ || { echo "error: run 'make proto'"; exit 1; }
 	@$(BIN)/python docs/make_settings.py --check
+	@$(BIN)/python docs/make_metrics.py --check
 	@$(BIN)/python docs/make_sizing.py --check
 	@$(BIN)/python deploy/helm/make_schema.py --check
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from foundry.rpc.tls import Tls, tls_of
+
+LogFormat = Literal["json", "console"]
 
 
 class ServiceSettings(BaseSettings):
@@ -39,6 +41,16 @@ class ServiceSettings(BaseSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe level that is logged."""
+
+    log_format: LogFormat = "json"
+    """One JSON object a line, or lines for people at a terminal: console."""
+
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector that gets the traces, by OTLP over gRPC: `http://HOST:4317` or, with TLS, `https://…`.
+    Unset: no traces. Needs the extra `telemetry`."""
+
+    trace_sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the traces that begin in this service (training steps, requests without a trace) which are sent."""
 
     tls_certificate_file: Path | None = None
     """This service's certificate (PEM) for mutual TLS with the other services, all three files or none. It is both the

@@ -46,7 +46,7 @@ class Seaweed:
         filer = self._port()
         s3 = self._port()
         command = [_binary(), "server", f"-dir={self._directory}", f"-ip={HOST}", f"-ip.bind={HOST}"]
-        command += ["-s3", f"-s3.config={configuration}", f"-s3.port={s3}", "-s3.port.iceberg=0"]
+        command += ["-s3", f"-s3.config={configuration}", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         # A bucket that is missing must be missed.
         command += ["-s3.autoCreateBucket=false", "-s3.iam=false"]
         command += [f"-filer.port={filer}", f"-master.port={self._port()}", f"-volume.port={self._port()}"]

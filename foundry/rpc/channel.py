@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from foundry.errors import AlignmentError, DeadlineExceeded
+from foundry.rpc.context import outgoing
 from foundry.rpc.limits import CHANNEL_OPTIONS
 from foundry.rpc.resolve import host_of
 from foundry.rpc.status import from_rpc_error
@@ -59,30 +60,34 @@ async def wait_until_serving(channel: grpc.aio.Channel, peer: str, *, timeout_se
     raise DeadlineExceeded(f"{peer} was not ready within {timeout_seconds:.0f} s")
 
 
-def _check(details: grpc.aio.ClientCallDetails) -> None:
+def _prepared(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
     if details.timeout is None:
         raise ValueError(f"call to {details.method!r} without a deadline: pass timeout=")
+    return grpc.aio.ClientCallDetails(
+        method=details.method,
+        timeout=details.timeout,
+        metadata=outgoing(details.metadata),
+        credentials=details.credentials,
+        wait_for_ready=details.wait_for_ready,
+    )
 
 
 class _RequireDeadline(grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        _check(details)
-        return await continuation(details, request)
+        return await continuation(_prepared(details), request)
 
 
 class _RequireDeadlineStream(grpc.aio.UnaryStreamClientInterceptor):
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        _check(details)
-        return await continuation(details, request)
+        return await continuation(_prepared(details), request)
 
 
 class _RequireDeadlineBidirectional(grpc.aio.StreamStreamClientInterceptor):
     async def intercept_stream_stream(
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request_iterator: Any
     ) -> Any:
-        _check(details)
-        return await continuation(details, request_iterator)
+        return await continuation(_prepared(details), request_iterator)

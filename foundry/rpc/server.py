@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -12,8 +14,9 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from foundry import telemetry
 from foundry.errors import FoundryError, PortTaken
+from foundry.rpc import metrics
+from foundry.rpc.context import bind_request, entered
 from foundry.rpc.limits import SERVER_OPTIONS
 from foundry.rpc.status import to_status
 from foundry.rpc.tls import Tls
@@ -90,33 +93,49 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
 
 def _unary(behaviour: Any, method: str) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        began = time.perf_counter()
-        code = "OK"
         try:
-            return await behaviour(request, context)
+            with entered(method, context.invocation_metadata()), _observed(method):
+                bind_request(request)
+                return await behaviour(request, context)
         except FoundryError as error:
-            code = error.grpc_code
             await _abort(context, method, error)
-        finally:
-            telemetry.observe_rpc(method, code, time.perf_counter() - began)
 
     return call
 
 
 def _stream(behaviour: Any, method: str) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        began = time.perf_counter()
-        code = "OK"
         try:
-            async for answer in behaviour(request, context):
-                yield answer
+            with entered(method, context.invocation_metadata()), _observed(method):
+                bind_request(request)
+                async for answer in behaviour(request, context):
+                    yield answer
         except FoundryError as error:
-            code = error.grpc_code
             await _abort(context, method, error)
-        finally:
-            telemetry.observe_rpc(method, code, time.perf_counter() - began)
 
     return call
+
+
+@contextmanager
+def _observed(method: str) -> Iterator[None]:
+    began = time.perf_counter()
+    code, reason = "OK", ""
+    try:
+        yield
+    except FoundryError as error:
+        code, reason = error.grpc_code, error.reason
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        # The client went away, or its time is over.
+        code = "CANCELLED"
+        raise
+    except Exception:
+        code, reason = "UNKNOWN", "INTERNAL"
+        raise
+    finally:
+        metrics.SERVER_SECONDS.labels(method, code).observe(time.perf_counter() - began)
+        if reason:
+            metrics.SERVER_ERRORS.labels(method, reason).inc()
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: FoundryError) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from threading import Condition, Thread
 from types import TracebackType
 
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester
 from foundry.memory import allocate
+from foundry.store import metrics
 
 
 class Incoming:
@@ -22,6 +24,7 @@ class Incoming:
         self._changed = Condition()
         self._landed = 0
         self._closed = False
+        self._hash_seconds = 0.0
         self._hashing = Thread(target=self._hash, name="hash cartridge", daemon=True)
 
     def __enter__(self) -> Incoming:
@@ -42,9 +45,11 @@ class Incoming:
 
     def finish(self, digest: str) -> CartridgeBytes:
         """The cartridge, once all has landed. Raises DigestMismatch unless these are the bytes `digest` names."""
-        self.landed(self.header.num_bytes)
-        self.__exit__(None, None, None)
-        self._digester.verify(digest)
+        with metrics.STAGE_SECONDS.labels("fetch", "verify").time():
+            self.landed(self.header.num_bytes)
+            self.__exit__(None, None, None)
+            self._digester.verify(digest)
+        metrics.STAGE_SECONDS.labels("fetch", "hash").observe(self._hash_seconds)
         return CartridgeBytes(self.header, self.memory)
 
     def _hash(self) -> None:
@@ -56,5 +61,7 @@ class Incoming:
                 end = self._landed
             if end == begin:
                 return
+            began = time.perf_counter()
             self._digester.update(self.memory[begin:end])
+            self._hash_seconds += time.perf_counter() - began
             begin = end

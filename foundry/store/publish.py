@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes
+from foundry.store import metrics
 from foundry.store.durable.versions import Durable
 from foundry.store.hot.bytes import HotBytes, chunks
 from foundry.store.hot.pointers import Commit, LimitReached, Pointers, Reservation
@@ -36,7 +37,7 @@ class Publisher:
             await self._pointers.check_owner(draft)
             token = uuid.uuid4().hex
             # Hashed while it is sent.
-            digest, _sent = await asyncio.gather(asyncio.to_thread(stored.digest), self._hot.stage(token, stored))
+            digest, _sent = await asyncio.gather(asyncio.to_thread(_digest, stored), self._hot.stage(token, stored))
             manifest = await self._publish_staged(token, stored, draft, digest, durable=durable)
             if manifest is not None:
                 return manifest
@@ -60,16 +61,19 @@ class Publisher:
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
         if durable:
-            await self._durable.put_blob(digest, stored)
-            manifest = await self._durable.put_manifest(manifest)
-        outcome = await self._pointers.commit(
-            manifest,
-            token,
-            durable=durable,
-            keep_hot=self._settings.keep_hot,
-            event_stream_length=self._settings.event_stream_length,
-        )
+            with metrics.STAGE_SECONDS.labels("publish", "durable").time():
+                await self._durable.put_blob(digest, stored)
+                manifest = await self._durable.put_manifest(manifest)
+        with metrics.STAGE_SECONDS.labels("publish", "commit").time():
+            outcome = await self._pointers.commit(
+                manifest,
+                token,
+                durable=durable,
+                keep_hot=self._settings.keep_hot,
+                event_stream_length=self._settings.event_stream_length,
+            )
         if outcome is Commit.DONE:
+            metrics.PUBLISHED.labels(str(durable).lower()).inc()
             return manifest
         if durable and outcome is Commit.RESERVATION_LOST:
             # The next attempt gets another number; nothing may find this one when pointers are restored.
@@ -86,3 +90,8 @@ class Publisher:
             return reservation
 
         return await while_condemned(digest, ask)
+
+
+def _digest(stored: CartridgeBytes) -> str:
+    with metrics.STAGE_SECONDS.labels("publish", "hash").time():
+        return stored.digest()

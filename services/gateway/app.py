@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
@@ -10,8 +11,10 @@ from fastapi import FastAPI
 
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
+from foundry.telemetry.traces import flush_traces
 from services.gateway import (
     cartridges,
+    census,
     chat,
     completions,
     documents,
@@ -22,6 +25,7 @@ from services.gateway import (
     runs,
 )
 from services.gateway.body_limit import BodyLimit
+from services.gateway.request_context import TRACING, RequestContext
 from services.gateway.rollouts import Rollouts
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
@@ -41,7 +45,12 @@ _ROUTERS = (
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
-    app = FastAPI(title="Cartridge Foundry", version=version("cartridge-foundry"), lifespan=_lifespan(settings))
+    app = FastAPI(
+        title="Cartridge Foundry",
+        version=version("cartridge-foundry"),
+        lifespan=_lifespan(settings),
+        telemetry=TRACING,
+    )
     # JSON escapes may double a document.
     document_bytes = 2 * settings.store.max_document_bytes + 64 * 1024
     # The last one added sees a request first.
@@ -51,6 +60,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
     app.add_middleware(metrics.RequestMetrics)
+    app.add_middleware(RequestContext)
     errors.install(app)
     for router in _ROUTERS:
         app.include_router(router)
@@ -72,6 +82,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             else None
         )
         jobs = None
+        watching = asyncio.create_task(census.watch(store, settings.census_seconds))
         try:
             await rollouts.start()
             if settings.jobs is not None:
@@ -80,14 +91,19 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
 
                 jobs = Jobs(settings.jobs, store.runs)
                 jobs.start()
+            metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer), jobs)
             yield
         finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             if jobs is not None:
                 await jobs.close()
             if teacher is not None:
                 await teacher.close()
             await rollouts.close()
             await store.close()
+            # uvicorn ends the process by the signal that stopped it.
+            await asyncio.to_thread(flush_traces)
 
     return lifespan

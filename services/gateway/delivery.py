@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from foundry.errors import Cancelled, FoundryError
+from services.gateway import metrics
 from services.gateway.errors import error_body
 from services.gateway.generation import Answer, Choice, Chunk
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 async def whole(answer: Answer, request: Request, render: Callable[[list[Choice]], BaseModel]) -> Response:
     """The answer in one piece."""
-    body = render(await unless_disconnected(request, answer.gather(request)))
+    body = render(await unless_disconnected(request, answer.gather()))
     return Response(body.model_dump_json(), media_type="application/json", headers=answer.headers())
 
 
@@ -30,7 +31,7 @@ async def stream(
     answer: Answer, request: Request, render: Callable[[int, Chunk], BaseModel], last: Callable[[], BaseModel]
 ) -> Response:
     """Server-sent events. What fails before the first token still has its own HTTP status."""
-    chunks = answer.chunks(request)
+    chunks = answer.chunks()
     first = await unless_disconnected(request, anext(chunks))
 
     async def events() -> AsyncGenerator[bytes, None]:
@@ -40,6 +41,7 @@ async def stream(
                 async for index, chunk in chunks:
                     yield _event(render(index, chunk))
             except FoundryError as error:
+                metrics.ERRORS.labels(error.reason).inc()
                 # No [DONE]: what was cut short must not look whole.
                 yield _event(error_body(error))
                 return

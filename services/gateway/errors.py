@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unavailable
+from services.gateway import metrics
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,7 @@ def error_body(error: FoundryError) -> dict[str, dict[str, str | None]]:
 
 
 def response_of(error: FoundryError) -> JSONResponse:
+    metrics.ERRORS.labels(error.reason).inc()
     headers = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from fastapi import Request
+import structlog
 
 from foundry.errors import (
     CartridgeNotFound,
@@ -34,15 +33,13 @@ from services.gateway.openai_types import (
     SamplingRequest,
     UsageInfo,
 )
-from services.gateway.rollouts import Metadata, ServedModel
+from services.gateway.rollouts import ServedModel
 from services.gateway.state import Gateway
 
 Prompt = common_pb2.Conversation | common_pb2.TokenIds | str
 Chunk = rollout_pb2.GenerateChunk
 T = TypeVar("T")
 
-# https://www.w3.org/TR/trace-context/#traceparent-header
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 # Fields of GenerateRequest by the parameters that they came from; those of `sampling` have their parameter's name.
 _PARAMS = {
     "conversation": "messages",
@@ -133,6 +130,7 @@ class Answer:
         self.target = target
         self.asked = asked
         self.id = f"{id_prefix}-{uuid4().hex}"
+        structlog.contextvars.bind_contextvars(request_id=self.id)
         self.created = int(time.time())
         self._gateway = gateway
         self._prompts = prompts
@@ -142,7 +140,7 @@ class Answer:
         # Of each prompt, and within it of each choice.
         self._usages: dict[int, dict[int, rollout_pb2.Usage]] = defaultdict(dict)
 
-    async def chunks(self, request: Request) -> AsyncGenerator[tuple[int, Chunk], None]:
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(choice, chunk) as they arrive. Closing the generator cancels what still runs. Raises FoundryError.
 
         While a run publishes, the version that `latest` meant may be swept before a server has fetched it. Then, and
@@ -151,7 +149,7 @@ class Answer:
         for resolutions_left in reversed(range(_RESOLUTIONS)):
             begun = False
             try:
-                async with contextlib.aclosing(self._attempt(request)) as chunks:
+                async with contextlib.aclosing(self._attempt()) as chunks:
                     async for choice, chunk in chunks:
                         begun = True
                         yield choice, chunk
@@ -164,15 +162,10 @@ class Answer:
                     raise
                 self.target = target
 
-    async def _attempt(self, request: Request) -> AsyncGenerator[tuple[int, Chunk], None]:
+    async def _attempt(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         began = time.monotonic()
         deadline = began + self._gateway.settings.request_timeout_seconds
-        traceparent = request.headers.get("traceparent", "")
-        metadata = [("traceparent", traceparent)] if _TRACEPARENT.fullmatch(traceparent) else []
-        streams = [
-            self._generate(self._request(index, prompt), deadline, metadata)
-            for index, prompt in enumerate(self._prompts)
-        ]
+        streams = [self._generate(self._request(index, prompt), deadline) for index, prompt in enumerate(self._prompts)]
         identified: set[int] = set()
         with self._gateway.admitted():
             async with contextlib.aclosing(_merge(streams)) as merged:
@@ -192,15 +185,11 @@ class Answer:
             raise Unavailable("the rollout server ended the stream before every choice was complete")
         self._count()
 
-    async def _generate(
-        self, message: rollout_pb2.GenerateRequest, deadline: float, metadata: Metadata
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _generate(self, message: rollout_pb2.GenerateRequest, deadline: float) -> AsyncGenerator[Chunk, None]:
         rollouts = self._gateway.rollouts
         while True:
             try:
-                async with contextlib.aclosing(
-                    rollouts.generate(message, deadline=deadline, metadata=metadata)
-                ) as chunks:
+                async with contextlib.aclosing(rollouts.generate(message, deadline=deadline)) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 return
@@ -213,9 +202,9 @@ class Answer:
                     raise
                 message.sampling.max_new_tokens //= 2
 
-    async def gather(self, request: Request) -> list[Choice]:
+    async def gather(self) -> list[Choice]:
         choices = [Choice() for _ in range(self._num_choices)]
-        async with contextlib.aclosing(self.chunks(request)) as chunks:
+        async with contextlib.aclosing(self.chunks()) as chunks:
             async for index, chunk in chunks:
                 choices[index].add(chunk)
         return choices

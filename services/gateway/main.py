@@ -27,7 +27,7 @@ def listen(address: str) -> socket.socket:
 
 def main() -> None:
     settings = GatewaySettings.parse()
-    telemetry.configure_logs("gateway", settings.log_level)
+    telemetry.start("gateway", settings)
     listener = listen(settings.listen)
     config = uvicorn.Config(
         build_app(settings),
@@ -36,7 +36,6 @@ def main() -> None:
         access_log=False,
         timeout_graceful_shutdown=round(settings.grace_seconds),
     )
-    telemetry.serve_metrics(settings.metrics_port)
     log.info("serving", port=listener.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listener])
 

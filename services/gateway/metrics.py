@@ -15,7 +15,11 @@ REQUEST_SECONDS = Histogram(
     ["route"],
     buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
+ERRORS = Counter(
+    "foundry_gateway_errors_total", "Requests that ended with an error, by its type (`foundry.errors`).", ["reason"]
+)
 IN_FLIGHT = Gauge("foundry_gateway_completions_in_flight", "Completion requests being answered.")
+MAX_IN_FLIGHT = Gauge("foundry_gateway_max_completions_in_flight", "Most of them; more are refused with 429.")
 FIRST_TOKEN_SECONDS = Histogram(
     "foundry_gateway_time_to_first_token_seconds",
     "From the request to its first token.",
@@ -34,6 +38,12 @@ JOBS = Counter(
     "What came of looks at Jobs: created, existed, deleted, failed (a run ended by its Job's failure), refused, error.",
     ["outcome"],
 )
+
+for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+    ERRORS.labels(_reason)
+
+# Clients may send any word.
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 router = APIRouter()
 
@@ -70,5 +80,6 @@ class RequestMetrics:
             raise
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            REQUESTS.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            REQUESTS.labels(method, route, status).inc()
             REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)

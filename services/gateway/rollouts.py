@@ -7,7 +7,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import grpc
@@ -23,7 +23,6 @@ log = structlog.get_logger(__name__)
 # Consistent hashing with bounded loads (https://arxiv.org/abs/1608.01350): no server gets 1.25 times the mean.
 _LOAD_FACTOR = 1.25
 _RESIDENT_TIMEOUT_SECONDS = 5.0
-Metadata = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class Rollouts:
         return sum(server.model is not None for server in self._servers.values())
 
     async def generate(
-        self, request: rollout_pb2.GenerateRequest, *, deadline: float, metadata: Metadata = ()
+        self, request: rollout_pb2.GenerateRequest, *, deadline: float
     ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
         """Chunks of one request, whose deadline is in `time.monotonic()`. Closing the generator cancels the call.
 
@@ -128,7 +127,7 @@ class Rollouts:
             started = False
             try:
                 server = self._pick(key, tried)
-                async with contextlib.aclosing(_attempt(server, request, deadline, metadata)) as chunks:
+                async with contextlib.aclosing(_attempt(server, request, deadline)) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -184,7 +183,7 @@ class Rollouts:
 
 
 async def _attempt(
-    server: RolloutServer, request: rollout_pb2.GenerateRequest, deadline: float, metadata: Metadata
+    server: RolloutServer, request: rollout_pb2.GenerateRequest, deadline: float
 ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
     timeout_seconds = deadline - time.monotonic()
     if timeout_seconds <= 0:
@@ -192,7 +191,7 @@ async def _attempt(
     try:
         with server.pod.calling() as channel:
             call: grpc.aio.UnaryStreamCall[rollout_pb2.GenerateRequest, rollout_pb2.GenerateChunk]
-            call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds, metadata=metadata)
+            call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds)
             try:
                 async for chunk in call:
                     yield chunk

@@ -20,6 +20,8 @@ import structlog
 from foundry.errors import FoundryError, ResourceExhausted, Unavailable
 from services.rollout import metrics
 from services.rollout.engine import Engine, EngineStats, SequenceRequest, TokenOutput
+from services.rollout.timeline import Timeline
+from services.rollout.vllm_metrics import VllmMetrics
 
 log = structlog.get_logger(__name__)
 
@@ -28,13 +30,11 @@ _RETRY_AFTER_SECONDS = 1.0
 
 @dataclass(slots=True)
 class _Open:
-    """A sequence that has not ended, and when its last token (at first: its call) came."""
+    """A sequence that has not ended."""
 
     job: Job
     index: int
-    num_prompt_tokens: int
-    last_at: float
-    started: bool = False
+    timeline: Timeline
 
 
 class Job:
@@ -71,9 +71,10 @@ class Job:
 class Driver:
     """Call everything from the event loop that `start` was called in."""
 
-    def __init__(self, engine: Engine, *, max_sequences: int) -> None:
+    def __init__(self, engine: Engine, metrics: VllmMetrics, *, max_sequences: int) -> None:
         """`max_sequences` bounds those that run and those that wait, together."""
         self._engine = engine
+        self._metrics = metrics
         self._max_sequences = max_sequences
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -85,6 +86,10 @@ class Driver:
         self.failed = asyncio.Event()
 
     def start(self) -> None:
+        stats = self._engine.stats()
+        metrics.KV_SLOTS.set(stats.num_slots)
+        metrics.KV_BYTES.set(stats.kv_bytes)
+        self._observe(stats)
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -102,8 +107,10 @@ class Driver:
             )
         job = Job(requests)
         admitted = {next(self._ids): request for request in requests}
+        now = time.perf_counter()
         for index, (sequence_id, request) in enumerate(admitted.items()):
-            self._open[sequence_id] = _Open(job, index, len(request.prompt_ids), arrived_at)
+            timeline = Timeline(self._metrics, request, arrived_at=arrived_at, submitted_at=now)
+            self._open[sequence_id] = _Open(job, index, timeline)
         self._idle.clear()
         self._commands.put(lambda: self._engine.admit(admitted))
         return job
@@ -157,28 +164,27 @@ class Driver:
         for sequence_id in sequence_ids:
             # It may have ended by itself before the command came through.
             if sequence_id in self._open:
-                self._close_sequence(sequence_id)
-        _observe(stats)
+                self._close_sequence(sequence_id, "abort")
+        self._observe(stats)
 
     def _deliver(self, outputs: Sequence[TokenOutput], stats: EngineStats) -> None:
-        now = time.perf_counter()
+        now, num_prompt_tokens = time.perf_counter(), 0
         for output in outputs:
             each = self._open[output.sequence_id]
-            if each.started:
-                metrics.TIME_PER_OUTPUT_TOKEN.observe(now - each.last_at)
-            else:
-                metrics.TIME_TO_FIRST_TOKEN.observe(now - each.last_at)
-                metrics.PROMPT_TOKENS.inc(each.num_prompt_tokens)
-                metrics.PREFIX_CACHE_HITS.inc(output.cached_tokens)
-            each.started, each.last_at = True, now
+            num_prompt_tokens += each.timeline.token(output, now)
             each.job.put((each.index, output))
             if output.finish_reason is not None:
-                self._close_sequence(output.sequence_id)
-        metrics.GENERATION_TOKENS.inc(len(outputs))
-        _observe(stats)
+                self._close_sequence(output.sequence_id, output.finish_reason)
+        if outputs:
+            self._metrics.prompt_tokens.inc(num_prompt_tokens)
+            self._metrics.generation_tokens.inc(len(outputs))
+            self._metrics.iteration_tokens.observe(num_prompt_tokens + len(outputs))
+        self._observe(stats)
 
-    def _close_sequence(self, sequence_id: int) -> None:
-        job = self._open.pop(sequence_id).job
+    def _close_sequence(self, sequence_id: int, finished_reason: str) -> None:
+        closed = self._open.pop(sequence_id)
+        closed.timeline.end(finished_reason)
+        job = closed.job
         job.num_open -= 1
         if not job.num_open:
             job.ended.set_result(None)
@@ -195,9 +201,11 @@ class Driver:
             # One error each: raising a shared one would pile up the tracebacks of all.
             job.put(Unavailable(message))
         for sequence_id in list(self._open):
-            self._close_sequence(sequence_id)
+            self._close_sequence(sequence_id, "abort")
 
-
-def _observe(stats: EngineStats) -> None:
-    metrics.REQUESTS_RUNNING.set(stats.num_running)
-    metrics.REQUESTS_WAITING.set(stats.num_waiting)
+    def _observe(self, stats: EngineStats) -> None:
+        self._metrics.num_requests_running.set(stats.num_running)
+        self._metrics.num_requests_waiting.set(stats.num_waiting)
+        self._metrics.kv_cache_usage.set(stats.num_running / stats.num_slots)
+        metrics.KV_SLOTS_USED.set(stats.num_running)
+        metrics.KV_USED_BYTES.set(stats.kv_used_bytes)

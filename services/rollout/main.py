@@ -12,6 +12,7 @@ from foundry import telemetry
 from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.store import CartridgeStore
+from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.rollout.parts import Parts
 from services.rollout.prefetch import Prefetch
@@ -28,10 +29,10 @@ async def serve(settings: RolloutSettings) -> int:
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()
     log.info("listening", port=server.port)
-    telemetry.serve_metrics(settings.metrics_port)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
+    observe_gpus()
     store = await CartridgeStore.open(settings.store)
     parts = Parts.build(settings, lm, store)
     parts.driver.start()
@@ -59,7 +60,7 @@ async def serve(settings: RolloutSettings) -> int:
 
 def main() -> None:
     settings = RolloutSettings.parse()
-    telemetry.configure_logs("rollout", settings.log_level)
+    telemetry.start("rollout", settings)
     raise SystemExit(asyncio.run(serve(settings)))
 
 

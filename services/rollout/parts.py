@@ -11,6 +11,7 @@ from services.rollout.driver import Driver
 from services.rollout.engine.torch_engine import TorchEngine
 from services.rollout.residency import CartridgeSource, Residency
 from services.rollout.settings import RolloutSettings
+from services.rollout.vllm_metrics import VllmMetrics
 
 _HOST_BUDGET_BYTES = 8 * 1024**3
 
@@ -30,6 +31,7 @@ class Parts:
     def build(cls, settings: RolloutSettings, lm: FrozenLM, source: CartridgeSource) -> Parts:
         """Raises TemplateUnsupported."""
         template = ChatTemplate(lm.tokenizer)
+        model_name = settings.model_name or settings.model.resolve().name
         # Running and waiting ones; a call that needs more could never be admitted.
         max_sequences = settings.max_sequences + settings.max_waiting
         admissions = Admissions(
@@ -43,7 +45,7 @@ class Parts:
         )
         return cls(
             spec=lm.spec,
-            model_name=settings.model_name or settings.model.resolve().name,
+            model_name=model_name,
             template_digest=template.digest,
             admissions=admissions,
             residency=Residency(
@@ -54,7 +56,7 @@ class Parts:
                 host_budget_bytes=_host_budget_bytes(settings, lm),
                 element_bytes=lm.dtype.itemsize,
             ),
-            driver=Driver(engine, max_sequences=max_sequences),
+            driver=Driver(engine, VllmMetrics(model_name), max_sequences=max_sequences),
         )
 
 

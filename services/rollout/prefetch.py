@@ -12,14 +12,17 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 
 import structlog
+from opentelemetry import trace
 
 from foundry.errors import StoreUnavailable
 from foundry.store import CartridgeId, Published
+from foundry.telemetry.traces import context_of
 from foundry.v1 import common_pb2
 from services.rollout import metrics
 from services.rollout.residency import Residency
 
 log = structlog.get_logger(__name__)
+_tracer = trace.get_tracer(__name__)
 
 # Longer than a step of the largest runs, so that a training run stays known between two of its versions.
 _LATELY_SECONDS = 3600.0
@@ -37,8 +40,8 @@ class Prefetch:
     def __init__(self, residency: Residency, subscribe: Subscribe) -> None:
         self._residency = residency
         self._subscribe = subscribe
-        # Name -> its newest version, those that have waited longest first.
-        self._waiting: OrderedDict[str, CartridgeId] = OrderedDict()
+        # Name -> its newest version and who published it (traceparent), those that have waited longest first.
+        self._waiting: OrderedDict[str, tuple[CartridgeId, str]] = OrderedDict()
         self._wanted = asyncio.Event()
         self._last_event_id = "$"
         self._tasks: list[asyncio.Task[None]] = []
@@ -51,14 +54,14 @@ class Prefetch:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def announce(self, cartridge: CartridgeId) -> None:
-        """Load it when its turn comes, if its name is served here."""
+    def announce(self, cartridge: CartridgeId, traceparent: str = "") -> None:
+        """Load it when its turn comes, if its name is served here; in the trace of its publication."""
         if not self._residency.served_within(cartridge.name, _LATELY_SECONDS):
             return
         waiting = self._waiting.get(cartridge.name)
-        if waiting is not None and waiting.version >= cartridge.version:
+        if waiting is not None and waiting[0].version >= cartridge.version:
             return
-        self._waiting[cartridge.name] = cartridge
+        self._waiting[cartridge.name] = cartridge, traceparent
         if len(self._waiting) > _WAITING_NAMES:
             self._waiting.popitem(last=False)
             metrics.CARTRIDGE_PREFETCHES.labels("dropped").inc()
@@ -71,7 +74,7 @@ class Prefetch:
                 async for published in self._subscribe(self._last_event_id):
                     back_off_seconds = _BACK_OFF_SECONDS
                     self._last_event_id = published.event_id
-                    self.announce(published.cartridge)
+                    self.announce(published.cartridge, published.traceparent)
             except StoreUnavailable as error:
                 log.warning("events interrupted", error=error.message, retry_after_seconds=back_off_seconds)
                 # Not all servers at once, when the store is back.
@@ -83,8 +86,9 @@ class Prefetch:
             await self._wanted.wait()
             self._wanted.clear()
             while self._waiting:
-                _, cartridge = self._waiting.popitem(last=False)
-                await self._load(cartridge)
+                _, (cartridge, traceparent) = self._waiting.popitem(last=False)
+                with _tracer.start_as_current_span("prefetch", context_of(traceparent)):
+                    await self._load(cartridge)
 
     async def _load(self, cartridge: CartridgeId) -> None:
         named = common_pb2.CartridgeId(name=cartridge.name, version=cartridge.version, digest=cartridge.digest)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
+from opentelemetry import trace
 
 from foundry.cartridge import Cartridge
 from foundry.errors import Conflict, DigestMismatch
@@ -24,6 +25,7 @@ from services.rollout.engine import Engine
 from services.rollout.tiers import DeviceTier, HostTier, Resident
 
 log = structlog.get_logger(__name__)
+_tracer = trace.get_tracer(__name__)
 
 _SERVED_NAMES = 1024
 
@@ -89,9 +91,10 @@ class Residency:
         """
         hold = Hold()
         try:
-            for cartridge, references in cartridges:
-                await self.load(cartridge)
-                hold.take(self.device.use(cartridge.digest), references)
+            with _tracer.start_as_current_span("cartridges"):
+                for cartridge, references in cartridges:
+                    await self.load(cartridge)
+                    hold.take(self.device.use(cartridge.digest), references)
         except BaseException:
             hold.release()
             raise
@@ -165,7 +168,15 @@ class Residency:
             self.device.add(Resident(digest, named, header.num_tokens, num_bytes))
         tier = "store" if found is None else "host"
         metrics.CARTRIDGE_HITS.labels(tier).inc()
-        log.info("cartridge loaded", digest=digest, num_tokens=header.num_tokens, num_bytes=num_bytes, tier=tier)
+        log.info(
+            "cartridge loaded",
+            name=named.name,
+            version=named.version,
+            digest=digest,
+            num_tokens=header.num_tokens,
+            num_bytes=num_bytes,
+            tier=tier,
+        )
 
     async def _fetch(self, digest: str, header: CartridgeHeader) -> CartridgeBytes:
         with metrics.CARTRIDGE_FETCH_SECONDS.time():
@@ -180,6 +191,7 @@ class Residency:
             del self._loads[digest]
         # Every caller may have gone away: look at the error, so that asyncio doesn't complain that nobody did.
         if not task.cancelled() and (error := task.exception()) is not None:
+            metrics.CARTRIDGE_LOAD_ERRORS.inc()
             log.warning("cartridge not loaded", digest=digest, error=str(error))
 
     def _note_served(self, name: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import structlog
 
 from foundry.errors import Unavailable
 from foundry.identity import answer_checksum
@@ -18,6 +19,8 @@ from services.rollout.driver import Job
 from services.rollout.engine import FinishReason, TokenOutput
 from services.rollout.parts import Parts
 from services.rollout.residency import Residency
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -82,6 +85,12 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
                             admissions[request_index].sequences[index].prompt_ids, completion.ids, completion.logprobs
                         )
                         yield rollout_pb2.GenerateBatchResponse(request_index=request_index, completion=completion)
+        log.info(
+            "batch answered",
+            num_answers=len(places),
+            num_tokens=sum(answer.num_tokens for _, _, answer in places),
+            seconds=round(time.perf_counter() - arrived_at, 6),
+        )
 
     async def Load(self, request: rollout_pb2.LoadRequest, context: Context) -> rollout_pb2.LoadResponse:
         parts = self._loaded()

@@ -43,10 +43,12 @@ class DeviceTier:
 
     def __init__(self, engine: Engine, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        metrics.BUDGET_BYTES.labels("device").set(budget_bytes)
         self._engine = engine
         # Least recently used first.
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         self._loading_bytes = 0
+        self._observe()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._residents
@@ -136,6 +138,7 @@ class HostTier:
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        metrics.BUDGET_BYTES.labels("host").set(budget_bytes)
         # Least recently used first.
         self._entries: OrderedDict[str, Kept] = OrderedDict()
         # Coming from the store, or going to the device.
@@ -143,6 +146,7 @@ class HostTier:
         # First come, first served: a large cartridge is not overtaken for ever by small ones.
         self._turn = asyncio.Lock()
         self._moved = asyncio.Event()
+        self._observe()
 
     def entries(self) -> Sequence[Kept]:
         return list(self._entries.values())

@@ -19,6 +19,7 @@ class Contexts:
     def __init__(self, lm: FrozenLM, budget_bytes: int) -> None:
         self._lm = lm
         self._budget_bytes = budget_bytes
+        metrics.CONTEXT_BUDGET_BYTES.set(budget_bytes)
         # Oldest use first.
         self._resident: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -27,7 +28,9 @@ class Contexts:
         digest = ids_digest(ids)
         if digest in self._resident:
             self._resident.move_to_end(digest)
+            metrics.CONTEXT_REQUESTS.labels("hit").inc()
             return digest, True
+        metrics.CONTEXT_REQUESTS.labels("miss").inc()
         spec = self._lm.spec
         num_bytes = spec.num_layers * 2 * spec.num_kv_heads * len(ids) * spec.head_dim * self._lm.dtype.itemsize
         if num_bytes > self._budget_bytes:
@@ -40,12 +43,14 @@ class Contexts:
             metrics.CONTEXT_EVICTIONS.inc()
         with metrics.PREFILL_SECONDS.time():
             self._resident[digest] = self._lm.prefill(ids)
+        metrics.CONTEXTS.set(len(self._resident))
         metrics.CONTEXT_BYTES.set(self.num_bytes())
         return digest, False
 
     def get(self, digest: str) -> Tensor:
         """The KV of a context. Raises ContextNotFound: nothing else is ever scored in its place."""
         if digest not in self._resident:
+            metrics.CONTEXT_REQUESTS.labels("absent").inc()
             raise ContextNotFound(f"context {digest} is not resident: put it again")
         self._resident.move_to_end(digest)
         return self._resident[digest]

@@ -11,6 +11,7 @@ import torch
 from foundry import telemetry
 from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
+from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import teacher_pb2, teacher_pb2_grpc
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
@@ -27,9 +28,9 @@ async def serve(settings: TeacherSettings) -> None:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
+    observe_gpus()
     servicer = TeacherServicer(lm, settings)
     teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, server.grpc)
-    telemetry.serve_metrics(settings.metrics_port)
     await server.start()
     await server.set_serving()
     log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
@@ -40,7 +41,7 @@ async def serve(settings: TeacherSettings) -> None:
 
 def main() -> None:
     settings = TeacherSettings.parse()
-    telemetry.configure_logs("teacher", settings.log_level)
+    telemetry.start("teacher", settings)
     asyncio.run(serve(settings))
 
 

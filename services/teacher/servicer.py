@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 
 from foundry.errors import FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
 from foundry.identity import ids_checksum
@@ -22,6 +24,8 @@ from services.teacher import metrics
 from services.teacher.contexts import Contexts
 from services.teacher.scorer import Item, Scores, Want, check_item, micro_batches, score
 from services.teacher.settings import TeacherSettings
+
+log = structlog.get_logger(__name__)
 
 MAX_TOPK = 1024
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,6 +52,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._max_context_tokens = lm.spec.max_tokens - min(settings.reserve_tokens, lm.spec.max_tokens // 4)
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._max_pending = settings.max_pending_requests
+        metrics.MAX_PENDING.set(self._max_pending)
         self._pending = 0
         # One thread: the device does one forward at a time, and the contexts need no lock.
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
@@ -72,6 +77,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Context
     ) -> AsyncIterator[teacher_pb2.ScoreResponse]:
         async for request in request_iterator:
+            began = time.perf_counter()
             items = self._checked_items(request)
             want = self._checked_want(request.want)
             index = 0
@@ -80,6 +86,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                     for part in self._parts(request, index, scores):
                         yield part
                     index += 1
+            log.info(
+                "scored",
+                num_answers=len(items),
+                num_tokens=sum(len(item.ids) - item.score_from for item in items),
+                seconds=round(time.perf_counter() - began, 6),
+            )
 
     async def Contexts(self, request: teacher_pb2.ContextsRequest, context: Context) -> teacher_pb2.ContextsResponse:
         listing = await self._run(self._contexts.listing)
@@ -112,6 +124,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         contexts = [self._contexts.get(item.context_digest) for item in items]
         with metrics.SCORE_SECONDS.time():
             scores = score(self._lm, items, contexts, want)
+        metrics.SCORED_ANSWERS.inc(len(items))
         metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
         return scores
 

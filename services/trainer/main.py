@@ -12,6 +12,7 @@ from foundry import telemetry
 from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.store import CartridgeStore, RunState
+from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import trainer_pb2, trainer_pb2_grpc
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
@@ -32,10 +33,10 @@ async def serve(settings: TrainerSettings) -> int:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
+    observe_gpus()
     store = await CartridgeStore.open(settings.store)
     worker = Worker(lm, settings, store)
     trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(worker, store.runs), server.grpc)
-    telemetry.serve_metrics(settings.metrics_port)
     await server.start()
     await server.set_serving()
     log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
@@ -57,7 +58,7 @@ async def serve(settings: TrainerSettings) -> int:
 
 def main() -> None:
     settings = TrainerSettings.parse()
-    telemetry.configure_logs("trainer", settings.log_level)
+    telemetry.start("trainer", settings)
     raise SystemExit(asyncio.run(serve(settings)))
 
 

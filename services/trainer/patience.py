@@ -67,7 +67,11 @@ class Patience:
         )
 
         async def trial() -> T:
-            return await attempt()
+            try:
+                return await attempt()
+            except metrics.GUARDS as error:
+                metrics.REFUSED.labels(error.reason).inc()
+                raise
 
         try:
             return await retrying(trial)

@@ -6,15 +6,20 @@ import asyncio
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from foundry.errors import CartridgeNotFound, DigestMismatch, Unavailable
+import structlog
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from foundry.errors import CartridgeNotFound, DigestMismatch, PolicyMismatch, Unavailable
 from foundry.identity import Buffer
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective, objective_named
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, ManifestDraft
+from foundry.telemetry.traces import links_to
 from services.trainer import checkpoint, metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
@@ -25,6 +30,9 @@ from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Guards, Prompt, Sample, derive_seed
 from services.trainer.step import Signal, TrainingStep, Update
 from services.trainer.teacher import Teacher
+
+log = structlog.get_logger(__name__)
+_tracer = trace.get_tracer(__name__)
 
 # A version is published again so often while it is asked for; a server that reads another store never finds it.
 _MAX_LOSSES = 5
@@ -55,34 +63,37 @@ class Run:
         self._store, self._rollouts, self._teacher = store, rollouts, teacher
         self._control, self._patience = control, patience
         self._seconds: dict[str, float] = {}
+        self._links: Sequence[trace.Link] = ()
 
     async def train(self) -> Progress:
         """Train to the last step, or until cancelled; the policy at the end is durable."""
         await self._begin()
         while self.progress.step < self.spec.num_steps and await self._may_go_on():
-            with self._timed("total"):
-                samples = await self._sample()
-                signals = await self._score(samples)
-                update = await self._update(samples, signals)
-                await self._publish(update)
-            await self._report(samples, update)
-            await self._evaluate_and_keep()
+            with self._traced_step():
+                with self._timed("total"):
+                    samples = await self._sample()
+                    signals = await self._score(samples)
+                    update = await self._update(samples, signals)
+                    await self._publish(update)
+                await self._report(samples, update)
+                await self._evaluate_and_keep()
         await self._end()
         return self.progress
 
     # The stages of one step
 
     async def _sample(self) -> list[Sample]:
-        turns = self._curriculum.batch(self.progress.step, self.spec.batch_size, self.spec.seed)
-        prompts = [
-            Prompt(
-                turn,
-                derive_seed(self.spec.seed, self.progress.step, place, copy),
-                f"step {self.progress.step + 1}, prompt {place + 1} of {len(turns)}, answer {copy + 1}",
-            )
-            for place, turn in enumerate(turns)
-            for copy in range(self.spec.samples_per_prompt)
-        ]
+        with _tracer.start_as_current_span("prompts"):
+            turns = self._curriculum.batch(self.progress.step, self.spec.batch_size, self.spec.seed)
+            prompts = [
+                Prompt(
+                    turn,
+                    derive_seed(self.spec.seed, self.progress.step, place, copy),
+                    f"step {self.progress.step + 1}, prompt {place + 1} of {len(turns)}, answer {copy + 1}",
+                )
+                for place, turn in enumerate(turns)
+                for copy in range(self.spec.samples_per_prompt)
+            ]
 
         losses = itertools.count(1)
 
@@ -109,8 +120,13 @@ class Run:
             )
 
     async def _update(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
-        with self._timed("update"):
-            update = await asyncio.to_thread(self._training.run, samples, signals)
+        metrics.STALENESS.set(self.progress.policy.version - min(sample.version for sample in samples))
+        try:
+            with self._timed("update"):
+                update = await asyncio.to_thread(self._training.run, samples, signals)
+        except PolicyMismatch as error:
+            metrics.REFUSED.labels(error.reason).inc()
+            raise
         self.progress = replace(
             self.progress, step=self.progress.step + 1, tokens_seen=self.progress.tokens_seen + update.num_tokens
         )
@@ -124,13 +140,26 @@ class Run:
     async def _report(self, samples: Sequence[Sample], update: Update) -> None:
         progress, guards = self.progress, Guards.of(samples)
         metrics.STEP.set(progress.step)
+        metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
         metrics.LOSS.set(update.loss)
+        metrics.GRAD_NORM.set(update.grad_norm)
         metrics.POLICY_MISMATCH_KL.set(update.policy_mismatch_kl)
         metrics.ENTROPY.set(update.entropy)
         metrics.TRUNCATED.set(guards.truncated)
         metrics.REPETITION.set(guards.repetition)
         metrics.MEAN_LENGTH.set(guards.mean_length)
         metrics.TRAINED_TOKENS.inc(update.num_tokens)
+        metrics.ANSWERS.inc(len(samples))
+        metrics.TRUNCATED_ANSWERS.inc(sum(sample.truncated for sample in samples))
+        log.info(
+            "step",
+            step=progress.step,
+            loss=update.loss,
+            policy_mismatch_kl=update.policy_mismatch_kl,
+            version=progress.policy.version,
+            digest=progress.policy.digest,
+            seconds=self._seconds["total"],
+        )
         await self._tell(
             {
                 "type": "step",
@@ -161,8 +190,14 @@ class Run:
     # Around the steps
 
     async def _begin(self) -> None:
+        metrics.STEP.set(self.progress.step)
+        metrics.NUM_STEPS.set(self.spec.num_steps)
+        metrics.POLICY_MISMATCH_THRESHOLD.set(self.spec.policy_mismatch_threshold)
         await self._patience.call(
             "store", lambda: self._store.acquire(self.spec.name, self.claimed.run_id, self.claimed.attempt)
+        )
+        self._links = links_to(
+            await self._patience.call("store", lambda: self._store.runs.traceparent(self.claimed.run_id))
         )
         # Before the first step: version of step 0. After a resume: the same bytes, hence the same version, again.
         await self._publish_policy()
@@ -193,7 +228,8 @@ class Run:
         )
 
     async def _evaluate(self) -> None:
-        kl = await asyncio.to_thread(self._heldout.kl, self._lm, self._training.cartridge)
+        with _tracer.start_as_current_span("evaluate"), metrics.STAGE_SECONDS.labels("evaluate").time():
+            kl = await asyncio.to_thread(self._heldout.kl, self._lm, self._training.cartridge)
         first = kl if self.progress.step == 0 else self.progress.heldout_kl_first
         self.progress = replace(self.progress, heldout_kl_first=first, heldout_kl_last=kl)
         metrics.HELDOUT_KL.set(kl)
@@ -204,7 +240,8 @@ class Run:
     async def _keep(self) -> None:
         parts: list[Buffer] = [checkpoint.write(self.progress, self._curriculum, self._training)]
         run_id, attempt, step = self.claimed.run_id, self.claimed.attempt, self.progress.step
-        await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
+        with _tracer.start_as_current_span("checkpoint"), metrics.STAGE_SECONDS.labels("checkpoint").time():
+            await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
         self._control.checkpointed(step)
 
     async def _publish_policy(
@@ -228,14 +265,32 @@ class Run:
         durable = durable or progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
         manifest = await self._patience.call("store", lambda: self._store.publish(stored, draft, durable=durable))
         self.progress = replace(progress, policy=CartridgeId(spec.name, manifest.version, manifest.digest))
+        metrics.VERSION.set(manifest.version)
 
     async def _tell(self, event: dict[str, Any]) -> None:
         run_id, attempt = self.claimed.run_id, self.claimed.attempt
         await self._patience.call("store", lambda: self._store.runs.report(run_id, attempt, event))
 
+    def _traced_step(self) -> AbstractContextManager[trace.Span]:
+        """The root of one step's trace, with a link to the request that made the run."""
+        return _tracer.start_as_current_span(
+            "step",
+            context=Context(),
+            links=self._links,
+            attributes={
+                "foundry.run": self.claimed.run_id,
+                "foundry.attempt": self.claimed.attempt,
+                "foundry.step": self.progress.step + 1,
+                "foundry.version": self.progress.policy.version,
+                "foundry.digest": self.progress.policy.digest,
+            },
+        )
+
     @contextmanager
     def _timed(self, stage: str) -> Any:
         began = time.perf_counter()
-        yield
+        # The whole step has its span already.
+        with _tracer.start_as_current_span(stage) if stage != "total" else nullcontext():
+            yield
         self._seconds[stage] = time.perf_counter() - began
         metrics.STAGE_SECONDS.labels(stage).observe(self._seconds[stage])

@@ -12,6 +12,7 @@ import structlog
 from foundry.errors import Fenced, FoundryError, RunOver, StoreUnavailable
 from foundry.lm import FrozenLM
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
+from services.trainer import metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.patience import Patience
@@ -57,6 +58,7 @@ class Worker:
         self.ended: RunState | None = None
         self._settings = settings
         self._store = store
+        metrics.observe_state(lambda: self.hand.state if self.hand is not None else metrics.IDLE)
 
     async def work(self) -> None:
         """Run for ever, or until the one run of the settings is over; cancel the task to stop.
@@ -81,6 +83,7 @@ class Worker:
 
     async def _see_through(self, claimed: ClaimedRun) -> None:
         self.hand = Hand(claimed, Control(), Patience(self._settings.patience_seconds))
+        metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
         with structlog.contextvars.bound_contextvars(run=claimed.run_id, attempt=claimed.attempt):
             log.info("claimed", name=claimed.spec.name)
             training = asyncio.create_task(self._train(self.hand))
@@ -91,15 +94,19 @@ class Worker:
             except Fenced as error:
                 # Another attempt has the run: it alone may say how it ends.
                 log.warning("fenced", error=str(error))
+                metrics.RUNS.labels("fenced").inc()
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
+                    metrics.RUNS.labels("requeued").inc()
                     # This worker is being stopped, not the run: another goes on from the last checkpoint.
                     with suppress(Fenced, StoreUnavailable):
                         await self._store.runs.requeue(
                             claimed.run_id, claimed.attempt, result=_result(self.hand.progress)
                         )
                     raise
-                if not lost.is_set():
+                if lost.is_set():
+                    metrics.RUNS.labels("fenced").inc()
+                else:
                     await self._finish(self.hand, RunState.CANCELLED, None)
             except FoundryError as error:
                 log.error("run failed", reason=error.reason, error=error.message)
@@ -180,14 +187,19 @@ class Worker:
             await asyncio.shield(finishing)
         except Fenced as fenced:
             log.warning("fenced", error=str(fenced))
+            metrics.RUNS.labels("fenced").inc()
         except asyncio.CancelledError:
             # Whoever sees the run over may stop us at once, before its end is in object storage.
             await asyncio.wait({finishing}, timeout=self._settings.grace_seconds)
             if not finishing.cancel() and finishing.exception() is None:
-                self.ended = state
+                self._note_end(state)
             raise
         else:
-            self.ended = state
+            self._note_end(state)
+
+    def _note_end(self, state: RunState) -> None:
+        self.ended = state
+        metrics.RUNS.labels(state).inc()
 
 
 def _result(progress: Progress | None) -> dict[str, object]:

@@ -62,7 +62,6 @@ def answer_of(server: Server, target: Target, n: int = 1, store: object = None) 
     return Answer(cast(Any, gateway), target, asked, [common_pb2.Conversation()], "test")
 
 
-REQUEST = cast(Any, SimpleNamespace(headers={}))
 END = rollout_pb2.GenerateChunk(
     text="tokens", identity=identity(FIRST), finish_reason=rollout_pb2.FINISH_REASON_STOP, usage=rollout_pb2.Usage()
 )
@@ -83,9 +82,9 @@ END = rollout_pb2.GenerateChunk(
 async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Identity) -> None:
     lie = rollout_pb2.GenerateChunk(text="tokens", identity=said)
     with pytest.raises(IdentityMismatch):
-        await anext(answer_of(Server(lie), Target(MODEL, (FIRST, SECOND))).chunks(REQUEST))
+        await anext(answer_of(Server(lie), Target(MODEL, (FIRST, SECOND))).chunks())
     truth = rollout_pb2.GenerateChunk(text="tokens", identity=identity(FIRST, SECOND))
-    chunks = answer_of(Server(truth), Target(MODEL, (FIRST, SECOND))).chunks(REQUEST)
+    chunks = answer_of(Server(truth), Target(MODEL, (FIRST, SECOND))).chunks()
     assert (await anext(chunks))[1].text == "tokens"
     await chunks.aclose()
 
@@ -93,17 +92,17 @@ async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Id
 async def test_every_choice_is_checked() -> None:
     other = rollout_pb2.GenerateChunk(index=1, text="tokens", identity=identity(SECOND))
     with pytest.raises(IdentityMismatch):
-        await answer_of(Server(END, other), Target(MODEL, (FIRST,)), n=2).gather(REQUEST)
+        await answer_of(Server(END, other), Target(MODEL, (FIRST,)), n=2).gather()
 
 
 async def test_an_answer_that_was_cut_short_is_none() -> None:
-    (choice,) = await answer_of(Server(END), Target(MODEL, (FIRST,))).gather(REQUEST)
+    (choice,) = await answer_of(Server(END), Target(MODEL, (FIRST,))).gather()
     assert choice.text == "tokens"
     begun = rollout_pb2.GenerateChunk(text="tok", identity=identity(FIRST))
     given_up = rollout_pb2.GenerateChunk(finish_reason=rollout_pb2.FINISH_REASON_CANCELLED, usage=rollout_pb2.Usage())
     for chunks in ([begun], [begun, given_up]):
         with pytest.raises(Unavailable):
-            await answer_of(Server(*chunks), Target(MODEL, (FIRST,))).gather(REQUEST)
+            await answer_of(Server(*chunks), Target(MODEL, (FIRST,))).gather()
 
 
 class Publishing:
@@ -136,7 +135,7 @@ class Publishing:
 async def test_latest_is_looked_up_again_when_its_version_was_swept() -> None:
     moving = Publishing(versions=1)
     answer = answer_of(cast(Any, moving), Target(MODEL, (FIRST,)), store=moving)
-    (choice,) = await answer.gather(REQUEST)
+    (choice,) = await answer.gather()
     assert choice.text == "new"
     assert answer.headers()["x-foundry-digest"] == SECOND.digest
     assert answer.info().cartridges[0].version == SECOND.version
@@ -145,7 +144,7 @@ async def test_latest_is_looked_up_again_when_its_version_was_swept() -> None:
 async def test_a_version_that_is_gone_stays_an_error() -> None:
     still = Publishing(versions=100)
     with pytest.raises(CartridgeNotFound, match="swept"):
-        await answer_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather(REQUEST)
+        await answer_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather()
     assert still.resolved == 1
 
 

@@ -13,6 +13,7 @@ from foundry.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from services.trainer import metrics
 from services.trainer.patience import Patience
 
 
@@ -38,10 +39,12 @@ async def test_what_may_pass_is_tried_again(error: FoundryError) -> None:
 
 
 async def test_wrong_answers_end_the_patience_soon() -> None:
-    flaky = Flaky(AlignmentError("other ids"), 100)
+    flaky, refused = Flaky(AlignmentError("other ids"), 100), metrics.REFUSED.labels("ALIGNMENT")
+    before = refused._value.get()
     with pytest.raises(AlignmentError, match="other ids"):
         await Patience(60, max_wait_seconds=0.001, max_alignment_errors=3).call("teacher", flaky)
     assert flaky.calls == 4
+    assert refused._value.get() - before == 4
 
 
 @pytest.mark.parametrize("error", [InvalidArgument("bad"), PolicyMismatch("stale"), StoreRefused("no")])

@@ -100,7 +100,7 @@ class RecordingEngine:
     def cancel(self, sequence_id: int) -> None: ...
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0)
+        return EngineStats(num_running=0, num_waiting=0, num_slots=1, kv_bytes=0, kv_used_bytes=0)
 
 
 def make(

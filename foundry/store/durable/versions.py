@@ -19,6 +19,7 @@ import structlog
 
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester, prologue_bytes, read_prologue
+from foundry.store import metrics
 from foundry.store.durable.objects import ETag, ObjectInfo, Objects
 from foundry.store.incoming import Incoming
 from foundry.store.manifest import Manifest
@@ -53,6 +54,7 @@ class Durable:
     async def put_blob(self, digest: str, stored: CartridgeBytes) -> None:
         # Also over a blob that stands: the bytes are the same, unless it is corrupt, and then this repairs it.
         await self._objects.put(_blob_key(digest), stored.file_parts())
+        metrics.BYTES.labels("sent", "durable").inc(stored.header.num_bytes)
 
     async def get_blob(self, digest: str) -> CartridgeBytes | None:
         """The bytes, verified; None if there are none. Raises DigestMismatch if they are not what `digest` names.
@@ -63,7 +65,9 @@ class Durable:
         try:
             header, begin = await self._read_prologue(key)
             with Incoming(header) as incoming:
-                await self._fill(incoming, key, begin)
+                with metrics.STAGE_SECONDS.labels("fetch", "receive").time():
+                    await self._fill(incoming, key, begin)
+                metrics.BYTES.labels("received", "durable").inc(header.num_bytes)
                 return await asyncio.to_thread(incoming.finish, digest)
         except NotFound:
             return None

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
+from foundry.store import metrics
 from foundry.store.hot import bulk
 from foundry.store.hot.connection import Connection, redis_errors
 from foundry.store.incoming import Incoming
@@ -47,7 +48,11 @@ class HotBytes:
         """Upload under the keys of `token`. Raises StoreUnavailable or StoreFull."""
         view = memoryview(stored.data).cast("B")
         pieces = [(_staged_key(token, i), view[begin:end]) for i, (begin, end) in enumerate(chunks(stored.header))]
-        await self._in_thread(lambda: bulk.send(self._connection.open_blocking, pieces, expire_seconds=STAGED_SECONDS))
+        with metrics.STAGE_SECONDS.labels("publish", "send").time():
+            await self._in_thread(
+                lambda: bulk.send(self._connection.open_blocking, pieces, expire_seconds=STAGED_SECONDS)
+            )
+        metrics.BYTES.labels("sent", "hot").inc(view.nbytes)
 
     async def header(self, digest: str) -> CartridgeHeader | None:
         """What the bytes are said to be; None if there are none. Raises DigestMismatch if senseless."""
@@ -57,10 +62,7 @@ class HotBytes:
             return None
         if not isinstance(text, bytes):
             raise StoreUnavailable(f"Redis answered {text!r} when asked for {_key(digest)}")
-        try:
-            header = CartridgeHeader.from_dict(json.loads(text)["header"])
-        except (ValueError, KeyError, TypeError, InvalidArgument) as error:
-            raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error!r}") from error
+        header = header_of(digest, text)
         if header.num_bytes > self._max_cartridge_bytes:
             raise DigestMismatch(f"the hot copy of {digest} claims {header.num_bytes} bytes, more than is ever stored")
         return header
@@ -79,12 +81,22 @@ class HotBytes:
         with Incoming(header) as incoming:
             bounds = chunks(header)
             pieces = [(_chunk_key(digest, i), incoming.memory[begin:end]) for i, (begin, end) in enumerate(bounds)]
-            for num_filled in bulk.receive(self._connection.open_blocking, pieces):
-                incoming.landed(bounds[num_filled - 1][1])
+            with metrics.STAGE_SECONDS.labels("fetch", "receive").time():
+                for num_filled in bulk.receive(self._connection.open_blocking, pieces):
+                    incoming.landed(bounds[num_filled - 1][1])
+            metrics.BYTES.labels("received", "hot").inc(header.num_bytes)
             return incoming.finish(digest)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def header_of(digest: str, meta: str | bytes) -> CartridgeHeader:
+    """What the value of `bytes:<digest>` says. Raises DigestMismatch if senseless."""
+    try:
+        return CartridgeHeader.from_dict(json.loads(meta)["header"])
+    except (ValueError, KeyError, TypeError, InvalidArgument) as error:
+        raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error!r}") from error
 
 
 def chunks(header: CartridgeHeader) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import redis.asyncio.connection as connections
 import redis.connection as blocking_connections
@@ -38,7 +38,8 @@ from redis.exceptions import (
 )
 from redis.retry import Retry as BlockingRetry
 
-from foundry.errors import StoreFull, StoreRefused, StoreUnavailable
+from foundry.errors import FoundryError, StoreFull, StoreRefused, StoreUnavailable
+from foundry.store import metrics
 from foundry.store.credentials import RedisAccess
 
 # Redis hands scripts nothing else that tells one life of a server from the next.
@@ -83,6 +84,7 @@ _CLASSES = {
 }
 
 Reply = list[Any]
+E = TypeVar("E", bound=FoundryError)
 
 
 class Connection:
@@ -148,6 +150,7 @@ class Connection:
         redis = self._waiting if block else self.redis
         with redis_errors():
             streams: Any = await redis.xread({key: after}, count=1000, block=block_ms)
+            metrics.REDIS.answered()
             return [
                 (entry_id.decode(), {name.decode(): value.decode() for name, value in fields.items()})
                 for _, entries in streams
@@ -166,8 +169,9 @@ class Connection:
             text = self._scripts[script, checked] = _SEALED % ((_CHECKED if checked else _EPOCH) + script)
         arguments = [*(str(arg).encode() for arg in args), os.urandom(8).hex().encode()]
         asked = _sha1(_text(arguments))
-        with redis_errors():
+        with redis_errors(), metrics.REDIS_SECONDS.time():
             reply = await self._call(text, [*arguments, asked])
+        metrics.REDIS.answered()
         # A reply of another shape is damaged too: whatever it was, its checksum isn't there.
         if not (isinstance(reply, list) and len(reply) == 2 and reply[1] == _sha1(asked + _text(reply[0]))):
             # Those that are out of step would never come into step again.
@@ -194,7 +198,7 @@ def redis_errors() -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError as error:
-        raise StoreFull(f"Redis is full: {error}") from error
+        raise _counted(StoreFull(f"Redis is full: {error}")) from error
     except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
         raise _refused(error) from error
     except (
@@ -210,8 +214,10 @@ def redis_errors() -> Iterator[None]:
         NoScriptError,
     ) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise StoreRefused(f"Redis' certificate is not trusted, check store.redis_ca_file: {error}") from error
-        raise StoreUnavailable(f"Redis can't be used: {error}") from error
+            raise _counted(
+                StoreRefused(f"Redis' certificate is not trusted, check store.redis_ca_file: {error}")
+            ) from error
+        raise _counted(StoreUnavailable(f"Redis can't be used: {error}")) from error
     except ResponseError as error:
         # What a script may not do has no type of its own.
         if "ACL failure in script" in str(error):
@@ -219,13 +225,20 @@ def redis_errors() -> Iterator[None]:
         if "user_script" in str(error) and "compiling" not in str(error):
             raise
         # Commands and scripts that nobody sent so: they were damaged on the way.
-        raise StoreUnavailable(f"Redis did not understand: {error}") from error
+        raise _counted(StoreUnavailable(f"Redis did not understand: {error}")) from error
 
 
 def _refused(error: Exception) -> StoreRefused:
-    return StoreRefused(
-        f"Redis refused us: check user and password (store.redis_*) and the user's ACL (docs/store.md): {error}"
+    return _counted(
+        StoreRefused(
+            f"Redis refused us: check user and password (store.redis_*) and the user's ACL (docs/store.md): {error}"
+        )
     )
+
+
+def _counted(error: E) -> E:
+    metrics.REDIS.failed(error)
+    return error
 
 
 def _sha1(content: bytes) -> bytes:

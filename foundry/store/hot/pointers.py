@@ -17,6 +17,7 @@ from foundry.store.hot.sweep_scripts import FORGET
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
 from foundry.store.tag_record import TagRecord
+from foundry.telemetry.traces import current_traceparent
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Published:
     cartridge: CartridgeId
     run: str
     step: int
+    # Of the publication; "" if nobody traced it.
+    traceparent: str = ""
 
 
 class Commit(Enum):
@@ -121,6 +124,7 @@ class Pointers:
             event_stream_length,
             token,
             hot.meta(manifest.header),
+            current_traceparent(),
         )
         _refuse_fenced(reply, manifest.name, manifest.run, manifest.attempt)
         return Commit(reply[0])
@@ -249,7 +253,8 @@ class Pointers:
             for event_id, fields in await self._connection.read_stream("foundry:events", after, block=True):
                 after = event_id
                 cartridge = CartridgeId(fields["name"], int(fields["version"]), fields["digest"])
-                yield Published(event_id, cartridge, fields["run"], int(fields["step"]))
+                traceparent = fields.get("traceparent", "")
+                yield Published(event_id, cartridge, fields["run"], int(fields["step"]), traceparent)
 
 
 def versions_value(manifest: Manifest) -> str:

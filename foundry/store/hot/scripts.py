@@ -212,7 +212,7 @@ return {'ok'}
 """
 )
 
-# name, run, attempt, step, digest, durable, version, manifest, keep_hot, events, token, meta of the bytes
+# name, run, attempt, step, digest, durable, version, manifest, keep_hot, events, token, meta of the bytes, traceparent
 # -> ok | unreserved | incomplete | fenced
 COMMIT = (
     _LIBRARY
@@ -247,7 +247,7 @@ call('SADD', 'foundry:names', name)
 local state = key('name', name)
 if tonumber(call('HGET', state, 'latest') or 0) < tonumber(version) then call('HSET', state, 'latest', version) end
 call('XADD', 'foundry:events', 'MAXLEN', '~', ARGV[10], '*',
-     'name', name, 'version', version, 'digest', digest, 'run', run, 'step', step)
+     'name', name, 'version', version, 'digest', digest, 'run', run, 'step', step, 'traceparent', ARGV[13])
 trim(name, tonumber(ARGV[9]))
 return {'ok'}
 """

@@ -1,6 +1,6 @@
 """Durable truth about runs. All but `desired.json` is written once, so that no late writer can undo a newer one.
 
-runs/<id>/run.json                 {spec, name, created_ms}
+runs/<id>/run.json                 {spec, name, created_ms}, and the traceparent of the request if that was traced
 runs/<id>/attempts/<n:06d>         one for each time a worker took the run up
 runs/<id>/desired.json             {"desired": "pause" | "cancel" | ""}, the last that was asked for
 runs/<id>/events.jsonl             {id, event} a line, written when the run ends
@@ -53,9 +53,14 @@ class RunArchive:
         self._objects = objects
         self._reads = asyncio.Semaphore(_MAX_READS)
 
-    async def create(self, run_id: str, *, spec: str, name: str, created_ms: int) -> None:
-        content = seal({"spec": spec, "name": name, "created_ms": created_ms})
+    async def create(self, run_id: str, *, spec: str, name: str, created_ms: int, traceparent: str = "") -> None:
+        values = {"spec": spec, "name": name, "created_ms": created_ms}
+        content = seal(values | {"traceparent": traceparent} if traceparent else values)
         await self._objects.put_if_absent(f"runs/{run_id}/run.json", content.encode())
+
+    async def traceparent(self, run_id: str) -> str:
+        """Of the request that made the run; "" if it was not traced. Raises NotFound, DigestMismatch."""
+        return str((await self._record(f"runs/{run_id}/run.json")).get("traceparent", ""))
 
     async def forget(self, run_id: str) -> None:
         """Undo `create`."""

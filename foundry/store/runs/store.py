@@ -34,6 +34,7 @@ from foundry.store.runs.record import (
 )
 from foundry.store.runs.spec import RunSpec
 from foundry.store.settings import StoreSettings
+from foundry.telemetry.traces import current_traceparent
 
 __all__ = ["ActiveRuns", "ClaimedRun", "Desired", "RunRecord", "RunSpec", "RunState", "RunStore"]
 
@@ -60,7 +61,13 @@ class RunStore:
         run_id = "run-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
         # Asked first, so that a run is not left in object storage, to start later, for a caller who was refused.
         await self._connection.read("EXISTS", f"foundry:run:{run_id}")
-        await self._archive.create(run_id, spec=spec.to_json(), name=spec.name, created_ms=time.time_ns() // 10**6)
+        await self._archive.create(
+            run_id,
+            spec=spec.to_json(),
+            name=spec.name,
+            created_ms=time.time_ns() // 10**6,
+            traceparent=current_traceparent(),
+        )
         try:
             await self._run(scripts.ENQUEUE, run_id, spec.to_json(), spec.name, self._events_length)
         except FoundryError:
@@ -264,6 +271,10 @@ class RunStore:
     async def load_checkpoint(self, run_id: str) -> tuple[int, bytes] | None:
         """Step and bytes of the newest good checkpoint, if there is one. Raises DigestMismatch if all are damaged."""
         return await self._checkpoints.load(check_run(run_id, field="run_id"))
+
+    async def traceparent(self, run_id: str) -> str:
+        """Where the run was asked for, to link its steps' traces to; "" if nobody traced that."""
+        return await self._archive.traceparent(check_run(run_id, field="run_id"))
 
     # For who starts workers
 

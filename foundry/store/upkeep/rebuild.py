@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from foundry.store import metrics
 from foundry.store.durable.versions import Durable
 from foundry.store.hot.connection import Connection
 from foundry.store.hot.pointers import versions_value
@@ -139,6 +140,7 @@ async def rebuild(connection: Connection, durable: Durable, condemned: Condemned
             num_versions += len(manifests)
         num_runs = await runs.restore(server_run)
         if (await connection.run_restoring(_END, server_run))[0] == "ok":
+            metrics.REBUILDS.inc()
             log.info("pointers_restored", num_names=len(names), num_versions=num_versions, num_unfinished_runs=num_runs)
             return Rebuilt(len(names), num_versions, num_runs)
     return None

@@ -62,14 +62,20 @@ class TokenOutput:
     cartridge_tokens: int
     # Prompt tokens whose KV was reused.
     cached_tokens: int
+    # When the sequence got its place in the batch, in `time.perf_counter()`.
+    scheduled_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Sequences that have a place in the batch, and those that wait for one."""
+    """Sequences that have a place in the batch, and those that wait for one; the KV memory of all places, and what of
+    it is filled."""
 
     num_running: int
     num_waiting: int
+    num_slots: int
+    kv_bytes: int
+    kv_used_bytes: int
 
 
 class Engine(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -38,6 +39,7 @@ class Scheduler:
         while self.waiting and budget > 0 and self._slots.any_free():
             sequence = self.waiting.popleft()
             self._slots.take(sequence)
+            sequence.scheduled_at = time.perf_counter()
             self.running.append(sequence)
             prefilling.append(sequence)
             budget -= sequence.num_pending_tokens

@@ -42,6 +42,7 @@ class Sequence:
         self.sampling = request.sampling
         self.skip_prefix_cache = request.skip_prefix_cache
         self.slot = -1
+        self.scheduled_at = 0.0
         self.generator = torch.Generator().manual_seed(request.sampling.seed)
         self._text = text
 

@@ -71,7 +71,14 @@ class TorchEngine:
         del self._cartridges[digest]
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._scheduler.running), num_waiting=len(self._scheduler.waiting))
+        running = self._scheduler.running
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=len(self._scheduler.waiting),
+            num_slots=self._kv.num_slots,
+            kv_bytes=self._kv.num_slots * self._kv.max_tokens * self._kv.token_bytes,
+            kv_used_bytes=sum(sequence.num_computed_tokens for sequence in running) * self._kv.token_bytes,
+        )
 
     def _text(self, ids: SequenceOf[int]) -> str:
         # Special tokens steer; they are not text.
@@ -116,4 +123,5 @@ class TorchEngine:
             digests=sequence.digests,
             cartridge_tokens=sequence.offset,
             cached_tokens=sequence.num_cached_tokens,
+            scheduled_at=sequence.scheduled_at,
         )

@@ -18,6 +18,9 @@ from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, Rollout, joined
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+VLLM = {"model_name": "tiny-llama", "engine": "0"}
+
+
 def metric(name: str, **labels: str) -> float:
     value = REGISTRY.get_sample_value(name, labels)
     assert value is not None, name
@@ -106,21 +109,35 @@ async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, d
 
 async def test_metrics(rollout: Rollout) -> None:
     names = [
-        "foundry_prompt_tokens_total",
-        "foundry_generation_tokens_total",
-        "foundry_prefix_cache_hits_total",
-        "foundry_time_to_first_token_seconds_count",
-        "foundry_time_per_output_token_seconds_count",
-        "foundry_cartridge_fetch_seconds_count",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_queue_time_seconds_count",
+        "vllm:request_prefill_time_seconds_count",
+        "vllm:request_decode_time_seconds_count",
+        "vllm:request_prompt_tokens_sum",
+        "vllm:request_generation_tokens_sum",
+        "vllm:iteration_tokens_total_sum",
     ]
-    before = [metric(name) for name in names]
+    before = [metric(name, **VLLM) for name in names]
+    fetches = metric("foundry_cartridge_fetch_seconds_count")
+    ended = metric("vllm:request_success_total", finished_reason="length", **VLLM)
     request = rollout.request(cartridges=[rollout.publish(0)])
     await rollout.generate(request)
     await rollout.generate(request)
-    assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [10, 12, 4, 2, 10, 1]
+    changes = [metric(name, **VLLM) - old for name, old in zip(names, before, strict=True)]
+    assert changes == [10, 12, 10, 4, 2, 10, 2, 2, 2, 2, 10, 12, 22]
+    assert metric("foundry_cartridge_fetch_seconds_count") - fetches == 1
+    assert metric("vllm:request_success_total", finished_reason="length", **VLLM) - ended == 2
     assert metric("foundry_resident_cartridges", tier="device") == 1
     num_bytes = (await rollout.resident()).cartridges[0].num_bytes
     assert metric("foundry_resident_cartridge_bytes", tier="device") == num_bytes
     assert metric("foundry_resident_cartridges", tier="host") == 0
-    assert metric("foundry_num_requests_running") == 0
-    assert metric("foundry_num_requests_waiting") == 0
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        assert metric(name, **VLLM) == 0
+    assert metric("foundry_kv_used_bytes") == metric("foundry_kv_slots_used") == 0
+    assert metric("foundry_kv_bytes") > metric("foundry_kv_slots") > 0

@@ -105,7 +105,8 @@ class _Values:
             return settings_schema(path.split(".")[0], value)
         for pattern, rule in self._rules.items():
             if fnmatchcase(path, pattern):
-                return _kubernetes_references(rule, self._definitions)
+                found: Json = _kubernetes_references(rule, self._definitions)
+                return found
         if isinstance(value, dict) and (value or not path):
             properties = {key: self.describe(f"{path}.{key}".lstrip("."), below) for key, below in value.items()}
             return {"type": "object", "additionalProperties": False, "properties": properties}

@@ -31,6 +31,8 @@ def _side_allows(policies: Sequence[Manifest], pod: Peer, other: Peer, port: int
     if not selecting:
         return True
     rules = [rule for policy in selecting for rule in policy["spec"].get(direction.lower()) or []]
+    # Nothing is judged that is not understood.
+    assert all(entry.keys() == {"port", "protocol"} for rule in rules for entry in rule["ports"])
     return any(
         any(entry["port"] == port for entry in rule["ports"])
         and (not rule.get(side) or any(_is(other, peer, pod) for peer in rule[side]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from shutil import copytree
 import helm_python
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.deploy.chart import CHART, NAME, VALUES, Manifest, of_kind, one, render, rendered, values_of
 
@@ -24,6 +26,12 @@ CUSTOM: dict[tuple[str, str], set[str]] = {
     ("monitoring.coreos.com/v1", "PodMonitor"): {"podMetricsEndpoints", "selector"},
     ("monitoring.coreos.com/v1", "PrometheusRule"): {"groups"},
 }
+
+
+def test_the_chart_is_of_this_release() -> None:
+    project = tomllib.loads((CHART.parents[2] / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == chart["version"] == project["version"]
 
 
 @pytest.mark.parametrize("name", VALUES)

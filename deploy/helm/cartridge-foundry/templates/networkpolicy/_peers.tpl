@@ -59,7 +59,7 @@ otlp: {{ ne .Values.monitoring.otlpEndpoint "" }}
       {{- include "foundry.selectorLabels" . | nindent 6 }}
 {{- else -}}
 {{- $policy := .root.Values.networkPolicy -}}
-{{- with ternary $policy.kubeAPI.to (index $policy (ternary "clients" .name (eq .name "kube-api"))) (eq .name "kube-api") }}
+{{- with index (merge (dict "kube-api" $policy.kubeAPI.to) $policy) .name }}
 {{- toYaml . }}
 {{- end }}
 {{- end -}}

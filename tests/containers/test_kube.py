@@ -188,7 +188,7 @@ def test_the_gateways_account_may_do_its_jobs_and_nothing_else(cluster: Cluster)
         "list secrets": lambda: core.list_namespaced_secret(namespace),
         "list pods": lambda: core.list_namespaced_pod(namespace),
         "read logs": lambda: core.read_namespaced_pod_log(pod, namespace),
-        "exec": lambda: core.connect_post_namespaced_pod_exec(pod, namespace, command="id"),
+        "exec": lambda: core.connect_post_namespaced_pod_exec(pod, namespace, command=["id"]),
         "delete pods": lambda: core.delete_namespaced_pod(pod, namespace),
         "create pods": lambda: core.create_namespaced_pod(
             namespace, kube.V1Pod(metadata=kube.V1ObjectMeta(name="tried"), spec=job.spec.template.spec)

@@ -26,7 +26,7 @@ def small_run(name: str, **changes: Any) -> dict[str, Any]:
         "num_steps": 4,
         "batch_size": 4,
         "max_new_tokens": 16,
-        "prompts": {"kind": "selfstudy", "num_prompts": 8, "max_prompt_tokens": 48},
+        "prompts": {"kind": "selfstudy", "num_prompts": 4, "max_prompt_tokens": 32},
         "durable_every": 2,
         "checkpoint_every": 1,
         **changes,

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := .
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -47,6 +47,9 @@ demo: export FOUNDRY_DEMO_BEGAN := $(shell date +%s)
 demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minutes on 2 cores)
 	@$(BIN)/python examples/demo.py $(DEMO)
 
+system:  ## install the programs of Debian that some tests use (as root); without them these are skipped
+	apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 iptables prometheus redis-server >/dev/null
+
 test: install  ## run all tests
 	$(BIN)/python -m pytest
 
@@ -78,9 +81,13 @@ image-demo-model:
 image-%:
 	$(build_image) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG) .
 
-# FOUNDRY_COMPOSE='docker-compose' where the engine has no plugin. Needs the images.
-e2e-compose: install  ## the development stack in containers: training, kills, scaling
-	$(BIN)/python -m pytest tests/containers/test_compose.py
+# FOUNDRY_COMPOSE='docker-compose' where the engine has no plugin.
+e2e-compose: install images  ## the development stack in containers: training, kills, scaling (5 minutes on 2 cores)
+	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_compose.py
+
+# The images must be where the cluster finds them: FOUNDRY_REGISTRY, or the node's own engine.
+e2e-kube: install images  ## the chart on the cluster of KUBECONFIG: train, kill, drain, upgrade (15 minutes on 2 cores)
+	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_kube.py
 
 lint: install  ## check style and format
 	$(BIN)/ruff check
@@ -95,4 +102,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo test faults kills properties bench-sync lint types check clean
+.PHONY: help install proto docs drift demo system test kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube lint types check clean

@@ -89,6 +89,10 @@ e2e-compose: install images  ## the development stack in containers: training, k
 e2e-kube: install images  ## the chart on the cluster of KUBECONFIG: train, kill, drain, upgrade (15 minutes on 2 cores)
 	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_kube.py
 
+# Needs root, ip and iptables; `make test` leaves it out without them.
+e2e-network: install  ## take each NetworkPolicy flow away from a running release: something must stop (4 minutes on 2 cores)
+	FOUNDRY_REQUIRE_NETWORK=1 $(BIN)/python -m pytest tests/deploy/network
+
 lint: install  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -102,4 +106,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube lint types check clean
+.PHONY: help install proto docs drift demo system test kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

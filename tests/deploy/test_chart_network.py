@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.deploy.chart import CHART, NAMESPACE, RELEASE, VALUES, Manifest, job_of, of_kind, pods, render, rendered
-from tests.deploy.network import NAMESPACE_LABEL, Peer, allowed
+from tests.deploy.chart import NAMESPACE, RELEASE, VALUES, Manifest, job_of, of_kind, pods, render, rendered
+from tests.deploy.network.flows import FLOWS, Flow, chart_without, name
+from tests.deploy.network.policy import NAMESPACE_LABEL, Peer, allowed
 
-FLOWS: list[dict[str, Any]] = yaml.safe_load((CHART / "files" / "flows.yaml").read_text())
 # Everything that a flow may depend on, and every peer outside another one.
 ALL: dict[str, Any] = {
     "monitoring": {"otlpEndpoint": "http://collector:4317"},
@@ -59,7 +57,7 @@ def open_flows(manifests: list[Manifest]) -> set[tuple[str, str, int]]:
     }
 
 
-def key(flow: dict[str, Any]) -> tuple[str, str, int]:
+def key(flow: Flow) -> tuple[str, str, int]:
     return flow["from"], flow["to"], flow.get("port") or PORTS[flow["to"]]
 
 
@@ -72,13 +70,11 @@ def test_what_is_open_is_what_is_listed(everything: set[tuple[str, str, int]]) -
     assert everything == {key(flow) for flow in FLOWS}
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: f"{flow['from']}-{flow['to']}-{flow.get('port', '')}")
-def test_each_flow_is_needed(flow: dict[str, Any], everything: set[tuple[str, str, int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("flow", FLOWS, ids=name)
+def test_each_flow_is_needed(flow: Flow, everything: set[tuple[str, str, int]], tmp_path: Path) -> None:
     """Without its line it is closed, and nothing else is."""
-    chart = tmp_path / "cartridge-foundry"
-    copytree(CHART, chart)
-    (chart / "files" / "flows.yaml").write_text(yaml.safe_dump([other for other in FLOWS if other != flow]))
-    assert everything - open_flows(render(ALL, chart=chart)) == {key(flow)}
+    left = open_flows(render(ALL, chart=chart_without(flow, tmp_path)))
+    assert everything - left == {key(flow)}
 
 
 def test_flows_are_open_only_where_they_are_needed() -> None:

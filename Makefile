@@ -25,12 +25,13 @@ proto: install  ## regenerate the gRPC stubs
 	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/foundry/v1/*.proto
 	@rm -f $(OUT)/foundry/v1/common_pb2_grpc.py*  # no service in it
 
-docs: install  ## regenerate what is made from code: pages, the chart's schema and README
+docs: install  ## regenerate what is made from code: pages, dashboards, the chart's schema and README
 	@$(BIN)/python docs/make_settings.py
 	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python docs/make_sizing.py
 	@$(BIN)/python deploy/helm/make_schema.py
 	@$(BIN)/python deploy/helm/make_readme.py
+	@$(BIN)/python -m deploy.grafana.make_dashboards
 
 drift: install  ## check that generated files are what they are generated from
 	@rm -rf build/proto && mkdir -p build/proto && $(MAKE) --no-print-directory proto OUT=build/proto
@@ -40,6 +41,7 @@ drift: install  ## check that generated files are what they are generated from
 	@$(BIN)/python docs/make_sizing.py --check
 	@$(BIN)/python deploy/helm/make_schema.py --check
 	@$(BIN)/python deploy/helm/make_readme.py --check
+	@$(BIN)/python -m deploy.grafana.make_dashboards --check
 
 # Shorter, for a look: make demo DEMO='--steps 4'. The clock is read before anything is made, so that the demo's time
 # includes the installation.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from http.server import ThreadingHTTPServer
 from importlib.metadata import version
+from threading import Thread
 
-from prometheus_client import Gauge, disable_created_metrics, start_http_server
+from prometheus_client import Gauge, MetricsHandler, disable_created_metrics
 
 from foundry.errors import PortTaken
 
@@ -22,6 +24,18 @@ def serve_metrics(service: str, port: int) -> None:
     if not port:
         return
     try:
-        start_http_server(port)
+        server = ThreadingHTTPServer(("0.0.0.0", port), TextHandler)
     except OSError as error:
         raise PortTaken(f"cannot serve metrics on port {port}: {error}") from error
+    Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class TextHandler(MetricsHandler):
+    """Answers in the text format whatever else is accepted.
+
+    In OpenMetrics, which Prometheus 2 prefers, the library spells `vllm:…` as `vllm_…` (prometheus/client_python#1177).
+    """
+
+    def do_GET(self) -> None:
+        del self.headers["Accept"]
+        super().do_GET()

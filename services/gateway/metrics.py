@@ -39,6 +39,8 @@ JOBS = Counter(
     ["outcome"],
 )
 
+for _outcome in ("created", "existed", "deleted", "failed", "refused", "error"):
+    JOBS.labels(_outcome)
 for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
     ERRORS.labels(_reason)
 

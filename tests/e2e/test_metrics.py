@@ -39,6 +39,7 @@ WORDS = {
     "direction": {"sent", "received"},
     "durable": {"true", "false"},
     "reason": {*BY_REASON, "INTERNAL"},
+    "outcome": {"created", "existed", "deleted", "failed", "refused", "error"},
     "call": {"rollout", "teacher", "store"},
     "method": {"GET", "POST", "other", "Generate", "GenerateBatch", "Resident", "PutContext", "Score", "Status"},
     "code": {"OK", "CANCELLED", "NOT_FOUND"},

@@ -199,6 +199,12 @@ class StoreRefused(StoreUnavailable):
     reason = "STORE_REFUSED"
 
 
+class RankLost(Unavailable):
+    """A process of the several that train one run died or fell silent: none of them can go on, the run can."""
+
+    reason = "RANK_LOST"
+
+
 class DeadlineExceeded(FoundryError):
     """The call's budget ran out."""
 

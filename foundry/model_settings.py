@@ -17,7 +17,7 @@ class ModelSettings(ServiceSettings):
     """Directory of the frozen model (configuration, tokenizer, safetensors)."""
 
     device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1, mps."""
+    """Torch device: cpu, cuda, cuda:1, mps. Under torchrun `cuda` is the GPU of the process's local rank."""
 
     dtype: Dtype = "auto"
     """Numbers of the model, the same in all services: auto is bfloat16 on CUDA and float32 elsewhere."""

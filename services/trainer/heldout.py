@@ -10,8 +10,8 @@ from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
 from services.trainer.curriculum import HeldOut
+from services.trainer.gradient import Signal, distill_samples
 from services.trainer.sample import Sample
-from services.trainer.step import Signal, distill_samples
 
 # Whatever the run trains on, it is judged by the same exact divergence.
 MEASURE = Objective("forward_kl")

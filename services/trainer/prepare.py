@@ -19,6 +19,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut, read_prompts
 from services.trainer.patience import Patience
+from services.trainer.ranks import Leader
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Answer, Prompt, derive_seed
@@ -43,9 +44,10 @@ class Preparation:
         *,
         store: CartridgeStore,
         patience: Patience,
+        leader: Leader | None = None,
     ) -> None:
         self._claimed, self._spec, self._lm, self._settings = claimed, claimed.spec, lm, settings
-        self._store, self._patience = store, patience
+        self._store, self._patience, self._leader = store, patience, leader
         self._template = ChatTemplate(lm.tokenizer)
         self._rollouts = Rollouts(
             Pods("rollout", settings.rollout_addresses, settings.tls),
@@ -81,6 +83,7 @@ class Preparation:
             learning_rate=spec.learning_rate,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             policy_mismatch_threshold=spec.policy_mismatch_threshold,
+            leader=self._leader,
         )
         progress, curriculum = await self._resume(training) or await self._start(document, context)
         return Run(

@@ -24,11 +24,12 @@ from services.trainer import checkpoint, metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum
+from services.trainer.gradient import Signal
 from services.trainer.heldout import MEASURE, HeldOutSet
 from services.trainer.patience import Patience
 from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Guards, Prompt, Sample, derive_seed
-from services.trainer.step import Signal, TrainingStep, Update
+from services.trainer.step import TrainingStep, Update
 from services.trainer.teacher import Teacher
 
 log = structlog.get_logger(__name__)

@@ -49,6 +49,10 @@ class TrainerSettings(ModelSettings):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Most tokens in one packed forward and backward; more are accumulated."""
 
+    rank_timeout_seconds: float = Field(default=600.0, ge=10)
+    """Under torchrun: how long one rank waits for another that is silent, because it loads the model or computes its
+    share of a gradient, before all end. A process that dies is noticed at once."""
+
     selfstudy_chunk_tokens: int = Field(default=96, ge=16)
     """Length of the document's pieces that self-study asks about."""
 

@@ -13,8 +13,8 @@ from foundry.rpc import tensors
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.trainer.gradient import Signal
 from services.trainer.sample import Sample
-from services.trainer.step import Signal
 
 _TENSOR = common_pb2.Tensor.DESCRIPTOR
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from foundry.errors import Fenced, FoundryError, RunOver, StoreUnavailable
+from foundry.errors import Fenced, FoundryError, RankLost, RunOver, StoreUnavailable
 from foundry.lm import FrozenLM
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer import metrics
@@ -17,6 +17,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.patience import Patience
 from services.trainer.prepare import Preparation
+from services.trainer.ranks import Leader
 from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
 
@@ -51,19 +52,22 @@ class Hand:
 class Worker:
     """Claims, trains, reports the end. One run at a time: the device has one cartridge in training."""
 
-    def __init__(self, lm: FrozenLM, settings: TrainerSettings, store: CartridgeStore) -> None:
+    def __init__(
+        self, lm: FrozenLM, settings: TrainerSettings, store: CartridgeStore, leader: Leader | None = None
+    ) -> None:
         self.lm = lm
         self.hand: Hand | None = None
         # How the last run ended that ended in this worker's hand.
         self.ended: RunState | None = None
         self._settings = settings
         self._store = store
+        self._leader = leader
         metrics.observe_state(lambda: self.hand.state if self.hand is not None else metrics.IDLE)
 
     async def work(self) -> None:
         """Run for ever, or until the one run of the settings is over; cancel the task to stop.
 
-        The next worker takes a run in hand up from its checkpoint. Raises RunNotFound.
+        The next worker takes a run in hand up from its checkpoint. Raises RunNotFound and RankLost.
         """
         with suppress(RunOver):
             while True:
@@ -99,15 +103,16 @@ class Worker:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     metrics.RUNS.labels("requeued").inc()
                     # This worker is being stopped, not the run: another goes on from the last checkpoint.
-                    with suppress(Fenced, StoreUnavailable):
-                        await self._store.runs.requeue(
-                            claimed.run_id, claimed.attempt, result=_result(self.hand.progress)
-                        )
+                    await self._give_back(self.hand)
                     raise
                 if lost.is_set():
                     metrics.RUNS.labels("fenced").inc()
                 else:
                     await self._finish(self.hand, RunState.CANCELLED, None)
+            except RankLost:
+                metrics.RUNS.labels("requeued").inc()
+                await self._give_back(self.hand)
+                raise
             except FoundryError as error:
                 log.error("run failed", reason=error.reason, error=error.message)
                 await self._finish(self.hand, RunState.FAILED, f"{error.reason}: {error.message}")
@@ -132,6 +137,7 @@ class Worker:
             self._settings,
             store=self._store,
             patience=hand.patience,
+            leader=self._leader,
         )
         try:
             hand.run = await preparation.run(hand.control)
@@ -175,6 +181,10 @@ class Worker:
             hand.control.pause()
         else:
             hand.control.resume()
+
+    async def _give_back(self, hand: Hand) -> None:
+        with suppress(Fenced, StoreUnavailable):
+            await self._store.runs.requeue(hand.claimed.run_id, hand.claimed.attempt, result=_result(hand.progress))
 
     async def _finish(self, hand: Hand, state: RunState, error: str | None) -> None:
         run_id, attempt, result = hand.claimed.run_id, hand.claimed.attempt, _result(hand.progress)

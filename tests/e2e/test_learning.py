@@ -15,9 +15,10 @@ from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch_engine import TorchEngine
 from services.teacher.scorer import Item, Want, score
 from services.trainer.curriculum import HeldOut
+from services.trainer.gradient import Signal
 from services.trainer.heldout import HeldOutSet
 from services.trainer.sample import Sample, derive_seed
-from services.trainer.step import Signal, TrainingStep
+from services.trainer.step import TrainingStep
 from tests.tiny import build_tiny_model
 
 P, STEPS, BATCH, NEW_TOKENS = 24, 25, 8, 16

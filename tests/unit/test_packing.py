@@ -10,8 +10,9 @@ import torch
 from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
+from services.trainer.gradient import Signal, distill_samples
 from services.trainer.sample import Sample
-from services.trainer.step import Signal, TrainingStep, distill_samples
+from services.trainer.step import TrainingStep
 from tests.tiny import build_tiny_model
 
 FORWARD = Objective("forward_kl")

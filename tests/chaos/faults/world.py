@@ -31,11 +31,12 @@ from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
+from services.trainer.gradient import Signal
 from services.trainer.patience import Patience
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Sample
-from services.trainer.step import Signal, TrainingStep, Update
+from services.trainer.step import TrainingStep, Update
 from services.trainer.teacher import Teacher
 from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer

@@ -1,0 +1,62 @@
+"""The ranks beside rank 0: each computes its share of a step's gradient, and keeps nothing for the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foundry.cartridge import TrainableCartridge
+from foundry.errors import FoundryError
+from foundry.lm import FrozenLM
+from services.trainer.gradient import Scores, backward
+from services.trainer.group import Group, Message
+from services.trainer.share import Share
+
+
+def follow(lm: FrozenLM, group: Group) -> int:
+    """Do as rank 0 says until it ends the group; returns the exit status that it wants. Raises RankLost."""
+    gradient = None
+    while (message := group.receive(0)).kind != "end":
+        if message.kind == "share":
+            gradient = _compute(lm, group, Share.of(message))
+        elif message.kind == "sum" and gradient is not None:
+            group.sum(gradient)
+    group.close()
+    return int(message.values["status"])
+
+
+def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
+    """The gradient of the share; rank 0 has its scores then. None if it failed, which rank 0 knows then."""
+    header = share.prefix
+    shape = (header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
+    prefix_L2GPD = torch.empty(shape, dtype=getattr(torch, header.dtype), device=group.device)
+    group.broadcast(prefix_L2GPD)
+    try:
+        lm.spec.check(header)
+        # The published cast, as a master: cast again, it is the same numbers.
+        cartridge = TrainableCartridge(lm, prefix_L2GPD, num_frozen=header.num_frozen, dtype=prefix_L2GPD.dtype)
+        scores = _backward(lm, cartridge, share)
+    except Exception as error:
+        reason = error.reason if isinstance(error, FoundryError) else FoundryError.reason
+        message = error.message if isinstance(error, FoundryError) else repr(error)
+        group.send(0, Message("failed", {"reason": reason, "message": message}))
+        return None
+    group.send(0, Message("scores", tensors={"scores": scores}))
+    master = cartridge.master_L2GRD
+    return master.grad if master.grad is not None else torch.zeros_like(master)
+
+
+def _backward(lm: FrozenLM, cartridge: TrainableCartridge, share: Share) -> Tensor:
+    """[3, N], as the fields of Scores stand."""
+    if not share.samples:
+        return torch.empty(3, 0)
+    scores: Scores = backward(
+        lm,
+        cartridge,
+        share.objective,
+        share.samples,
+        share.signals,
+        num_tokens=share.num_tokens,
+        micro_batch_tokens=share.micro_batch_tokens,
+    )
+    return torch.stack([scores.loss_N, scores.chosen_logprob_N, scores.entropy_N])

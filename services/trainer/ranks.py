@@ -1,0 +1,125 @@
+"""Rank 0's side of a gradient that several GPUs compute: everything else of a run is its own.
+
+The others (`services.trainer.follower`) keep nothing from step to step. They get the prefix as it was published and
+their samples; back come losses, logprobs and entropies, so that rank 0 proves all samples, and the sum of gradients.
+The shares follow from the samples alone: the same ranks come to the same bits again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from foundry.cartridge import TrainableCartridge
+from foundry.errors import BY_REASON, FoundryError
+from foundry.lm import FrozenLM
+from foundry.objectives import Objective
+from services.trainer.gradient import Scores, Signal, backward
+from services.trainer.group import Group, Message
+from services.trainer.sample import Sample
+from services.trainer.share import Share, share_out
+
+# How often followers that have nothing to do hear that rank 0 is alive, and it whether they are.
+BEAT_SECONDS = 2.0
+
+
+class Leader:
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._followers = range(1, group.num_ranks)
+        # One exchange at a time: a beat never comes between a share and its scores.
+        self._speaking = threading.Lock()
+
+    def backward(
+        self,
+        lm: FrozenLM,
+        cartridge: TrainableCartridge,
+        objective: Objective,
+        samples: Sequence[Sample],
+        signals: Sequence[Signal],
+        *,
+        num_tokens: int,
+        micro_batch_tokens: int,
+    ) -> Scores:
+        """As `services.trainer.gradient.backward`, by all ranks.
+
+        Raises RankLost if one is gone, and what a follower raised: the gradient is then incomplete.
+        """
+        assigned = share_out([len(sample.ids) for sample in samples], self._group.num_ranks)
+        shares = [
+            Share(
+                cartridge.header,
+                objective,
+                num_tokens,
+                micro_batch_tokens,
+                [samples[index] for index in indices],
+                [signals[index] for index in indices],
+            )
+            for indices in assigned
+        ]
+        with self._speaking:
+            for rank in self._followers:
+                self._group.send(rank, shares[rank].to_message())
+            self._group.broadcast(cartridge.cast().detach())
+            try:
+                own = backward(
+                    lm,
+                    cartridge,
+                    objective,
+                    shares[0].samples,
+                    shares[0].signals,
+                    num_tokens=num_tokens,
+                    micro_batch_tokens=micro_batch_tokens,
+                )
+            finally:
+                # They will be sent in any case, and must not be taken for those of another step.
+                replies = {rank: self._group.receive(rank) for rank in self._followers}
+            scores = [own, *(_scores(rank, reply, lm.device) for rank, reply in replies.items())]
+            self._tell(Message("sum"))
+            grad = cartridge.master_L2GRD.grad
+            assert grad is not None
+            self._group.sum(grad)
+        return _in_order(scores, assigned, samples)
+
+    async def beat(self) -> None:
+        """Tell followers that have nothing to do that they may go on waiting, for ever. Raises RankLost."""
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.to_thread(self._beat)
+
+    def end(self, status: int) -> None:
+        """Have the followers exit with `status`. Raises RankLost."""
+        with self._speaking:
+            self._tell(Message("end", {"status": status}))
+        self._group.close()
+
+    def _beat(self) -> None:
+        if self._speaking.acquire(blocking=False):
+            try:
+                self._tell(Message("beat"))
+            finally:
+                self._speaking.release()
+
+    def _tell(self, message: Message) -> None:
+        for rank in self._followers:
+            self._group.send(rank, message)
+
+
+def _scores(rank: int, reply: Message, device: torch.device) -> Scores:
+    if reply.kind == "failed":
+        error = BY_REASON.get(reply.values["reason"], FoundryError)
+        raise error(f"rank {rank}: {reply.values['message']}")
+    return Scores(*reply.tensors["scores"].to(device))
+
+
+def _in_order(scores: Sequence[Scores], assigned: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Scores:
+    """Of all samples as they stand in the step, from those of each rank."""
+    rows: dict[int, torch.Tensor] = {}
+    for part, indices in zip(scores, assigned, strict=True):
+        stacked = torch.stack([part.loss_N, part.chosen_logprob_N, part.entropy_N])
+        lengths = [len(samples[index].answer_ids) for index in indices]
+        rows |= dict(zip(indices, torch.split(stacked, lengths, dim=1), strict=True))
+    return Scores(*torch.cat([rows[index] for index in range(len(samples))], dim=1))

@@ -1,0 +1,91 @@
+"""A rank's share of a step: its samples with the teacher's signals, and all that their gradient depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from foundry.identity import CartridgeHeader
+from foundry.objectives import Objective, TopK
+from services.trainer.gradient import Signal, join
+from services.trainer.group import Message
+from services.trainer.sample import Sample
+
+
+def share_out(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Which samples each rank gets, given their lengths, so that all have about as many tokens.
+
+    The longest first, each to the rank with the fewest tokens so far: rank 0 gets one before others do.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for index in sorted(range(len(num_tokens)), key=lambda index: -num_tokens[index]):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += num_tokens[index]
+    return [sorted(share) for share in shares]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    # The prefix itself is broadcast.
+    prefix: CartridgeHeader
+    objective: Objective
+    # Answer tokens of the whole step.
+    num_tokens: int
+    micro_batch_tokens: int
+    samples: Sequence[Sample]
+    signals: Sequence[Signal]
+
+    def to_message(self) -> Message:
+        """Of the samples only what the gradient takes: where they come from is for the proof, on rank 0."""
+        values = {
+            "prefix": asdict(self.prefix),
+            "objective": asdict(self.objective),
+            "num_tokens": self.num_tokens,
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
+        tensors = {
+            "ids": torch.tensor([token for sample in self.samples for token in sample.ids], dtype=torch.int64),
+            "turn_lengths": torch.tensor([len(sample.turn_ids) for sample in self.samples], dtype=torch.int64),
+            "answer_lengths": torch.tensor([len(sample.answer_ids) for sample in self.samples], dtype=torch.int64),
+        }
+        if self.signals:
+            tensors |= _tensors(join(self.signals, torch.device("cpu")))
+        return Message("share", values, tensors)
+
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        values, tensors = message.values, message.tensors
+        turn_lengths, answer_lengths = tensors["turn_lengths"].tolist(), tensors["answer_lengths"].tolist()
+        samples, begin, ids = [], 0, tensors["ids"].tolist()
+        for turn_length, answer_length in zip(turn_lengths, answer_lengths, strict=True):
+            turn_end = begin + turn_length
+            end = turn_end + answer_length
+            samples.append(Sample(ids[begin:turn_end], ids[turn_end:end], (), "", 0, truncated=False))
+            begin = end
+        return cls(
+            CartridgeHeader.from_dict(values["prefix"]),
+            Objective(**values["objective"]),
+            values["num_tokens"],
+            values["micro_batch_tokens"],
+            samples,
+            _signals(tensors, answer_lengths) if samples else [],
+        )
+
+
+def _tensors(signal: Signal) -> dict[str, Tensor]:
+    if isinstance(signal, TopK):
+        return {"topk_ids": signal.ids_NK, "topk_logprobs": signal.logprobs_NK, "tail_logprob": signal.tail_logprob_N}
+    return {"hidden": signal}
+
+
+def _signals(tensors: Mapping[str, Tensor], lengths: list[int]) -> Sequence[Signal]:
+    if "hidden" in tensors:
+        return torch.split(tensors["hidden"], lengths)
+    columns = (torch.split(tensors[name], lengths) for name in ("topk_ids", "topk_logprobs", "tail_logprob"))
+    return [TopK(*rows) for rows in zip(*columns, strict=True)]

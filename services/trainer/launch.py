@@ -16,8 +16,11 @@ from services.trainer.exits import RANK_LOST
 
 
 def main() -> None:
+    arguments = parse_args(["-m", "services.trainer.main"])  # type: ignore[no-untyped-call]
+    # Not parsed there: it would take `--run` for one of torchrun's own.
+    arguments.training_script_args = sys.argv[1:]
     try:
-        run(parse_args(["-m", "services.trainer.main", *sys.argv[1:]]))  # type: ignore[no-untyped-call]
+        run(arguments)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         statuses = [failure.exitcode for failure in error.failures.values()]
         # What made the others end, if it was one of ours.

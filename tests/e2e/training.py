@@ -33,11 +33,12 @@ def start_servers(stack: Stack) -> tuple[Process, Process]:
     return rollout, teacher
 
 
-def spawn_trainer(stack: Stack, rollout: Process, teacher: Process, *arguments: str) -> Process:
+def spawn_trainer(stack: Stack, rollout: Process, teacher: Process, *arguments: str, module: str = "") -> Process:
     return stack.spawn(
         "trainer",
         *("--model", str(stack.model), "--rollout-addresses", rollout.address, "--teacher-address", teacher.address),
         *("--lease-seconds", "1", *arguments),
+        module=module,
     )
 
 

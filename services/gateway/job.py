@@ -17,6 +17,12 @@ Manifest = dict[str, Any]
 RUN_LABEL = "foundry.dev/run"
 TEMPLATE_KEY = "job.yaml"
 CONTAINER = "trainer"
+# torchrun with a trainer on each GPU (services/trainer/launch.py), which reads its options from PET_* variables.
+LAUNCH = ("python", "-m", "services.trainer.launch")
+# Where the ranks of several pods meet.
+RENDEZVOUS_PORT = 29500
+_GPU = "nvidia.com/gpu"
+_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 _DEFAULT_PREFIX = "foundry-run"
 # Of what a Job's name becomes a label of its pods.
 _MAX_NAME_LENGTH = 63
@@ -104,7 +110,7 @@ class JobTemplate:
         return name
 
     def job(self, run_id: str, resources: Resources | None) -> Manifest:
-        """The manifest of one run's Job."""
+        """The manifest of one run's Job. Raises InvalidArgument if the template is not for what the run asks."""
         job = copy.deepcopy(self.manifest)
         metadata = job.setdefault("metadata", {})
         metadata.pop("generateName", None)
@@ -117,6 +123,13 @@ class JobTemplate:
         trainer["args"] = [*trainer.get("args", ()), "--run", run_id]
         if resources is not None:
             _give(trainer.setdefault("resources", {}), resources)
+        num_gpus = int((trainer.get("resources") or {}).get("limits", {}).get(_GPU, 0))
+        num_nodes = resources.nodes if resources is not None else 1
+        if num_gpus > 1 or num_nodes > 1:
+            trainer.setdefault("command", list(LAUNCH))
+            _set(trainer, "PET_NPROC_PER_NODE", {"value": str(max(num_gpus, 1))})
+        if num_nodes > 1:
+            _spread(job, trainer, num_nodes)
         return job
 
 
@@ -124,10 +137,37 @@ def _give(given: Manifest, resources: Resources) -> None:
     """Requests equal limits: a run gets what it asked for, no less and no more."""
     asked = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpus is not None:
-        asked["nvidia.com/gpu"] = str(resources.gpus)
+        asked[_GPU] = str(resources.gpus)
     for kind in ("requests", "limits"):
         amounts = given.setdefault(kind, {})
         amounts |= {name: amount for name, amount in asked.items() if amount}
         if resources.gpus == 0:
             # A pod that asks for none of them may still be kept off nodes that have none.
-            del amounts["nvidia.com/gpu"]
+            del amounts[_GPU]
+
+
+def _spread(job: Manifest, trainer: Manifest, num_nodes: int) -> None:
+    """One pod a node, all at once; each knows its rank, and by its Service's name the address of the first."""
+    name, subdomain = job["metadata"]["name"], job["spec"]["template"]["spec"].get("subdomain")
+    if not subdomain:
+        raise InvalidArgument(
+            f"resources.nodes is {num_nodes}, but the template's pods have no subdomain: it must be the name of a "
+            "headless Service over them",
+            field="jobs.template",
+        )
+    if len(hostname := f"{name}-{num_nodes - 1}") > _MAX_NAME_LENGTH:
+        raise InvalidArgument(
+            f"the host name {hostname} is longer than {_MAX_NAME_LENGTH} characters: shorten the template's "
+            "generateName",
+            field="jobs.template",
+        )
+    job["spec"] |= {"completionMode": "Indexed", "completions": num_nodes, "parallelism": num_nodes}
+    _set(trainer, "PET_NNODES", {"value": str(num_nodes)})
+    _set(trainer, "PET_NODE_RANK", {"valueFrom": {"fieldRef": {"fieldPath": _INDEX}}})
+    _set(trainer, "PET_MASTER_ADDR", {"value": f"{name}-0.{subdomain}"})
+    _set(trainer, "PET_MASTER_PORT", {"value": str(RENDEZVOUS_PORT)})
+
+
+def _set(container: Manifest, name: str, value: Manifest) -> None:
+    variables = [each for each in container.get("env") or () if each["name"] != name]
+    container["env"] = [*variables, {"name": name, **value}]

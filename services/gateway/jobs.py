@@ -63,15 +63,20 @@ class Jobs:
 
     def check(self, resources: Resources) -> None:
         """Raises InvalidArgument, naming the field, if it is more than a run may ask for."""
-        settings = self._settings
+        settings, nodes = self._settings, resources.nodes
+        if nodes > settings.max_nodes:
+            raise InvalidArgument(
+                f"resources.nodes is {nodes}, at most {settings.max_nodes} may be asked for", field="resources.nodes"
+            )
         for name, asked, most in (
             ("cpu", resources.cpu, settings.max_cpus),
             ("memory", resources.memory, settings.max_memory_bytes),
             ("gpus", resources.gpus, settings.max_gpus),
         ):
-            if parse_quantity(asked or 0) > most:  # type: ignore[no-untyped-call]
+            if parse_quantity(asked or 0) * nodes > most:  # type: ignore[no-untyped-call]
+                each = f" in each of {nodes} pods" if nodes > 1 else ""
                 raise InvalidArgument(
-                    f"resources.{name} is {asked}, at most {most} may be asked for", field=f"resources.{name}"
+                    f"resources.{name} is {asked}{each}, at most {most} may be asked for", field=f"resources.{name}"
                 )
 
     async def _watch(self) -> None:

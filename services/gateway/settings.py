@@ -34,13 +34,17 @@ class JobSettings(BaseModel):
     """How long the pod of a cancelled run may take to end the step in hand before its Job is deleted under it."""
 
     max_cpus: float = Field(default=64.0, gt=0)
-    """Most CPUs that a run may ask for (`resources.cpu`)."""
+    """Most CPUs that a run may ask for (`resources.cpu` of all its pods)."""
 
     max_memory_bytes: int = Field(default=256 * 2**30, ge=1)
-    """Most memory that a run may ask for (`resources.memory`)."""
+    """Most memory that a run may ask for (`resources.memory` of all its pods)."""
 
-    max_gpus: int = Field(default=1, ge=0)
-    """Most GPUs that a run may ask for (`resources.gpus`)."""
+    max_gpus: int = Field(default=8, ge=0)
+    """Most GPUs that a run may ask for (`resources.gpus` of all its pods)."""
+
+    max_nodes: int = Field(default=1, ge=1)
+    """Most pods that a run may ask for (`resources.nodes`). More than one need a headless Service, whose name is the
+    `subdomain` of the template's pods."""
 
 
 class GatewaySettings(ServiceSettings):

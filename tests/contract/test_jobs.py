@@ -318,12 +318,15 @@ async def test_a_new_run_is_not_waited_for(kube: KubeApi, gateway: Gateway, runs
     [
         ("resources.cpu", Resources(cpu="64001m")),
         ("resources.memory", Resources(memory="257Gi")),
-        ("resources.gpus", Resources(gpus=2)),
+        ("resources.gpus", Resources(gpus=9)),
+        ("resources.gpus", Resources(gpus=3, nodes=3)),
+        ("resources.nodes", Resources(nodes=5)),
     ],
 )
 async def test_more_than_a_run_may_ask_for_is_refused(gateway: Gateway, field: str, resources: Resources) -> None:
-    jobs = gateway()
-    jobs.check(Resources(cpu="64", memory="256Gi", gpus=1))
+    jobs = gateway(max_nodes=4)
+    jobs.check(Resources(cpu="64", memory="256Gi", gpus=8))
+    jobs.check(Resources(cpu="16", memory="64Gi", gpus=2, nodes=4))
     with pytest.raises(InvalidArgument) as raised:
         jobs.check(resources)
     assert raised.value.field == field
@@ -345,7 +348,7 @@ def test_the_rest_api_makes_names_and_deletes_jobs(tmp_path: Path, monkeypatch: 
         assert metric(process.address, "foundry_gateway_jobs_total", outcome="created") == 1
         assert post(process, f"/v1/runs/{run['id']}/cancel").json()["state"] == "cancelled"
         wait_until(lambda: not kube.jobs, process)
-        refused = post(process, "/v1/runs", json=spec | {"resources": {"gpus": 2}})
+        refused = post(process, "/v1/runs", json=spec | {"resources": {"gpus": 9}})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "resources.gpus")
         kube.refusals["list", "jobs"] = (403, "not for you")
         post(process, "/v1/runs", json=spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import kubernetes_validate
 import pytest
 
 from foundry.errors import InvalidArgument
@@ -68,6 +69,65 @@ def test_a_run_gets_what_it_asks_for_and_the_rest_from_the_template() -> None:
 def test_no_gpu_is_none_at_all() -> None:
     usual = {"limits": {"nvidia.com/gpu": "1"}}
     assert given(Resources(gpus=0), resources=usual) == {"requests": {}, "limits": {}}
+
+
+def launched(asked: Resources, pod: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Any]:
+    made = template(**trainer)
+    made.manifest["spec"]["template"]["spec"] |= pod or {}
+    return made.job(RUN, asked)
+
+
+def container(job: dict[str, Any]) -> Any:
+    return job["spec"]["template"]["spec"]["containers"][1]
+
+
+def test_several_gpus_are_a_rank_each() -> None:
+    job = launched(Resources(gpus=4), env=[{"name": "FOUNDRY_DEVICE", "value": "cuda"}])
+    assert container(job)["command"] == ["python", "-m", "services.trainer.launch"]
+    assert container(job)["args"] == ["--device", "cuda", "--run", RUN]
+    assert container(job)["env"] == [
+        {"name": "FOUNDRY_DEVICE", "value": "cuda"},
+        {"name": "PET_NPROC_PER_NODE", "value": "4"},
+    ]
+    assert "completionMode" not in job["spec"]
+    by_template = launched(Resources(cpu="1"), resources={"limits": {"nvidia.com/gpu": 2}})
+    assert {"name": "PET_NPROC_PER_NODE", "value": "2"} in container(by_template)["env"]
+    for alone in (Resources(gpus=1), Resources(gpus=0), Resources(cpu="4")):
+        assert not {"command", "env"} & container(launched(alone)).keys()
+
+
+def test_several_nodes_are_an_indexed_job() -> None:
+    job = launched(Resources(gpus=8, nodes=3), {"subdomain": "foundry-ranks"}, command=["mine"])
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
+    assert container(job)["command"] == ["mine"]
+    variables = {each["name"]: each for each in container(job)["env"]}
+    index = variables.pop("PET_NODE_RANK")["valueFrom"]["fieldRef"]["fieldPath"]
+    assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    assert {name: each["value"] for name, each in variables.items()} == {
+        "PET_NPROC_PER_NODE": "8",
+        "PET_NNODES": "3",
+        "PET_MASTER_ADDR": "foundry-run-k3v7q2xa-0.foundry-ranks",
+        "PET_MASTER_PORT": "29500",
+    }
+
+
+def test_an_indexed_job_is_valid() -> None:
+    job = launched(Resources(gpus=8, nodes=3), {"subdomain": "foundry-ranks", "restartPolicy": "Never"})
+    for each in job["spec"]["template"]["spec"]["containers"]:
+        each["image"] = "trainer"
+    for version in ("1.29", "1.35"):
+        kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_nodes_without_a_name_for_the_first_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="subdomain"):
+        launched(Resources(nodes=2))
+    made = template(metadata={"generateName": "a" * 53})
+    made.manifest["spec"]["template"]["spec"]["subdomain"] = "ranks"
+    made.job(RUN, Resources(nodes=1))
+    with pytest.raises(InvalidArgument, match="host name"):
+        made.job(RUN, Resources(nodes=2))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_minimal_json_is_enough() -> None:
         ("resources.memory", "1Gi\n"),
         ("resources.gpus", -1),
         ("resources.gpus", True),
+        ("resources.nodes", 0),
+        ("resources.nodes", 1.5),
         ("resources.disk", "1Gi"),
     ],
 )

@@ -50,11 +50,13 @@ Prompts = SelfStudyPrompts | DocumentPrompts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What a run's own pod asks of its node, in Kubernetes' quantities; what is not given is its Job template's."""
+    """What each pod of a run asks of its node, in Kubernetes' quantities; what is not given is its Job template's."""
 
     cpu: str = ""
     memory: str = ""
     gpus: int | None = None
+    # Pods that train together, of which each has all of the above.
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         for name, pattern, example in (("cpu", _CPU, "'4' or '500m'"), ("memory", _MEMORY, "'16Gi' or '512Mi'")):
@@ -63,6 +65,7 @@ class Resources:
                 raise InvalidArgument(f"{name} is {value!r}, must be a quantity such as {example}", field=name)
         if self.gpus is not None:
             _check_integers(self, {"gpus": (0, 1024)})
+        _check_integers(self, {"nodes": (1, 1024)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

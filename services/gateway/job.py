@@ -123,6 +123,8 @@ class JobTemplate:
         trainer["args"] = [*trainer.get("args", ()), "--run", run_id]
         if resources is not None:
             _give(trainer.setdefault("resources", {}), resources)
+            if resources.gpus is not None:
+                _set(trainer, "FOUNDRY_DEVICE", {"value": "cuda" if resources.gpus else "cpu"})
         num_gpus = int((trainer.get("resources") or {}).get("limits", {}).get(_GPU, 0))
         num_nodes = resources.nodes if resources is not None else 1
         if num_gpus > 1 or num_nodes > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
@@ -26,6 +27,9 @@ def main() -> None:
         # What made the others end, if it was one of ours.
         status = next((status for status in statuses if status != RANK_LOST), RANK_LOST)
         raise SystemExit(status if status > 0 else 128 - status) from error
+    except DistError as error:
+        # The pod of rank 0 is not there, or no more.
+        raise SystemExit(RANK_LOST) from error
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from stopped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ pytestmark = pytest.mark.timeout(600)
 
 # Enough steps for a kill to come before the last.
 STEPS, KILL_AT = 30, 5
+# Longer than the ranks need to start one after the other on a busy machine.
+RANK_TIMEOUT_SECONDS = 20
 
 
 class Pods:
     """The launchers of one attempt at a run, each as in a pod of its own."""
 
-    def __init__(self, stack: Stack, servers: tuple[Process, Process], run_id: str, num_pods: int) -> None:
+    def __init__(
+        self, stack: Stack, servers: tuple[Process, Process], run_id: str, *arguments: str, num_pods: int
+    ) -> None:
         port = str(stack.free_port())
         self.launchers = []
         for index in range(num_pods):
@@ -36,7 +41,9 @@ class Pods:
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in variables.items():
                     patch.setenv(name, value)
-                self.launchers.append(spawn_trainer(stack, *servers, "--run", run_id, module="services.trainer.launch"))
+                self.launchers.append(
+                    spawn_trainer(stack, *servers, "--run", run_id, *arguments, module="services.trainer.launch")
+                )
 
     def wait(self) -> list[int]:
         return [launcher.wait() for launcher in self.launchers]
@@ -82,7 +89,7 @@ def servers(stack: Stack) -> tuple[Process, Process]:
 
 
 def create(stack: Stack, name: str, **changes: Any) -> str:
-    return stack.with_store(lambda store: create_run(store, name, num_steps=STEPS, **changes))
+    return stack.with_store(lambda store: create_run(store, name, **{"num_steps": STEPS, **changes}))
 
 
 def wait_for_step(stack: Stack, run_id: str, step: int) -> None:
@@ -92,6 +99,26 @@ def wait_for_step(stack: Stack, run_id: str, step: int) -> None:
                 return
 
     stack.with_store(wait)
+
+
+def pause(stack: Stack, run_id: str) -> int:
+    """The step that it stands at."""
+
+    async def wait(store: CartridgeStore) -> int:
+        await store.runs.request_pause(run_id)
+        step = 0
+        async for _, event in store.runs.events(run_id):
+            if event["type"] == "step":
+                step = event["step"]
+            elif event["type"] == "state" and event["state"] == RunState.PAUSED:
+                break
+        return step
+
+    return stack.with_store(wait)
+
+
+def state(stack: Stack, run_id: str) -> RunState:
+    return stack.with_store(lambda store: store.runs.get(run_id)).state
 
 
 def steps(stack: Stack, run_id: str) -> list[dict[str, Any]]:
@@ -124,7 +151,7 @@ def test_a_killed_follower_ends_its_pod_and_the_next_goes_on(
     wait_for_step(stack, run_id, KILL_AT)
     os.kill(pods.pid(1), signal.SIGKILL)
     assert pods.wait() == [128 + signal.SIGKILL]
-    assert stack.with_store(lambda store: store.runs.get(run_id)).state is RunState.QUEUED, "it was not given back"
+    assert state(stack, run_id) is RunState.QUEUED, "it was not given back"
     assert Pods(stack, servers, run_id, num_pods=1).wait() == [0]
     check_resumed(stack, run_id, undisturbed)
 
@@ -146,4 +173,20 @@ def test_pods_end_with_any_of_them_and_go_on_together(
 def test_a_failed_run_fails_every_pod_alike(stack: Stack, servers: tuple[Process, Process]) -> None:
     run_id = create(stack, "failing", model_fingerprint="blake3:" + "0" * 64)
     assert Pods(stack, servers, run_id, num_pods=2).wait() == [FAILED, FAILED]
-    assert stack.with_store(lambda store: store.runs.get(run_id)).state is RunState.FAILED
+    assert state(stack, run_id) is RunState.FAILED
+
+
+def test_ranks_wait_for_one_another_as_long_as_they_live(stack: Stack, servers: tuple[Process, Process]) -> None:
+    run_id = create(stack, "paused", num_steps=100_000)
+    pods = Pods(stack, servers, run_id, "--rank-timeout-seconds", str(RANK_TIMEOUT_SECONDS), num_pods=2)
+    wait_for_step(stack, run_id, 1)
+    step = pause(stack, run_id)
+    time.sleep(1.2 * RANK_TIMEOUT_SECONDS)
+    stack.with_store(lambda store: store.runs.request_resume(run_id))
+    wait_for_step(stack, run_id, step + 1)
+    follower = pods.pid(1)
+    os.kill(follower, signal.SIGSTOP)
+    assert pods.launchers[0].wait() == RANK_LOST
+    assert state(stack, run_id) is RunState.QUEUED, "it was not given back"
+    os.kill(follower, signal.SIGCONT)
+    assert pods.launchers[1].wait() == RANK_LOST

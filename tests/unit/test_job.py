@@ -16,7 +16,7 @@ RUN = "run-k3v7q2xa"
 
 
 def template(*, metadata: dict[str, Any] | None = None, **trainer: Any) -> JobTemplate:
-    containers = [{"name": "sidecar"}, {"name": "trainer", "args": ["--device", "cuda"], **trainer}]
+    containers = [{"name": "sidecar"}, {"name": "trainer", "args": ["--dtype", "auto"], **trainer}]
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -37,7 +37,7 @@ def test_a_job_is_its_template_for_one_run() -> None:
     assert job["spec"]["template"]["metadata"]["labels"] == {"foundry.dev/run": RUN}
     sidecar, trainer = job["spec"]["template"]["spec"]["containers"]
     assert sidecar == {"name": "sidecar"}
-    assert trainer == {"name": "trainer", "args": ["--device", "cuda", "--run", RUN]}
+    assert trainer == {"name": "trainer", "args": ["--dtype", "auto", "--run", RUN]}
     assert job["spec"]["backoffLimit"] == 6
     assert made.job("run-other", None)["metadata"]["labels"]["foundry.dev/run"] == "run-other"
     assert made.job(RUN, None) == job
@@ -82,18 +82,23 @@ def container(job: dict[str, Any]) -> Any:
 
 
 def test_several_gpus_are_a_rank_each() -> None:
-    job = launched(Resources(gpus=4), env=[{"name": "FOUNDRY_DEVICE", "value": "cuda"}])
+    job = launched(
+        Resources(gpus=4), env=[{"name": "HOME", "value": "/tmp"}, {"name": "FOUNDRY_DEVICE", "value": "cpu"}]
+    )
     assert container(job)["command"] == ["python", "-m", "services.trainer.launch"]
-    assert container(job)["args"] == ["--device", "cuda", "--run", RUN]
+    assert container(job)["args"] == ["--dtype", "auto", "--run", RUN]
     assert container(job)["env"] == [
+        {"name": "HOME", "value": "/tmp"},
         {"name": "FOUNDRY_DEVICE", "value": "cuda"},
         {"name": "PET_NPROC_PER_NODE", "value": "4"},
     ]
     assert "completionMode" not in job["spec"]
     by_template = launched(Resources(cpu="1"), resources={"limits": {"nvidia.com/gpu": 2}})
     assert {"name": "PET_NPROC_PER_NODE", "value": "2"} in container(by_template)["env"]
-    for alone in (Resources(gpus=1), Resources(gpus=0), Resources(cpu="4")):
-        assert not {"command", "env"} & container(launched(alone)).keys()
+    for gpus, device in ((1, "cuda"), (0, "cpu")):
+        alone = container(launched(Resources(gpus=gpus)))
+        assert "command" not in alone
+        assert alone["env"] == [{"name": "FOUNDRY_DEVICE", "value": device}]
 
 
 def test_several_nodes_are_an_indexed_job() -> None:
@@ -105,6 +110,7 @@ def test_several_nodes_are_an_indexed_job() -> None:
     index = variables.pop("PET_NODE_RANK")["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert {name: each["value"] for name, each in variables.items()} == {
+        "FOUNDRY_DEVICE": "cuda",
         "PET_NPROC_PER_NODE": "8",
         "PET_NNODES": "3",
         "PET_MASTER_ADDR": "foundry-run-k3v7q2xa-0.foundry-ranks",

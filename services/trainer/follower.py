@@ -15,6 +15,7 @@ from services.trainer.share import Share
 
 def follow(lm: FrozenLM, group: Group) -> int:
     """Do as rank 0 says until it ends the group; returns the exit status that it wants. Raises RankLost."""
+    group.use_device()
     gradient = None
     while (message := group.receive(0)).kind != "end":
         if message.kind == "share":

@@ -74,12 +74,16 @@ class Group:
         self.num_ranks = seat.num_ranks
         self.device = device
         cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
+        self.use_device()
         with _losing("the other ranks"):
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
             )
+
+    def use_device(self) -> None:
+        """In this thread: what names no GPU takes that of the thread, which is the first unless it is set."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def send(self, rank: int, message: Message) -> None:
         content = torch.frombuffer(bytearray(message.to_bytes()), dtype=torch.uint8)

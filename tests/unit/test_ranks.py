@@ -53,6 +53,7 @@ def by_ranks(
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_compute_what_one_does(lm: FrozenLM, by_ranks: Mapping[str, Tensor], case: str) -> None:
     alone = ranks_steps.run(lm, None, CASES[case])
+    assert not torch.distributed.is_initialized()
     for name, expected in alone.items():
         # Float32, summed in another order.
         torch.testing.assert_close(by_ranks[f"{case}/{name}"], expected, atol=2e-5, rtol=1e-4)

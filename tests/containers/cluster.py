@@ -67,7 +67,7 @@ class Cluster:
         self._helm.uninstall(RELEASE, timeout=HELM_SECONDS, wait="watcher", ignore_not_found=True)
 
     def revision(self) -> int:
-        return max(release.revision for release in self._helm.history(RELEASE))
+        return max(int(release["revision"]) for release in self._helm.history(RELEASE))
 
     # What there is
 

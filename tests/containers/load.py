@@ -50,31 +50,34 @@ class Streams:
     tokens: int = 0
     failures: list[str] = field(default_factory=list)
     longest_gap_seconds: float = 0.0
+    longest_seconds: float = 0.0
 
 
 @contextmanager
-def streaming(url: str, model: str, *, clients: int = 3, max_tokens: int = 48) -> Iterator[Streams]:
+def streaming(url: str, model: str, *, clients: int = 3, max_tokens: int = 24) -> Iterator[Streams]:
     """`clients` threads that stream one answer after another until the block ends; then those in flight complete."""
     streams, lock, over = Streams(), threading.Lock(), threading.Event()
 
     def stream() -> None:
         with FoundryClient(url, timeout_seconds=300) as client:
             while not over.is_set():
+                began = last = time.monotonic()
+                gap = 0.0
                 try:
                     answer = client.stream_chat(model, QUESTION, max_tokens=max_tokens, ignore_eos=True)
-                    last, gap = time.monotonic(), 0.0
                     for _ in answer:
                         gap, last = max(gap, time.monotonic() - last), time.monotonic()
                     assert answer.answer is not None
                     assert answer.answer.completion_tokens == max_tokens
                 except Exception as error:
                     with lock:
-                        streams.failures.append(repr(error))
+                        streams.failures.append(f"after {time.monotonic() - began:.0f} s: {error!r}")
                 else:
                     with lock:
                         streams.completed += 1
                         streams.tokens += max_tokens
                         streams.longest_gap_seconds = max(streams.longest_gap_seconds, gap)
+                        streams.longest_seconds = max(streams.longest_seconds, last - began)
 
     threads = [threading.Thread(target=stream) for _ in range(clients)]
     for thread in threads:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foundry.errors import InvalidArgument
-from foundry.hardware import DEVICES, ENGINES
-from foundry.model_shape import SHAPES
-from foundry.sizing import Estimator
-from foundry.workload import Keeping, Serving, Sizing, Training
+from foundry.sizing.estimator import Estimator
+from foundry.sizing.hardware import DEVICES, ENGINES
+from foundry.sizing.shape import SHAPES
+from foundry.sizing.workload import Keeping, Serving, Sizing, Training
 
 PAGE = Path(__file__).with_name("deploy.md")
 BEGIN, END = "<!-- sizing: made by docs/make_sizing.py -->\n", "<!-- sizing: end -->\n"

@@ -7,17 +7,16 @@ from both. Unknown keys are refused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from foundry.rpc.tls import Tls, tls_of
+from foundry.telemetry.settings import TelemetrySettings
 
-LogFormat = Literal["json", "console"]
 
-
-class ServiceSettings(BaseSettings):
+class ServiceSettings(TelemetrySettings, BaseSettings):
     """What every service takes. The command line wins over the environment."""
 
     model_config = SettingsConfigDict(
@@ -35,22 +34,6 @@ class ServiceSettings(BaseSettings):
 
     listen: str = "127.0.0.1:0"
     """host:port to serve on; port 0 takes a free one."""
-
-    metrics_port: int = 0
-    """Port of /metrics; 0 serves none."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe level that is logged."""
-
-    log_format: LogFormat = "json"
-    """One JSON object a line, or lines for people at a terminal: console."""
-
-    otlp_endpoint: str | None = None
-    """OpenTelemetry collector that gets the traces, by OTLP over gRPC: `http://HOST:4317` or, with TLS, `https://…`.
-    Unset: no traces. Needs the extra `telemetry`."""
-
-    trace_sample_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Share of the traces that begin in this service (training steps, requests without a trace) which are sent."""
 
     tls_certificate_file: Path | None = None
     """This service's certificate (PEM) for mutual TLS with the other services, all three files or none. It is both the

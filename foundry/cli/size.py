@@ -12,10 +12,10 @@ from foundry.cli.terminal import Json, print_json, print_table
 from foundry.errors import InvalidArgument, ModelNotFound
 
 if TYPE_CHECKING:
-    from foundry.hardware import Device
-    from foundry.model_shape import ModelShape
-    from foundry.sizing import Estimator
-    from foundry.workload import Fleet, Sizing
+    from foundry.sizing.estimator import Estimator
+    from foundry.sizing.hardware import Device
+    from foundry.sizing.shape import ModelShape
+    from foundry.sizing.workload import Fleet, Sizing
 
 _SHAPE_HELP = "Instead of, or over, the model's own."
 
@@ -65,9 +65,9 @@ def size(
     An estimate for before anything is measured: arithmetic on datasheets and on what was measured on one H100. Measure
     your own workload before you buy.
     """
-    from foundry.hardware import ENGINES
-    from foundry.sizing import Estimator
-    from foundry.workload import Keeping, Serving, Training
+    from foundry.sizing.estimator import Estimator
+    from foundry.sizing.hardware import ENGINES
+    from foundry.sizing.workload import Keeping, Serving, Training
 
     shape = _shape(
         model,
@@ -117,7 +117,7 @@ def size(
 
 def _shape(model: str | None, **given: int | None) -> ModelShape:
     """Raises InvalidArgument, ModelNotFound, ModelUnsupported."""
-    from foundry.model_shape import SHAPES, ModelShape, read_shape
+    from foundry.sizing.shape import SHAPES, ModelShape, read_shape
 
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if model is not None:
@@ -161,7 +161,7 @@ def _device(
     bandwidth_gb_per_s: float | None,
     compute_efficiency: float | None,
 ) -> Device:
-    from foundry.hardware import DEVICES
+    from foundry.sizing.hardware import DEVICES
 
     if name not in DEVICES:
         raise InvalidArgument(
@@ -243,7 +243,7 @@ def _bytes(number: float) -> str:
 
 
 def _assumptions(estimator: Estimator) -> list[str]:
-    from foundry.sizing import LARGEST_BATCH, LINK_GBIT_PER_S, USABLE_MEMORY, UTILISATION
+    from foundry.sizing.estimator import LARGEST_BATCH, LINK_GBIT_PER_S, USABLE_MEMORY, UTILISATION
 
     device, engine = estimator.device, estimator.engine
     origin = {

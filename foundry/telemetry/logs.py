@@ -14,7 +14,7 @@ from opentelemetry import trace
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from foundry.errors import FoundryError
-from foundry.settings import LogFormat
+from foundry.telemetry.settings import LogFormat
 
 log = structlog.get_logger(__name__)
 

@@ -7,18 +7,15 @@ import signal
 from contextlib import suppress
 
 import structlog
-import torch
 
 from foundry import telemetry
 from foundry.errors import RankLost
-from foundry.lm import FrozenLM
-from foundry.rpc.server import Server
 from foundry.store import CartridgeStore, RunState
-from foundry.telemetry.gpu import observe_gpus
-from foundry.v1 import trainer_pb2, trainer_pb2_grpc
+from foundry.v1 import trainer_pb2_grpc
+from services.trainer.accompany import accompany
 from services.trainer.exits import FAILED, RANK_LOST, STOPPED
-from services.trainer.follower import follow
-from services.trainer.group import Group, Seat
+from services.trainer.group import Seat
+from services.trainer.parts import join, listen, load
 from services.trainer.ranks import Leader
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
@@ -30,13 +27,13 @@ log = structlog.get_logger(__name__)
 async def serve(settings: TrainerSettings, seat: Seat) -> int:
     """The exit status. Raises RankLost."""
     # Before the model is loaded, so that a port that is taken is known at once.
-    server = _server(settings)
+    server = listen(settings)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    lm = await _load(settings)
+    lm = await load(settings)
     store = await CartridgeStore.open(settings.store)
-    leader = Leader(await _join(settings, seat, lm)) if seat.num_ranks > 1 else None
+    leader = Leader(await join(settings, seat, lm)) if seat.num_ranks > 1 else None
     worker = Worker(lm, settings, store, leader)
     trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(worker, store.runs), server.grpc)
     await server.start()
@@ -65,39 +62,6 @@ async def serve(settings: TrainerSettings, seat: Seat) -> int:
         with suppress(RankLost):
             await asyncio.to_thread(leader.end, status)
     return status
-
-
-async def accompany(settings: TrainerSettings, seat: Seat) -> int:
-    """The exit status of a rank that follows. Raises RankLost."""
-    # On a machine without rank 0 the first of its ranks answers for their health.
-    server = _server(settings) if seat.local_rank == 0 else None
-    lm = await _load(settings)
-    group = await _join(settings, seat, lm)
-    try:
-        if server is not None:
-            await server.start()
-            await server.set_serving()
-        log.info("following", model_fingerprint=lm.spec.fingerprint)
-        return await asyncio.to_thread(follow, lm, group)
-    finally:
-        if server is not None:
-            await server.stop(0)
-
-
-def _server(settings: TrainerSettings) -> Server:
-    return Server(settings.listen, [trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]], settings.tls)
-
-
-async def _load(settings: TrainerSettings) -> FrozenLM:
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
-    observe_gpus()
-    return lm
-
-
-async def _join(settings: TrainerSettings, seat: Seat, lm: FrozenLM) -> Group:
-    return await asyncio.to_thread(Group, seat, lm.device, settings.rank_timeout_seconds)
 
 
 def main() -> None:

@@ -101,7 +101,6 @@ class Worker:
                 metrics.RUNS.labels("fenced").inc()
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
-                    metrics.RUNS.labels("requeued").inc()
                     # This worker is being stopped, not the run: another goes on from the last checkpoint.
                     await self._give_back(self.hand)
                     raise
@@ -110,7 +109,6 @@ class Worker:
                 else:
                     await self._finish(self.hand, RunState.CANCELLED, None)
             except RankLost:
-                metrics.RUNS.labels("requeued").inc()
                 await self._give_back(self.hand)
                 raise
             except FoundryError as error:
@@ -183,6 +181,7 @@ class Worker:
             hand.control.resume()
 
     async def _give_back(self, hand: Hand) -> None:
+        metrics.RUNS.labels("requeued").inc()
         with suppress(Fenced, StoreUnavailable):
             await self._store.runs.requeue(hand.claimed.run_id, hand.claimed.attempt, result=_result(hand.progress))
 

@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from services.trainer.exits import FAILED, RANK_LOST
 from tests.deploy.chart import CHART, NAME, VALUES, Manifest, of_kind, one, render, rendered, values_of
 
 KUBERNETES = ("1.29.0", "1.30.0", "1.31.0", "1.32.0", "1.33.0", "1.34.0", "1.35.0")
@@ -93,12 +94,16 @@ def test_api_versions_are_those_of_the_cluster(kube: str, expected: dict[str, st
 
 def test_a_failed_run_is_not_tried_again_where_jobs_can_say_so() -> None:
     assert "podFailurePolicy" not in one(rendered("default", "1.25.0"), "Job")["spec"]
-    first, second = one(rendered("default", "1.26.0"), "Job")["spec"]["podFailurePolicy"]["rules"]
-    assert first == {
+    failed, bereaved, evicted = one(rendered("default", "1.26.0"), "Job")["spec"]["podFailurePolicy"]["rules"]
+    assert failed == {
         "action": "FailJob",
-        "onExitCodes": {"containerName": "trainer", "operator": "In", "values": [3]},
+        "onExitCodes": {"containerName": "trainer", "operator": "In", "values": [FAILED]},
     }
-    assert second == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert bereaved == {
+        "action": "Ignore",
+        "onExitCodes": {"containerName": "trainer", "operator": "In", "values": [RANK_LOST]},
+    }
+    assert evicted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.chart import NAMESPACE, RELEASE, VALUES, Manifest, job_of, of_kind, pods, render, rendered
-from tests.deploy.network.flows import FLOWS, Flow, chart_without, name
+from tests.deploy.chart import (
+    NAMESPACE,
+    RELEASE,
+    VALUES,
+    Manifest,
+    job_of,
+    of_kind,
+    one,
+    pods,
+    render,
+    rendered,
+    values_of,
+)
+from tests.deploy.network.flows import TRIED, Flow, chart_without, name
 from tests.deploy.network.policy import NAMESPACE_LABEL, Peer, allowed
 
 # Everything that a flow may depend on, and every peer outside another one.
@@ -67,14 +79,35 @@ def everything() -> set[tuple[str, str, int]]:
 
 
 def test_what_is_open_is_what_is_listed(everything: set[tuple[str, str, int]]) -> None:
-    assert everything == {key(flow) for flow in FLOWS}
+    assert everything == {key(flow) for flow in TRIED}
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=name)
+@pytest.mark.parametrize("flow", TRIED, ids=name)
 def test_each_flow_is_needed(flow: Flow, everything: set[tuple[str, str, int]], tmp_path: Path) -> None:
     """Without its line it is closed, and nothing else is."""
     left = open_flows(render(ALL, chart=chart_without(flow, tmp_path)))
     assert everything - left == {key(flow)}
+
+
+def test_the_pods_of_a_run_speak_to_each_other_where_it_may_have_several() -> None:
+    """At any port, and they find each other by a name; where a run has one pod they have neither."""
+
+    def between(values: dict[str, Any], port: int) -> bool:
+        manifests = render(values)
+        trainer = peers(manifests)["trainer"]
+        return allowed(of_kind(manifests, "NetworkPolicy"), trainer, trainer, port)
+
+    several = values_of("jobs-nodes")
+    assert between(several, 29500)
+    assert between(several, 40123)
+    assert not between({}, 29500)
+    manifests = rendered("jobs-nodes")
+    (job,) = of_kind(manifests, "Job")
+    service = one(manifests, "Service", "ranks")
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert "subdomain" not in one(rendered("default"), "Job")["spec"]["template"]["spec"]
 
 
 def test_flows_are_open_only_where_they_are_needed() -> None:

@@ -15,7 +15,7 @@ import pytest
 from foundry.store import CartridgeStore, RunState
 from services.trainer.exits import FAILED, RANK_LOST
 from tests.e2e.training import create_run, numbers, spawn_trainer, start_servers, step_events
-from tests.services import Process, Stack
+from tests.services import START_SECONDS, Process, Stack
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -94,9 +94,10 @@ def create(stack: Stack, name: str, **changes: Any) -> str:
 
 def wait_for_step(stack: Stack, run_id: str, step: int) -> None:
     async def wait(store: CartridgeStore) -> None:
-        async for event in step_events(store, run_id):
-            if event["step"] == step:
-                return
+        async with asyncio.timeout(2 * START_SECONDS):
+            async for event in step_events(store, run_id):
+                if event["step"] == step:
+                    return
 
     stack.with_store(wait)
 
@@ -183,7 +184,8 @@ def test_ranks_wait_for_one_another_as_long_as_they_live(stack: Stack, servers: 
     step = pause(stack, run_id)
     time.sleep(1.2 * RANK_TIMEOUT_SECONDS)
     stack.with_store(lambda store: store.runs.request_resume(run_id))
-    wait_for_step(stack, run_id, step + 1)
+    # The step in hand is ended in a pause.
+    wait_for_step(stack, run_id, step + 2)
     follower = pods.pid(1)
     os.kill(follower, signal.SIGSTOP)
     assert pods.launchers[0].wait() == RANK_LOST

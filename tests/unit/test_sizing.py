@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from foundry.errors import InvalidArgument, ModelNotFound, ModelUnsupported
-from foundry.hardware import DEVICES, ENGINES
-from foundry.model_shape import SHAPES, read_shape, shape_of_config
-from foundry.sizing import TRAINED_NUMBER_BYTES, Estimator, distinct
-from foundry.workload import Keeping, Serving, Training
+from foundry.sizing.estimator import TRAINED_NUMBER_BYTES, Estimator, distinct
+from foundry.sizing.hardware import DEVICES, ENGINES
+from foundry.sizing.shape import SHAPES, read_shape, shape_of_config
+from foundry.sizing.workload import Keeping, Serving, Training
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LLAMA_3B = SHAPES["llama-3.2-3b"]
@@ -204,5 +204,5 @@ def test_shape_of_a_configuration(tmp_path: Path) -> None:
 
 
 def test_sizing_needs_no_torch() -> None:
-    script = "import sys, foundry.sizing\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    script = "import sys, foundry.sizing.estimator\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

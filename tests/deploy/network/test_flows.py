@@ -15,7 +15,7 @@ import pytest
 
 from tests.deploy.chart import SERVICES
 from tests.deploy.network.checks import Unmet, need_of
-from tests.deploy.network.flows import FLOWS, Flow, name
+from tests.deploy.network.flows import TRIED, Flow, name
 from tests.deploy.network.hosts import unavailable
 from tests.deploy.network.release import OUTSIDE, PORTS, Release
 
@@ -33,7 +33,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
         yield running
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=name)
+@pytest.mark.parametrize("flow", TRIED, ids=name)
 def test_flow_is_needed(flow: Flow, release: Release) -> None:
     """The flow's check holds; without the flow it does not, though it has twice the time."""
     need = need_of(flow)
@@ -63,7 +63,7 @@ def test_what_is_open_is_what_is_listed(release: Release) -> None:
         and not {source, target} <= OUTSIDE.keys()
         and release.connects(source, (release.peers[target].address, port))
     }
-    listed = {(flow["from"], flow["to"], flow.get("port") or min(PORTS[flow["to"]])) for flow in FLOWS}
+    listed = {(flow["from"], flow["to"], flow.get("port") or min(PORTS[flow["to"]])) for flow in TRIED}
     assert open_ports == listed
     assert {pod for pod in release.pods if release.knows_names(pod)} == {who for who, to, _ in listed if to == "dns"}
 

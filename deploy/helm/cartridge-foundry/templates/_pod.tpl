@@ -27,6 +27,9 @@ spec:
   enableServiceLinks: false
   {{- if .job }}
   restartPolicy: Never
+  {{- with include "foundry.trainer.ranks" $root }}
+  subdomain: {{ . }}
+  {{- end }}
   {{- end }}
   terminationGracePeriodSeconds: {{ include "foundry.terminationGracePeriodSeconds" $values }}
   securityContext:

@@ -24,6 +24,7 @@ tests: {{ .Values.tests.enabled }}
 jobs: {{ eq .Values.trainer.mode "jobs" }}
 hub: {{ ne .Values.model.hub.id "" }}
 otlp: {{ ne .Values.monitoring.otlpEndpoint "" }}
+ranks: {{ ne (include "foundry.trainer.ranks" .) "" }}
 {{- end -}}
 
 {{/* Ports of a flow to something whose port the values decide. Takes root and name. */}}
@@ -65,16 +66,16 @@ otlp: {{ ne .Values.monitoring.otlpEndpoint "" }}
 {{- end -}}
 {{- end -}}
 
-{{/* One rule. Takes root, flow and side (from or to). */}}
+{{/* One rule. Takes root, flow and side (from or to). A flow without ports is for all of them. */}}
 {{- define "foundry.network.rule" -}}
-- ports:
-    {{- if .flow.port }}
-    - {port: {{ .flow.port }}, protocol: TCP}
-    {{- else }}
-    {{- include "foundry.network.ports" (dict "root" .root "name" .flow.to) | trim | nindent 4 }}
-    {{- end }}
-  {{- with include "foundry.network.peers" (dict "root" .root "name" (get .flow .side)) }}
-  {{ $.side }}:
-    {{- . | nindent 4 }}
-  {{- end }}
+{{- $rule := dict -}}
+{{- if .flow.port }}
+{{- $_ := set $rule "ports" (list (dict "port" .flow.port "protocol" "TCP")) }}
+{{- else if include "foundry.network.ports" (dict "root" .root "name" .flow.to) | trim }}
+{{- $_ := set $rule "ports" (include "foundry.network.ports" (dict "root" .root "name" .flow.to) | fromYamlArray) }}
+{{- end }}
+{{- with include "foundry.network.peers" (dict "root" .root "name" (get .flow .side)) }}
+{{- $_ := set $rule $.side (. | fromYamlArray) }}
+{{- end }}
+{{- list $rule | toYaml }}
 {{- end -}}

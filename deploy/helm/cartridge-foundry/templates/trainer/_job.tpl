@@ -24,10 +24,20 @@ spec:
       # The run failed and its record says why: another attempt would fail too.
       - action: FailJob
         onExitCodes: {containerName: trainer, operator: In, values: [3]}
+      # It ended because another pod of the run did.
+      - action: Ignore
+        onExitCodes: {containerName: trainer, operator: In, values: [4]}
       # Evicted or preempted: no fault of the run.
       - action: Ignore
         onPodConditions: [{type: DisruptionTarget, status: "True"}]
   {{- end }}
   template:
     {{- include "foundry.podTemplate" $ctx | nindent 4 }}
+{{- end -}}
+
+{{/* The name under which the pods of one run find each other; nothing where a run has one pod. */}}
+{{- define "foundry.trainer.ranks" -}}
+{{- if and (eq .Values.trainer.mode "jobs") (gt (int (dig "jobs" "max_nodes" 1 .Values.gateway.settings)) 1) -}}
+{{ include "foundry.name" (dict "root" . "name" "ranks") }}
+{{- end -}}
 {{- end -}}

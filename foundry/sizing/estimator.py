@@ -2,7 +2,7 @@
 
 Bytes are counted; times come from a roofline (https://doi.org/10.1145/1498765.1498785): what is read over the memory
 bandwidth, what is computed over the FLOP/s, each times the share of the datasheet that was measured
-(`foundry.hardware`). Times of a step's parts are added up, not overlapped. Shapes: `foundry.model_shape`.
+(`foundry.sizing.hardware`). Times of a step's parts are added up, not overlapped. Shapes: `foundry.sizing.shape`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from foundry.errors import InvalidArgument
-from foundry.hardware import Device, Engine
-from foundry.model_shape import ModelShape
-from foundry.workload import Keeping, Rollout, Serving, Sizing, Step, Store, Teacher, Trainer, Training
+from foundry.sizing.hardware import Device, Engine
+from foundry.sizing.shape import ModelShape
+from foundry.sizing.workload import Keeping, Rollout, Serving, Sizing, Step, Store, Teacher, Trainer, Training
 
 USABLE_MEMORY = 0.9
 """Share of a device's memory that is planned with: vLLM's default for `gpu_memory_utilization`."""
@@ -38,8 +38,8 @@ LINK_GBIT_PER_S = 25.0
 class Estimator:
     """The arithmetic for one model on one kind of device.
 
-    `decode_efficiency` is decoding speed relative to the engine's model in `foundry.hardware`. Raises InvalidArgument
-    where the workload does not fit at all, saying what would.
+    `decode_efficiency` is decoding speed relative to the engine's model in `foundry.sizing.hardware`. Raises
+    InvalidArgument where the workload does not fit at all, saying what would.
     """
 
     shape: ModelShape

@@ -1,4 +1,4 @@
-"""A workload, and what `foundry.sizing` says that it takes."""
+"""A workload, and what `foundry.sizing.estimator` says that it takes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Rollout(Fleet):
     tokens_per_second: float
     prefill_seconds: float
     requests_per_second: float
-    """Capacity of one replica, before `foundry.sizing.UTILISATION`."""
+    """Capacity of one replica, before `foundry.sizing.estimator.UTILISATION`."""
     resident_cartridges: int
     """Of one replica, beside a full batch; what does not fit comes from host memory, or the store."""
 
@@ -108,7 +108,7 @@ class Store:
     redis_bytes: float
     objects_bytes: float
     version_seconds: float
-    """One version over the network once, at `foundry.sizing.LINK_GBIT_PER_S`."""
+    """One version over the network once, at `foundry.sizing.estimator.LINK_GBIT_PER_S`."""
     network_bytes_per_version: float
     """The trainer publishes it once and every rollout replica fetches it."""
 

@@ -1,0 +1,1 @@
+"""How much hardware a workload takes: an estimate from datasheets and from what was measured. Imports no torch."""

@@ -1,0 +1,32 @@
+"""What every rank of a trainer is built of: a port, the model, its place in the group."""
+
+from __future__ import annotations
+
+import asyncio
+
+import torch
+
+from foundry.lm import FrozenLM
+from foundry.rpc.server import Server
+from foundry.telemetry.gpu import observe_gpus
+from foundry.v1 import trainer_pb2
+from services.trainer.group import Group, Seat
+from services.trainer.settings import TrainerSettings
+
+
+def listen(settings: TrainerSettings) -> Server:
+    """Raises PortTaken."""
+    return Server(settings.listen, [trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]], settings.tls)
+
+
+async def load(settings: TrainerSettings) -> FrozenLM:
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
+    observe_gpus()
+    return lm
+
+
+async def join(settings: TrainerSettings, seat: Seat, lm: FrozenLM) -> Group:
+    """Returns when all ranks are there. Raises RankLost."""
+    return await asyncio.to_thread(Group, seat, lm.device, settings.rank_timeout_seconds)

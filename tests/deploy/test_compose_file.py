@@ -1,0 +1,75 @@
+"""docker-compose.yml, as far as it can be judged without an engine; `make e2e-compose` runs it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from foundry.settings import ServiceSettings
+from services.gateway.settings import GatewaySettings
+from services.rollout.settings import RolloutSettings
+from services.teacher.settings import TeacherSettings
+from services.trainer.settings import TrainerSettings
+
+ROOT = Path(__file__).parents[2]
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+OURS: dict[str, type[ServiceSettings]] = {
+    "gateway": GatewaySettings,
+    "rollout": RolloutSettings,
+    "teacher": TeacherSettings,
+    "trainer": TrainerSettings,
+}
+ONE_SHOT = {"model", "bucket"}
+
+
+def interpolated(value: str) -> str:
+    """With the defaults of its variables."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SERVICES if name.removesuffix("-gpu") in OURS))
+def test_variables_are_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOUNDRY_MODEL", "/model")
+    for variable, value in SERVICES[name]["environment"].items():
+        monkeypatch.setenv(variable, interpolated(str(value)))
+    settings = OURS[name.removesuffix("-gpu")].parse([])
+    known = {f"FOUNDRY_{field.upper()}" for field in type(settings).model_fields}
+    unknown = {each for each in SERVICES[name]["environment"] if each.partition("__")[0] not in known}
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_locked_down_and_bounded(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["logging"]["options"]["max-size"]
+    # A GPU's service has all of the machine's memory.
+    assert name in ONE_SHOT or name.endswith("-gpu") or service["deploy"]["resources"]["limits"]["memory"]
+    assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_are_pinned(name: str) -> None:
+    tag = interpolated(SERVICES[name]["image"]).rpartition(":")[2]
+    assert re.match(r"v?\d", tag), tag
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_whoever_needs_another_waits_for_it(name: str) -> None:
+    for other, how in SERVICES[name].get("depends_on", {}).items():
+        expected = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
+        assert how["condition"] == expected, other
+
+
+def test_a_grace_ends_before_the_kill() -> None:
+    for name in ("rollout", "teacher", "trainer", "gateway"):
+        grace = SERVICES[name]["environment"].get(
+            "FOUNDRY_GRACE_SECONDS", OURS[name].model_fields["grace_seconds"].default
+        )
+        assert float(grace) < float(SERVICES[name]["stop_grace_period"].removesuffix("s"))

@@ -1,0 +1,60 @@
+"""The Dockerfiles, as far as they can be judged without an engine; `make e2e-compose` runs what they make."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GATEWAY = ROOT / "services" / "gateway" / "Dockerfile"
+WITH_MODEL = [ROOT / "services" / name / "Dockerfile" for name in ("rollout", "teacher", "trainer")]
+DEMO_MODEL = ROOT / "deploy" / "images" / "demo-model" / "Dockerfile"
+ALL = [GATEWAY, *WITH_MODEL, DEMO_MODEL]
+BUILD = re.compile(r"^FROM \S+ AS build\n.*?(?=^FROM )", re.MULTILINE | re.DOTALL)
+DEPENDENCIES = re.compile(r"^FROM \S+ AS build\n.*?pip install --constraint[^\n]*\n", re.MULTILINE | re.DOTALL)
+
+
+def in_words(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("dockerfile", ALL, ids=in_words)
+def test_hadolint_finds_nothing(dockerfile: Path) -> None:
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    done = subprocess.run([hadolint, dockerfile], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dockerfile", ALL, ids=in_words)
+def test_containers_are_not_root(dockerfile: Path) -> None:
+    (user,) = re.findall(r"^USER (\S+)$", dockerfile.read_text(), re.MULTILINE)
+    assert user == "65532:65532"
+
+
+@pytest.mark.parametrize("dockerfile", [GATEWAY, *WITH_MODEL], ids=in_words)
+def test_services_say_what_they_are_and_how_they_do(dockerfile: Path) -> None:
+    text, name = dockerfile.read_text(), dockerfile.parent.name
+    assert f'ENTRYPOINT ["python", "-m", "services.{name}.main"]' in text
+    assert "HEALTHCHECK" in text
+    for label in ("title", "description", "licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{label}=" in text
+
+
+def test_what_has_the_model_is_built_once() -> None:
+    """Equal instructions are one layer: torch is stored once, though three images and the demo model's have it."""
+    assert len({BUILD.findall(path.read_text())[0] for path in WITH_MODEL}) == 1
+    assert len({DEPENDENCIES.findall(path.read_text())[0] for path in [*WITH_MODEL, DEMO_MODEL]}) == 1
+
+
+def test_only_what_is_built_from_reaches_the_builder() -> None:
+    """A key or a cache beside the sources is in no image."""
+    first, *rest = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")
+    ]
+    assert first == "*"
+    admitted = {line[1:] for line in rest if line.startswith("!")}
+    assert admitted == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "foundry", "services"}

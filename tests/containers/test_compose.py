@@ -195,7 +195,7 @@ def _image_bytes(image: str) -> int:
 def _write(stack: Compose) -> None:
     base_bytes = _image_bytes(BASE)
     images = {
-        container["Config"]["Image"]: _image_bytes(container["Image"]) - base_bytes
+        container["Config"]["Image"].rpartition(":")[0]: _image_bytes(container["Image"]) - base_bytes
         for container in stack.containers("gateway", "rollout", "teacher", "trainer")
     }
     result = {

@@ -52,6 +52,9 @@ spec:
       ports:
         - {name: {{ $service.portName }}, containerPort: {{ $service.port }}, protocol: TCP}
         - {name: metrics, containerPort: 9090, protocol: TCP}
+        {{- if and .job (include "foundry.trainer.ranks" $root) }}
+        - {name: rendezvous, containerPort: 29500, protocol: TCP}
+        {{- end }}
       {{- include "foundry.probes" . | trim | nindent 6 }}
       {{- if gt (int $values.preStopSeconds) 0 }}
       lifecycle:

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
+from opentelemetry import trace
+
 from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes
 from foundry.store import metrics
@@ -18,6 +20,7 @@ from foundry.store.settings import StoreSettings
 from foundry.store.upkeep.condemned import while_condemned
 
 _ATTEMPTS = 3
+_tracer = trace.get_tracer(__name__)
 
 Keep = Callable[[Manifest, CartridgeBytes], Awaitable[None]]
 """Makes a version that Redis shows durable, with the bytes at hand."""
@@ -33,6 +36,20 @@ class Publisher:
         self._settings, self._keep = settings, keep
 
     async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
+        about: dict[str, str | int] = {
+            "foundry.name": draft.name,
+            "foundry.step": draft.step,
+            "foundry.durable": durable,
+        }
+        with (
+            _tracer.start_as_current_span("store.publish", attributes=about) as span,
+            metrics.STAGE_SECONDS.labels("publish", "total").time(),
+        ):
+            manifest = await self._publish(stored, draft, durable=durable)
+            span.set_attributes({"foundry.version": manifest.version, "foundry.digest": manifest.digest})
+            return manifest
+
+    async def _publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
         for _ in range(_ATTEMPTS):
             await self._pointers.check_owner(draft)
             token = uuid.uuid4().hex

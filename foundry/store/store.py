@@ -14,12 +14,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import structlog
-from opentelemetry import trace
 
 from foundry.errors import (
     CartridgeNotFound,
     Conflict,
-    DigestMismatch,
     Fenced,
     InvalidArgument,
     StoreRefused,
@@ -33,6 +31,7 @@ from foundry.store.durable.checkpoints import Checkpoints
 from foundry.store.durable.documents import DocumentStore
 from foundry.store.durable.objects import Objects
 from foundry.store.durable.versions import Durable
+from foundry.store.fetch import Fetcher
 from foundry.store.hot.bytes import HotBytes
 from foundry.store.hot.connection import Connection
 from foundry.store.hot.pointers import Pointers, Published
@@ -49,7 +48,6 @@ from foundry.store.upkeep.sweep import Retention, Sweeper, Swept
 from foundry.store.upkeep.verify import Checked, Verifier
 
 log = structlog.get_logger(__name__)
-_tracer = trace.get_tracer(__name__)
 
 _LAST_KNOWN_REFERENCES = 1024
 _LEASE_WHILE_COPYING_SECONDS = 600.0
@@ -69,12 +67,12 @@ class CartridgeStore:
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
         self._condemned = Condemned(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._fetcher = Fetcher(self._pointers, self._durable, self._hot)
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
         # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
         self._last_known: OrderedDict[Reference, tuple[CartridgeId, float]] = OrderedDict()
-        self._fetches: dict[str, asyncio.Task[CartridgeBytes]] = {}
         self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 
     @classmethod
@@ -107,12 +105,10 @@ class CartridgeStore:
             log.warning("store_opened_without_redis", error=error.message)
 
     async def close(self) -> None:
-        tasks: list[asyncio.Task[Rebuilt | None] | asyncio.Task[CartridgeBytes]] = [*self._fetches.values()]
         if self._rebuild is not None:
-            tasks.append(self._rebuild)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._rebuild.cancel()
+            await asyncio.gather(self._rebuild, return_exceptions=True)
+        await self._fetcher.close()
         self._hot.close()
         await self._connection.close()
 
@@ -157,28 +153,10 @@ class CartridgeStore:
         """Store the bytes, then the manifest, then move `latest` forward and announce the version.
 
         Repeating a publish (same run, step and digest) returns the version it made; if durable, its blob is written
-        again, over one that may be damaged. Raises Fenced unless `draft.run`
-        and `draft.attempt` hold the name. After an error nothing has become visible and the call may be repeated.
+        again, over one that may be damaged. Raises Fenced unless `draft.run` and `draft.attempt` hold the name. After
+        an error nothing has become visible and the call may be repeated.
         """
-        attributes: dict[str, str | int] = {
-            "foundry.name": draft.name,
-            "foundry.step": draft.step,
-            "foundry.durable": durable,
-        }
-        with (
-            _tracer.start_as_current_span("store.publish", attributes=attributes) as span,
-            metrics.STAGE_SECONDS.labels("publish", "total").time(),
-        ):
-            manifest = await self._publisher.publish(stored, draft, durable=durable)
-            span.set_attributes(
-                {
-                    "foundry.name": manifest.name,
-                    "foundry.version": manifest.version,
-                    "foundry.digest": manifest.digest,
-                    "foundry.durable": durable,
-                }
-            )
-            return manifest
+        return await self._publisher.publish(stored, draft, durable=durable)
 
     # Reading
 
@@ -228,60 +206,14 @@ class CartridgeStore:
 
         Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
         """
-        check_digest(digest)
-        failure: StoreUnavailable | DigestMismatch | None = None
-        try:
-            if (hot := await self._hot.header(digest)) is not None:
-                return hot
-        except (StoreUnavailable, DigestMismatch) as error:
-            failure = error
-        if (blob := await self._durable.header(digest)) is not None:
-            return blob
-        raise failure or CartridgeNotFound(f"no cartridge has digest {digest}", field="digest")
+        return await self._fetcher.header(check_digest(digest))
 
     async def fetch(self, digest: str) -> CartridgeBytes:
         """The bytes that `digest` names, verified. Concurrent fetches of one digest share one transfer.
 
         Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
         """
-        check_digest(digest)
-        task = self._fetches.get(digest)
-        if task is None:
-            task = self._fetches[digest] = asyncio.create_task(self._fetch_timed(digest))
-            task.add_done_callback(lambda _: self._fetches.pop(digest, None))
-        # Shielded: the first caller may give up while others still wait.
-        return await asyncio.shield(task)
-
-    async def _fetch_timed(self, digest: str) -> CartridgeBytes:
-        with (
-            _tracer.start_as_current_span("store.fetch", attributes={"foundry.digest": digest}),
-            metrics.STAGE_SECONDS.labels("fetch", "total").time(),
-        ):
-            return await self._fetch(digest)
-
-    async def _fetch(self, digest: str) -> CartridgeBytes:
-        failure: StoreUnavailable | DigestMismatch | None = None
-        try:
-            if (hot := await self._hot.get(digest)) is not None:
-                metrics.FETCHED.labels("hot").inc()
-                return hot
-        except StoreUnavailable as error:
-            failure = error
-        except DigestMismatch as error:
-            failure = error
-            metrics.MISMATCHES.labels("hot").inc()
-            log.error("hot_bytes_corrupt", digest=digest, error=error.message)
-            with suppress(StoreUnavailable):
-                await self._pointers.drop_bytes(digest)
-        try:
-            blob = await self._durable.get_blob(digest)
-        except DigestMismatch:
-            metrics.MISMATCHES.labels("durable").inc()
-            raise
-        if blob is not None:
-            metrics.FETCHED.labels("durable").inc()
-            return blob
-        raise failure or CartridgeNotFound(f"no cartridge has digest {digest}", field="digest")
+        return await self._fetcher.fetch(check_digest(digest))
 
     async def manifest(self, name: str, version: int) -> Manifest:
         """Raises CartridgeNotFound."""

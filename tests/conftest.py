@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis  # noqa: F401
 import pytest
 
-from foundry.store import CartridgeStore, StoreSettings
+from foundry.store import CartridgeStore, RunStore, StoreSettings
 from tests.seaweed import Seaweed
 from tests.valkey import PASSWORD, TESTER, Valkey
 
@@ -75,3 +75,8 @@ async def store(store_settings: StoreSettings) -> AsyncIterator[CartridgeStore]:
     opened = await CartridgeStore.open(store_settings)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def runs(store: CartridgeStore) -> RunStore:
+    return store.runs

@@ -1,11 +1,11 @@
-"""Small cartridges and drafts for tests of the store."""
+"""Small cartridges, drafts and runs for tests of the store."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.store import ManifestDraft, RunSpec, SelfStudyPrompts
+from foundry.store import ClaimedRun, ManifestDraft, RunSpec, RunStore, SelfStudyPrompts
 
 FINGERPRINT = "blake3:" + "ab" * 32
 DOCUMENT = "blake3:" + "cd" * 32
@@ -38,3 +38,10 @@ def run_spec(name: str = "report", **values: Any) -> RunSpec:
         "prompts": SelfStudyPrompts(num_prompts=4),
     }
     return RunSpec(name=name, **(settings | values))
+
+
+async def claim(runs: RunStore, worker: str = "worker-0", *, lease_seconds: float = 60) -> ClaimedRun:
+    """The next run, also if its lease has yet to end."""
+    claimed = await runs.claim(worker, lease_seconds, timeout_seconds=10)
+    assert claimed is not None
+    return claimed

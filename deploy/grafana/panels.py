@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import common, stat, timeseries
 from grafana_foundation_sdk.builders import dashboard as build
@@ -117,8 +118,8 @@ def series(
         # Steps may be further apart than scrapes.
         .span_nulls(3_600_000)
     )
-    for letter, each in zip("ABCDEFGH", queries, strict=False):
-        panel.with_target(each.ref_id(letter))
+    for index, each in enumerate(queries):
+        panel.with_target(each.ref_id(ascii_uppercase[index]))
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
     if logarithmic:

@@ -34,7 +34,9 @@ def serving() -> Dashboard:
         "Are people answered in time, do the rollout servers keep up, and are cartridges in memory when asked for?",
         [
             Question("Are people answered, and in time?", _answered(), 4),
+            Question("Is the gateway well?", _gateway(), 4),
             Question("Do the rollout servers keep up?", _keeping_up(), 4),
+            Question("What are the sequences like?", _sequences(), 4),
             Question("Is there KV memory left?", _kv()),
             Question("Are the cartridges where they are needed?", _residency()),
             Question("What goes wrong?", _errors(), 4),
@@ -75,6 +77,11 @@ def _answered() -> Panels:
             "Which route is slow? Streams until their end, 95th percentile.",
             query(quantile(0.95, anywhere("foundry_gateway_request_seconds", _API), "route"), "{{route}}"),
         ),
+    ]
+
+
+def _gateway() -> Panels:
+    return [
         series(
             "Tokens of answers",
             "tok/s",
@@ -166,6 +173,11 @@ def _keeping_up() -> Panels:
             query(mean(chosen("vllm:request_decode_time_seconds")), "decode"),
             stacked=True,
         ),
+    ]
+
+
+def _sequences() -> Panels:
+    return [
         series(
             "How sequences end",
             "ops",

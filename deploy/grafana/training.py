@@ -33,6 +33,7 @@ def training() -> Dashboard:
         "Does a run go on, does it learn, is what it learns from what it claims to be, and where does the time go?",
         [
             Question("Does it go on?", _going_on()),
+            Question("How do runs end, and what do they wait for?", _ends()),
             Question("Does it learn?", _learning(), 4),
             Question("Is it trained on what it claims?", _identity()),
             Question("Are the answers fit to learn from?", _answers()),
@@ -89,6 +90,11 @@ def _going_on() -> Panels:
             "How fast does it learn? Answer tokens that went into an update.",
             query(total_rate(chosen("foundry_trainer_tokens_total"), "pod", "instance"), PROCESS),
         ),
+    ]
+
+
+def _ends() -> Panels:
+    return [
         series(
             "Runs let go of",
             "short",

@@ -50,11 +50,6 @@ async def gateway(kube: KubeApi, store: CartridgeStore) -> AsyncIterator[Gateway
         await jobs.close()
 
 
-@pytest.fixture
-def runs(store: CartridgeStore) -> RunStore:
-    return store.runs
-
-
 def name(run_id: str) -> str:
     return f"foundry-{run_id}"
 

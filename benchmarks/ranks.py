@@ -22,10 +22,10 @@ from benchmarks.gpu_swap import build
 from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
-from services.trainer.follower import follow
 from services.trainer.gradient import Signal
-from services.trainer.group import Group, Seat
-from services.trainer.ranks import Leader
+from services.trainer.ranks.follower import follow
+from services.trainer.ranks.group import Group, Seat
+from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.step import TrainingStep
 

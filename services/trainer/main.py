@@ -12,11 +12,11 @@ from foundry import telemetry
 from foundry.errors import RankLost
 from foundry.store import CartridgeStore, RunState
 from foundry.v1 import trainer_pb2_grpc
-from services.trainer.accompany import accompany
 from services.trainer.exits import FAILED, RANK_LOST, STOPPED
-from services.trainer.group import Seat
 from services.trainer.parts import join, listen, load
-from services.trainer.ranks import Leader
+from services.trainer.ranks.accompany import accompany
+from services.trainer.ranks.group import Seat
+from services.trainer.ranks.leader import Leader
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker import Worker

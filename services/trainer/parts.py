@@ -10,7 +10,7 @@ from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import trainer_pb2
-from services.trainer.group import Group, Seat
+from services.trainer.ranks.group import Group, Seat
 from services.trainer.settings import TrainerSettings
 
 

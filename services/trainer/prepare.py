@@ -19,7 +19,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut, read_prompts
 from services.trainer.patience import Patience
-from services.trainer.ranks import Leader
+from services.trainer.ranks.leader import Leader
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Answer, Prompt, derive_seed

@@ -17,7 +17,7 @@ from foundry.lm import FrozenLM
 from foundry.objectives import Objective
 from services.trainer.gradient import Scores, Signal, backward
 from services.trainer.proof import Mismatch, prove
-from services.trainer.ranks import Leader
+from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 
 

@@ -17,7 +17,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.patience import Patience
 from services.trainer.prepare import Preparation
-from services.trainer.ranks import Leader
+from services.trainer.ranks.leader import Leader
 from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
 

@@ -276,7 +276,9 @@ DOCUMENTS = [f"The harbour {number} is open again." for number in range(9)]
 
 
 async def test_each_document_has_one_teacher(teachers: Teachers) -> None:
-    for document in DOCUMENTS:
+    # The port is part of an address, so who gets what differs from run to run: with so many, none gets nothing.
+    documents = [f"The harbour {number} is open again." for number in range(60)]
+    for document in documents:
         # A second run, and the gateway before either, come to the same one.
         gateways = GatewayTeacher(teachers.pods())
         assert await gateways.context_tokens(document, teachers.lm.spec.fingerprint)
@@ -285,7 +287,7 @@ async def test_each_document_has_one_teacher(teachers: Teachers) -> None:
             trainers = teachers.trainers(document)
             await trainers.put_context()
             await trainers.score(SAMPLES, FORWARD)
-    assert sum(teachers.holding().values()) == len(DOCUMENTS)
+    assert sum(teachers.holding().values()) == len(documents)
     assert min(teachers.holding().values()) > 0
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from foundry.errors import InvalidArgument, PolicyMismatch, ShapeMismatch
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective, TopK
-from services.trainer.follower import follow
 from services.trainer.gradient import Signal
-from services.trainer.group import Group, Seat
-from services.trainer.ranks import Leader
+from services.trainer.ranks.follower import follow
+from services.trainer.ranks.group import Group, Seat
+from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.step import TrainingStep, Update
 from tests.unit.test_packing import FORWARD, make_cartridge, make_samples, make_signals, with_own_logprobs

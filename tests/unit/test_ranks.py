@@ -17,8 +17,8 @@ from torch import Tensor
 
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
-from services.trainer.group import Message
-from services.trainer.share import Share, share_out
+from services.trainer.ranks.group import Message
+from services.trainer.ranks.share import Share, share_out
 from tests.tiny import build_tiny_model
 from tests.unit import ranks_steps
 from tests.unit.ranks_steps import CASES

@@ -6,9 +6,9 @@ import asyncio
 
 import structlog
 
-from services.trainer.follower import follow
-from services.trainer.group import Seat
 from services.trainer.parts import join, listen, load
+from services.trainer.ranks.follower import follow
+from services.trainer.ranks.group import Seat
 from services.trainer.settings import TrainerSettings
 
 log = structlog.get_logger(__name__)

@@ -1,8 +1,8 @@
 """Rank 0's side of a gradient that several GPUs compute: everything else of a run is its own.
 
-The others (`services.trainer.follower`) keep nothing from step to step. They get the prefix as it was published and
-their samples; back come losses, logprobs and entropies, so that rank 0 proves all samples, and the sum of gradients.
-The shares follow from the samples alone: the same ranks come to the same bits again.
+The others (`services.trainer.ranks.follower`) keep nothing from step to step. They get the prefix as it was published
+and their samples; back come losses, logprobs and entropies, so that rank 0 proves all samples, and the sum of
+gradients. The shares follow from the samples alone: the same ranks come to the same bits again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from foundry.errors import BY_REASON, FoundryError
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
 from services.trainer.gradient import Scores, Signal, backward
-from services.trainer.group import Group, Message
+from services.trainer.ranks.group import Group, Message
+from services.trainer.ranks.share import Share, share_out
 from services.trainer.sample import Sample
-from services.trainer.share import Share, share_out
 
 # How often followers that have nothing to do hear that rank 0 is alive, and it whether they are.
 BEAT_SECONDS = 2.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from foundry.identity import CartridgeHeader
 from foundry.objectives import Objective, TopK
 from services.trainer.gradient import Signal, join
-from services.trainer.group import Message
+from services.trainer.ranks.group import Message
 from services.trainer.sample import Sample
 
 

@@ -9,8 +9,8 @@ from foundry.cartridge import TrainableCartridge
 from foundry.errors import FoundryError
 from foundry.lm import FrozenLM
 from services.trainer.gradient import Scores, backward
-from services.trainer.group import Group, Message
-from services.trainer.share import Share
+from services.trainer.ranks.group import Group, Message
+from services.trainer.ranks.share import Share
 
 
 def follow(lm: FrozenLM, group: Group) -> int:

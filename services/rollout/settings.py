@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from foundry.model_settings import ModelSettings
 from foundry.store import StoreSettings
 
 
+class VllmSettings(BaseModel):
+    """The vLLM engine; read with engine=vllm only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory for weights, activations and KV."""
+
+    kv_bytes: int | None = Field(default=None, ge=1)
+    """KV memory. Unset: what gpu_memory_utilization leaves. Resident cartridges are in host memory; those in use also
+    take their place here, once for all sequences."""
+
+    max_context_tokens: int | None = Field(default=None, ge=2)
+    """Most tokens of cartridges, prompt and answer together. Unset: the model's context; KV memory must hold one such
+    sequence."""
+
+    cuda_graphs: bool = True
+    """Compile the model and capture CUDA graphs at the start: minutes there, a faster decode afterwards."""
+
+
 class RolloutSettings(ModelSettings):
     """The rollout service: answers behind cartridges."""
+
+    engine: Literal["torch", "vllm"] = "torch"
+    """What decodes: torch (built in) or vllm (for GPUs; the image's vllm variant, or the extra `vllm`)."""
+
+    vllm: VllmSettings = Field(default_factory=VllmSettings)
+    """The vLLM engine."""
 
     listen: str = "127.0.0.1:7001"
     """host:port to serve gRPC on; port 0 takes a free one."""

@@ -21,7 +21,7 @@ from benchmarks.gpu_swap import build, random_cartridge, request
 from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
 from services.teacher.scorer import Item, Want, micro_batches, score
 from services.trainer.sample import Sample
 from services.trainer.step import TrainingStep

@@ -24,8 +24,8 @@ from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
 from foundry.memory import allocate
 from services.rollout.engine import SamplingParams, SequenceRequest
-from services.rollout.engine.sequence import LoadedCartridge
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
+from services.rollout.engine.torch.sequence import LoadedCartridge
 from tests.tiny import build_tokenizer
 
 NUM_SEQUENCES, NUM_TOKENS, NUM_LOADS = 32, 2048, 10

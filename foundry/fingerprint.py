@@ -20,10 +20,12 @@ _PATTERNS = (
 def fingerprint_model(directory: Path) -> str:
     """BLAKE3 over the names and digests of the model's configuration, tokenizer, template and weight files.
 
-    Raises ModelNotFound if the directory has no configuration or no safetensors weights.
+    Raises ModelNotFound if there is no directory, or no configuration or no safetensors weights in it.
     """
     from blake3 import blake3
 
+    if not directory.is_dir():
+        raise ModelNotFound(f"no model directory at {directory}")
     files = sorted({path for pattern in _PATTERNS for path in directory.glob(pattern)})
     names = {path.name for path in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):

@@ -9,8 +9,7 @@ E hidden size, V vocabulary; 2 is key and value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foundry.errors import InvalidArgument, ModelNotFound, ModelUnsupported, ShapeMismatch
+from foundry.errors import InvalidArgument, ModelUnsupported
 from foundry.fingerprint import fingerprint_model
-from foundry.identity import CartridgeHeader, Dtype
+from foundry.identity import Dtype
+from foundry.model_info import ModelInfo, resolve_dtype
 
 ATTENTION = "foundry"
-# Rotary types whose angles do not depend on how long the sequence is: only then can cached keys be reused.
-STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 # What models pass to their attention function beside the usual, and what would silently be left out.
 UNSUPPORTED_ATTENTION = ("sliding_window", "softcap", "s_aux")
 
@@ -59,68 +57,19 @@ def _attention(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What a cartridge must agree with."""
-
-    fingerprint: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    max_tokens: int
-    rope: Mapping[str, Any]
-
-    def header(self, num_tokens: int, num_frozen: int, dtype: torch.dtype) -> CartridgeHeader:
-        return CartridgeHeader(
-            model_fingerprint=self.fingerprint,
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            num_tokens=num_tokens,
-            num_frozen=num_frozen,
-            dtype=str(dtype).removeprefix("torch."),
-            rope=dict(self.rope),
-        )
-
-    def check(self, header: CartridgeHeader) -> None:
-        """Raises ShapeMismatch unless a cartridge with this header fits the model, naming every difference."""
-        wanted = self.header(header.num_tokens, header.num_frozen, getattr(torch, header.dtype))
-        differences = [
-            f"{name} {getattr(header, name)!r} (the model has {getattr(wanted, name)!r})"
-            for name in ("model_fingerprint", "num_layers", "num_kv_heads", "head_dim", "rope", "position_offset")
-            if getattr(header, name) != getattr(wanted, name)
-        ]
-        if differences:
-            raise ShapeMismatch(f"cartridge is not for this model: {'; '.join(differences)}")
-
-
 class FrozenLM:
     """A causal language model without gradients on its weights, its tokenizer and what identifies them."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
         """Use `FrozenLM.load`; this takes a model that is already in memory. Raises ModelUnsupported."""
-        config = model.config.get_text_config()
-        _check_supported(config)
+        self.info = ModelInfo.of(model.config, model.generation_config, tokenizer, fingerprint)
         model.set_attn_implementation(ATTENTION)
         model.train(False)
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_VE: Tensor = head.weight
-        self.spec = ModelSpec(
-            fingerprint=fingerprint,
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            hidden_size=config.hidden_size,
-            vocab_size=self.head_VE.shape[0],
-            max_tokens=config.max_position_embeddings,
-            rope=_rope(config),
-        )
-        eos = model.generation_config.eos_token_id if model.generation_config is not None else config.eos_token_id
-        self.eos_ids: frozenset[int] = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
 
     @classmethod
     def load(cls, directory: Path, *, device: str = "cpu", dtype: Dtype = "auto") -> FrozenLM:
@@ -128,12 +77,10 @@ class FrozenLM:
 
         Raises ModelNotFound or ModelUnsupported.
         """
-        if not directory.is_dir():
-            raise ModelNotFound(f"no model directory at {directory}")
         fingerprint = fingerprint_model(directory)
-        if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=resolve_dtype(dtype, device), local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         return cls(model.to(device), tokenizer, fingerprint)
 
@@ -258,21 +205,3 @@ def attend_masked(q_HSD: Tensor, k_GKD: Tensor, v_GKD: Tensor, mask_SK: Tensor, 
     return F.scaled_dot_product_attention(
         q_HSD.unsqueeze(0), k_GKD.unsqueeze(0), v_GKD.unsqueeze(0), attn_mask=mask_SK, scale=scale, enable_gqa=True
     )[0]
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    rope: dict[str, Any] = {key: value for key, value in dict(config.rope_parameters).items() if value is not None}
-    return rope
-
-
-def _check_supported(config: Any) -> None:
-    rope_type = _rope(config).get("rope_type", "default")
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise ModelUnsupported(f"rope type {rope_type!r} is not one of {sorted(STATIC_ROPE_TYPES)}")
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if layer_types != {"full_attention"} or sliding:
-        raise ModelUnsupported("every layer must attend to the whole context: sliding windows are not supported")
-    for name, neutral in (("final_logit_softcapping", None), ("attn_logit_softcapping", None), ("logits_scaling", 1.0)):
-        if (value := getattr(config, name, neutral)) not in (neutral, None):
-            raise ModelUnsupported(f"{name}={value} changes the logits in a way the exact objectives do not know")

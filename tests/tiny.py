@@ -57,11 +57,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(family: Family = "llama", seed: int = 0) -> PreTrainedModel:
+def build_model(family: Family = "llama", seed: int = 0, head_dim: int = 16) -> PreTrainedModel:
     """Random weights, biases and norms, wide enough that attention and logits are far from uniform."""
     shape = {
         "vocab_size": _VOCAB_SIZE,
-        "hidden_size": 64,
+        "hidden_size": 4 * head_dim,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -78,11 +78,11 @@ def build_model(family: Family = "llama", seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         model: PreTrainedModel
         if family == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=16))
+            model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=head_dim))
         elif family == "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**shape))
         else:
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16))
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=head_dim))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -94,10 +94,10 @@ def build_model(family: Family = "llama", seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def build_tiny_model(directory: Path, family: Family = "llama", seed: int = 0) -> Path:
+def build_tiny_model(directory: Path, family: Family = "llama", seed: int = 0, head_dim: int = 16) -> Path:
     """Write a model directory, unless it is there already, and return it."""
     if not (directory / "model.safetensors").exists():
         directory.mkdir(parents=True, exist_ok=True)
         build_tokenizer().save_pretrained(directory)
-        build_model(family, seed).save_pretrained(directory)
+        build_model(family, seed, head_dim).save_pretrained(directory)
     return directory

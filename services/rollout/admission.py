@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
-from foundry.lm import FrozenLM
+from foundry.model_info import ModelInfo
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, rollout_pb2
@@ -34,20 +34,30 @@ class Admission:
 class Admissions:
     """Checks requests for one model."""
 
-    def __init__(self, lm: FrozenLM, template: ChatTemplate, *, max_sequence_tokens: int, max_sequences: int) -> None:
-        """`max_sequences` is of one call."""
-        self._lm = lm
+    def __init__(
+        self,
+        info: ModelInfo,
+        template: ChatTemplate,
+        *,
+        max_context_tokens: int,
+        max_sequence_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        """`max_context_tokens` is of cartridges, prompt and answer, `max_sequence_tokens` of the last two,
+        `max_sequences` of one call."""
+        self._spec, self._tokenizer = info.spec, info.tokenizer
         self._template = template
-        self.max_sequence_tokens = min(max_sequence_tokens, lm.spec.max_tokens)
+        self._max_context_tokens = max_context_tokens
+        self.max_sequence_tokens = max_sequence_tokens
         self._max_sequences = max_sequences
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raises InvalidArgument, FingerprintMismatch."""
         if not fingerprint:
             raise InvalidArgument("model_fingerprint is required", field="model_fingerprint")
-        if fingerprint != self._lm.spec.fingerprint:
+        if fingerprint != self._spec.fingerprint:
             raise FingerprintMismatch(
-                f"the caller means model {fingerprint}, the server has {self._lm.spec.fingerprint}",
+                f"the caller means model {fingerprint}, the server has {self._spec.fingerprint}",
                 field="model_fingerprint",
             )
 
@@ -90,10 +100,10 @@ class Admissions:
         sequence = admission.sequences[0]
         num_prefix = sum(cartridge_tokens[digest] for digest in sequence.digests)
         num_prompt, num_new = len(sequence.prompt_ids), sequence.sampling.max_new_tokens
-        if num_prefix + num_prompt + num_new > self._lm.spec.max_tokens:
+        if num_prefix + num_prompt + num_new > self._max_context_tokens:
             raise InvalidArgument(
                 f"cartridges of {num_prefix} tokens, a prompt of {num_prompt} and max_new_tokens of {num_new} make "
-                f"{num_prefix + num_prompt + num_new}, the model's context is {self._lm.spec.max_tokens}",
+                f"{num_prefix + num_prompt + num_new}, the context is {self._max_context_tokens}",
                 field="sampling.max_new_tokens",
             )
 
@@ -108,14 +118,14 @@ class Admissions:
             case "text":
                 # Behind a cartridge the beginning of the sequence is the cartridge's.
                 field = "text"
-                ids = self._lm.tokenizer(request.text, add_special_tokens=not request.cartridges)["input_ids"]
+                ids = self._tokenizer(request.text, add_special_tokens=not request.cartridges)["input_ids"]
             case _:
                 raise InvalidArgument("set token_ids, conversation or text", field="prompt")
         if not ids:
             raise InvalidArgument("the prompt has no tokens: it needs at least one", field=field)
-        if max(ids) >= self._lm.spec.vocab_size:
+        if max(ids) >= self._spec.vocab_size:
             raise InvalidArgument(
-                f"token id {max(ids)} is outside the vocabulary of {self._lm.spec.vocab_size}", field=field
+                f"token id {max(ids)} is outside the vocabulary of {self._spec.vocab_size}", field=field
             )
         return tuple(ids)
 

@@ -9,12 +9,11 @@ import structlog
 import torch
 
 from foundry import telemetry
-from foundry.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.store import CartridgeStore
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
-from services.rollout.parts import Parts
+from services.rollout.parts import Parts, load_engine
 from services.rollout.prefetch import Prefetch
 from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
@@ -31,10 +30,10 @@ async def serve(settings: RolloutSettings) -> int:
     log.info("listening", port=server.port)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    lm = await asyncio.to_thread(FrozenLM.load, settings.model, device=settings.device, dtype=settings.dtype)
+    info, engine = await asyncio.to_thread(load_engine, settings)
     observe_gpus()
     store = await CartridgeStore.open(settings.store)
-    parts = Parts.build(settings, lm, store)
+    parts = Parts.build(settings, info, engine, store)
     parts.driver.start()
     servicer.begin(parts)
     prefetch = Prefetch(parts.residency, store.subscribe)
@@ -45,7 +44,7 @@ async def serve(settings: RolloutSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await server.set_serving()
-    log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)
+    log.info("serving", port=server.port, engine=settings.engine, model_fingerprint=info.spec.fingerprint)
     ends = [asyncio.create_task(event.wait()) for event in (told, parts.driver.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     # Refuses new calls at once and ends those in flight after the grace period.

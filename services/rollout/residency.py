@@ -18,7 +18,7 @@ from opentelemetry import trace
 from foundry.cartridge import Cartridge
 from foundry.errors import Conflict, DigestMismatch
 from foundry.identity import DTYPE_BYTES, CartridgeBytes, CartridgeHeader, check_digest
-from foundry.lm import ModelSpec
+from foundry.model_info import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout import metrics
 from services.rollout.engine import Engine

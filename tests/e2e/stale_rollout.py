@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from foundry.cartridge import Cartridge
 from services.rollout import main, parts
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
 
 
 class StaleEngine(TorchEngine):

@@ -12,7 +12,7 @@ from foundry.lm import FrozenLM
 from foundry.objectives import Objective
 from foundry.template import ChatTemplate
 from services.rollout.engine import SamplingParams, SequenceRequest
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
 from services.teacher.scorer import Item, Want, score
 from services.trainer.curriculum import HeldOut
 from services.trainer.gradient import Signal

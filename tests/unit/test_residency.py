@@ -18,7 +18,7 @@ from foundry.errors import (
     ShapeMismatch,
 )
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.lm import ModelSpec
+from foundry.model_info import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout.engine import EngineStats
 from services.rollout.residency import Residency

@@ -21,8 +21,8 @@ from foundry.rpc.server import Server
 from foundry.store import CartridgeStore, StoreSettings
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc, teacher_pb2, teacher_pb2_grpc
 from services.rollout.engine import SequenceRequest, TokenOutput
-from services.rollout.engine.torch_engine import TorchEngine
-from services.rollout.parts import Parts
+from services.rollout.engine.torch.engine import TorchEngine
+from services.rollout.parts import Parts, torch_engine
 from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
 from services.teacher.servicer import TeacherServicer
@@ -167,7 +167,7 @@ class RolloutHost(_Host):
         self._store = await self._open_store()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("services.rollout.parts.TorchEngine", observed_engine(self._observer))
-            self.parts = Parts.build(self._settings, self._lm, self._store)
+            self.parts = Parts.build(self._settings, self._lm.info, torch_engine(self._settings, self._lm), self._store)
         self.parts.driver.start()
         self._server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
         servicer = _Rollout(self, self._server)

@@ -21,7 +21,7 @@ from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.driver import Job
-from services.rollout.parts import Parts
+from services.rollout.parts import Parts, torch_engine
 from services.rollout.servicer import RolloutServicer
 from services.rollout.settings import RolloutSettings
 
@@ -172,7 +172,8 @@ async def serving(lm: FrozenLM, directory: Path, gate: Gate | None = None, **set
         **settings,
     }
     source = DictSource()
-    parts = Parts.build(RolloutSettings(**values), lm, source)
+    parsed = RolloutSettings(**values)
+    parts = Parts.build(parsed, lm.info, torch_engine(parsed, lm), source)
     async with served(parts, gate) as channel:
         yield Rollout(lm, parts, source, channel)
 

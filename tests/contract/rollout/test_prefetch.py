@@ -19,7 +19,7 @@ from foundry.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.store import CartridgeId, CartridgeStore, Manifest, ManifestDraft, Published, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.rollout.parts import Parts
+from services.rollout.parts import Parts, torch_engine
 from services.rollout.prefetch import Prefetch
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, served
@@ -90,7 +90,7 @@ async def serving(
     lm: FrozenLM, directory: Path, store: CartridgeStore, store_settings: StoreSettings, *, prefetching: bool = True
 ) -> AsyncIterator[Rollout]:
     settings = RolloutSettings(model=directory, store=store_settings, max_sequences=4, max_sequence_tokens=256)
-    parts = Parts.build(settings, lm, store)
+    parts = Parts.build(settings, lm.info, torch_engine(settings, lm), store)
 
     def subscribe(last_event_id: str) -> AsyncIterator[Published]:
         # From the beginning, so that no test races with the first read of "$".

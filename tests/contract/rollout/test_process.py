@@ -21,7 +21,7 @@ from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout import main
 from services.rollout.engine import TokenOutput
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
 

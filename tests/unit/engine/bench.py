@@ -12,7 +12,7 @@ from torch import Tensor
 from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
-from services.rollout.engine.torch_engine import TorchEngine
+from services.rollout.engine.torch.engine import TorchEngine
 
 # The engine merges two parts of a softmax, the reference computes it in one.
 TOLERANCE = 1e-4

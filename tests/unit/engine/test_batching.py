@@ -9,7 +9,7 @@ import pytest
 
 from foundry.lm import FrozenLM
 from services.rollout.engine import SequenceRequest, TokenOutput
-from services.rollout.engine.attention import StepAttention
+from services.rollout.engine.torch.attention import StepAttention
 from tests.unit.engine.bench import (
     CHUNK,
     SIZES,

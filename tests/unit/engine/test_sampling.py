@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foundry.lm import FrozenLM
 from services.rollout.engine import SamplingParams
-from services.rollout.engine.sampler import draw
+from services.rollout.engine.torch.sampler import draw
 from tests.unit.engine.bench import Bench, ids_of, random_ids, request
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import count
 
-from services.rollout.engine.kv import SlotKV
-from services.rollout.engine.sequence import Sequence
+from services.rollout.engine.torch.kv import SlotKV
+from services.rollout.engine.torch.sequence import Sequence
 
 
 @dataclass(slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.rollout.detokenize import TextStream
 from services.rollout.engine import FinishReason, SequenceRequest
+from services.rollout.engine.completion import Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,11 @@ class Sequence:
     """Its tokens, how many of them have their KV in its slot, and the cartridges fixed at admission."""
 
     def __init__(
-        self, sequence_id: int, request: SequenceRequest, cartridges: SequenceOf[LoadedCartridge], text: TextStream
+        self,
+        sequence_id: int,
+        request: SequenceRequest,
+        cartridges: SequenceOf[LoadedCartridge],
+        completion: Completion,
     ) -> None:
         self.id = sequence_id
         self.cartridges = tuple(cartridges)
@@ -36,7 +40,6 @@ class Sequence:
         # Position of the first own token.
         self.offset = sum(cartridge.num_tokens for cartridge in cartridges)
         self.token_ids = list(request.prompt_ids)
-        self.num_prompt_tokens = len(request.prompt_ids)
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
         self.sampling = request.sampling
@@ -44,7 +47,7 @@ class Sequence:
         self.slot = -1
         self.scheduled_at = 0.0
         self.generator = torch.Generator().manual_seed(request.sampling.seed)
-        self._text = text
+        self._completion = completion
 
     @property
     def num_pending_tokens(self) -> int:
@@ -55,15 +58,7 @@ class Sequence:
     def computed_ids(self) -> list[int]:
         return self.token_ids[: self.num_computed_tokens]
 
-    def append(self, token_id: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
-        """Take a sampled token; returns the text that it completes and whether it was the last."""
+    def append(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self.token_ids.append(token_id)
-        if token_id in eos_ids and not self.sampling.ignore_eos:
-            return self._text.flush(), FinishReason.STOP
-        text = self._text.push(token_id)
-        full = len(self.token_ids) - self.num_prompt_tokens == self.sampling.max_new_tokens
-        if full and not self._text.stopped:
-            text += self._text.flush()
-        if self._text.stopped:
-            return text, FinishReason.STOP
-        return text, FinishReason.LENGTH if full else None
+        return self._completion.append(token_id)

@@ -16,9 +16,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from services.rollout.engine.kv import SlotKV
-from services.rollout.engine.scheduler import Scheduled
-from services.rollout.engine.sequence import LoadedCartridge
+from services.rollout.engine.torch.kv import SlotKV
+from services.rollout.engine.torch.scheduler import Scheduled
+from services.rollout.engine.torch.sequence import LoadedCartridge
 
 Attended = tuple[Tensor, Tensor]
 """Outputs [n, G, R, D] of some tokens and the log-sum-exp of their scores [n, G, R]."""

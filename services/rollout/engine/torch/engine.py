@@ -10,15 +10,15 @@ from torch import Tensor
 
 from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
-from services.rollout.detokenize import TextStream
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
-from services.rollout.engine.attention import StepAttention
-from services.rollout.engine.kv import SlotKV
-from services.rollout.engine.sampler import sample
-from services.rollout.engine.scheduler import Scheduled, Scheduler
-from services.rollout.engine.sequence import LoadedCartridge, Sequence
-from services.rollout.engine.slots import Slots
-from services.rollout.engine.upload import Upload
+from services.rollout.engine.completion import Completion
+from services.rollout.engine.torch.attention import StepAttention
+from services.rollout.engine.torch.kv import SlotKV
+from services.rollout.engine.torch.sampler import sample
+from services.rollout.engine.torch.scheduler import Scheduled, Scheduler
+from services.rollout.engine.torch.sequence import LoadedCartridge, Sequence
+from services.rollout.engine.torch.slots import Slots
+from services.rollout.engine.torch.upload import Upload
 
 # Of what torch allocates, and the store too (foundry.memory).
 _ALIGNMENT_BYTES = 64
@@ -41,8 +41,8 @@ class TorchEngine:
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():
             cartridges = [self._cartridges[digest] for digest in request.digests]
-            text = TextStream(self._text, request.sampling.stop)
-            self._sequences[sequence_id] = Sequence(sequence_id, request, cartridges, text)
+            completion = Completion(request.sampling, self._lm.info.text, self._lm.eos_ids)
+            self._sequences[sequence_id] = Sequence(sequence_id, request, cartridges, completion)
         self._scheduler.add(self._sequences[sequence_id] for sequence_id in requests)
 
     @torch.inference_mode()
@@ -80,10 +80,6 @@ class TorchEngine:
             kv_used_bytes=sum(sequence.num_computed_tokens for sequence in running) * self._kv.token_bytes,
         )
 
-    def _text(self, ids: SequenceOf[int]) -> str:
-        # Special tokens steer; they are not text.
-        return str(self._lm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     def _run(self, batch: SequenceOf[Scheduled]) -> Tensor:
         ids: list[int] = []
         for sequence, num_tokens in batch:
@@ -110,7 +106,7 @@ class TorchEngine:
     def _take(
         self, sequence: Sequence, token_id: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
     ) -> TokenOutput:
-        text, finish_reason = sequence.append(token_id, self._lm.eos_ids)
+        text, finish_reason = sequence.append(token_id)
         if finish_reason is not None:
             self.cancel(sequence.id)
         return TokenOutput(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services.rollout.engine import SamplingParams
-from services.rollout.engine.sequence import Sequence
+from services.rollout.engine.torch.sequence import Sequence
 
 
 class Sampled(NamedTuple):

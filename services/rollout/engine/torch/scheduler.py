@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from services.rollout.engine.sequence import Sequence
-from services.rollout.engine.slots import Slots
+from services.rollout.engine.torch.sequence import Sequence
+from services.rollout.engine.torch.slots import Slots
 
 
 class Scheduled(NamedTuple):

@@ -1,0 +1,346 @@
+"""The vLLM engine on a GPU: python -m benchmarks.gpu_vllm --tokenizer DIRECTORY
+
+A model of Llama-3.2-3B's shape with random weights, in bfloat16. First the numbers: greedy answers behind a 2048-token
+cartridge against a float32 forward, teacher-forced. Then the speed of the engine (seeds, logprobs and text for every
+token, as services ask for them) beside that of vLLM alone in the same process: no cartridge, one that all share, and a
+different one for each. Last, what a new version (234.9 MB) costs those that are decoding.
+
+Runs without the packages that services need besides: torch, transformers and vLLM are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu_swap import random_cartridge
+from foundry.cartridge import Cartridge
+from foundry.lm import FrozenLM
+from foundry.memory import allocate
+from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
+from services.rollout.engine.vllm.engine import VllmEngine
+
+NUM_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2048, 128, 512
+FINGERPRINT = "blake3:" + "0" * 64
+
+
+def write_model(directory: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(directory)
+
+
+def request(seed: int, *digests: str, prompt: int = PROMPT_TOKENS, new: int = NEW_TOKENS, temperature: float = 1.0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, 128000, (prompt,), generator=generator).tolist()
+    sampling = SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed, ignore_eos=True)
+    return SequenceRequest(tuple(ids), digests, sampling)
+
+
+def finish(engine: VllmEngine, requests: Mapping[int, SequenceRequest]) -> dict[int, list[TokenOutput]]:
+    engine.admit(requests)
+    outputs: dict[int, list[TokenOutput]] = {key: [] for key in requests}
+    while engine.stats().num_running or engine.stats().num_waiting:
+        for output in engine.step():
+            outputs[output.sequence_id].append(output)
+    return outputs
+
+
+@torch.no_grad()
+def document_cartridge(lm: FrozenLM, seed: int, num_tokens: int) -> Cartridge:
+    """KV of random text, as an initial cartridge has it, in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    kv = lm.prefill(torch.randint(10, 128000, (num_tokens,), generator=generator).tolist()).to(torch.bfloat16).cpu()
+    header = lm.spec.header(num_tokens, 1, torch.bfloat16)
+    memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16)
+    memory.view(kv.shape).copy_(kv)
+    return Cartridge(header, memory.view(kv.shape))
+
+
+@torch.no_grad()
+def correctness(engine: VllmEngine, exact: FrozenLM) -> list[dict[str, Any]]:
+    """Of two versions and odd sizes: how far the greedy tokens lie below the float32 forward's best, and how far the
+    engine's logprobs are from it. `other_version` is the regret by a version that the answer was not decoded with."""
+    rows = []
+    cartridges = {
+        f"{num_tokens}@{seed}": document_cartridge(exact, 100 * num_tokens + seed, num_tokens)
+        for num_tokens in (NUM_TOKENS, 333)
+        for seed in (1, 2)
+    }
+    for name, cartridge in cartridges.items():
+        engine.load(name, cartridge)
+    for name in cartridges:
+        requests = {seed: request(seed, name, prompt=64, new=64, temperature=0.0) for seed in range(8)}
+        other = name[:-1] + ("2" if name.endswith("1") else "1")
+        regrets, errors, foreign = [], [], []
+        cached = []
+        # The second time out of vLLM's prefix cache.
+        for _ in range(2):
+            for seed, outputs in finish(engine, requests).items():
+                ids = [output.token_id for output in outputs]
+                cached.append(outputs[0].cached_tokens)
+                for digest, found in ((name, regrets), (other, foreign)):
+                    prompt = requests[seed].prompt_ids
+                    kv = cartridges[digest].kv_L2GPD.to("cuda", torch.float32)
+                    hidden = exact.packed_hidden([[*prompt, *ids[:-1]]], [kv])[len(prompt) - 1 :]
+                    logprobs = exact.logits(hidden).log_softmax(dim=-1)
+                    chosen = logprobs.gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0]
+                    found += (logprobs.max(dim=-1).values - chosen).tolist()
+                    if digest == name:
+                        said = torch.tensor([output.logprob for output in outputs], device="cuda")
+                        errors += (said - chosen).abs().tolist()
+        rows.append(
+            {
+                "cartridge": name,
+                "num_answers": 16,
+                "argmax_equal": sum(each == 0 for each in regrets) / len(regrets),
+                "largest_regret_nats": max(regrets),
+                "median_logprob_error": statistics.median(errors),
+                "largest_logprob_error": max(errors),
+                "other_version_median_regret_nats": statistics.median(foreign),
+                "cached_prompt_tokens": sorted(set(cached)),
+            }
+        )
+    for name in cartridges:
+        engine.unload(name)
+    return rows
+
+
+def decode_rate(step: Any, count: Any) -> tuple[float, float]:
+    """Tokens a second from the step on in which all sequences decode until the first ends; and the median step in
+    milliseconds."""
+    tokens, steps, began, last = 0, [], 0.0, 0.0
+    while True:
+        num = count(step())
+        now = time.perf_counter()
+        if not num and not began:
+            continue
+        if num == -1:
+            return tokens / (last - began), statistics.median(steps) * 1e3
+        if began:
+            tokens += num
+            steps.append(now - last)
+        last = now
+        began = began or now
+
+
+def speed(engine: VllmEngine, batch: int, use: list[tuple[str, ...]], ids: Any) -> dict[str, float]:
+    """The engine's decode rate, with and without what services ask for beside the ids."""
+    requests = {next(ids): request(1000 + index, *use[index]) for index in range(batch)}
+    began = time.perf_counter()
+    outputs: dict[int, int] = dict.fromkeys(requests, 0)
+    engine.admit(requests)
+    times: list[tuple[float, int]] = []
+    first = {}
+    while engine.stats().num_running or engine.stats().num_waiting:
+        found = engine.step()
+        now = time.perf_counter()
+        for output in found:
+            outputs[output.sequence_id] += 1
+            first.setdefault(output.sequence_id, now)
+        times.append((now, len(found)))
+    assert all(num == NEW_TOKENS for num in outputs.values())
+    # All of them decode between the last one's first token and the end of the first.
+    start = max(first.values())
+    full = [(now, num) for now, num in times if now >= start and num == batch]
+    span = full[-1][0] - full[0][0]
+    gaps = [b[0] - a[0] for a, b in zip(full, full[1:], strict=False)]
+    return {
+        "decode_tokens_per_second": sum(num for _, num in full[1:]) / span,
+        "median_step_ms": statistics.median(gaps) * 1e3,
+        "seconds_in_all": times[-1][0] - began,
+    }
+
+
+def vllm_alone(engine: VllmEngine, batch: int, ids: Any) -> dict[str, float]:
+    """vLLM's own loop in this process: token ids only, no seed, no logprobs, no connector work."""
+    llm = engine._llm
+    names = {}
+    for index in range(batch):
+        name = next(ids)
+        names[name] = 0
+        # The connector knows every sequence.
+        from services.rollout.engine.vllm.prefix import Prefix
+
+        engine._prefixes[str(name)] = Prefix([], 0)
+        llm.add_request(
+            str(name),
+            vllm.inputs.engine.tokens_input(list(request(5000 + index).prompt_ids)),
+            vllm.SamplingParams(
+                max_tokens=NEW_TOKENS,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+                extra_args={"kv_transfer_params": {"sequence": str(name)}},
+            ),
+        )
+    times, first = [], {}
+    while llm.has_unfinished_requests():
+        found = llm.step()
+        now = time.perf_counter()
+        for output in found:
+            first.setdefault(output.request_id, now)
+        times.append((now, sum(len(output.outputs[0].token_ids) for output in found)))
+    start = max(first.values())
+    full = [(now, num) for now, num in times if now >= start and num == batch]
+    gaps = [b[0] - a[0] for a, b in zip(full, full[1:], strict=False)]
+    for name in names:
+        del engine._prefixes[str(name)]
+    return {
+        "decode_tokens_per_second": sum(num for _, num in full[1:]) / (full[-1][0] - full[0][0]),
+        "median_step_ms": statistics.median(gaps) * 1e3,
+    }
+
+
+def swap(engine: VllmEngine, cartridges: list[Cartridge], ids: Any) -> dict[str, float]:
+    """32 sequences decode behind one cartridge while others are loaded, and one sequence starts behind each."""
+    engine.load("old", cartridges[0])
+    running = {next(ids): request(9000 + index, "old", new=1900) for index in range(32)}
+    engine.admit(running)
+    calm, busy, loads, firsts = [], [], [], []
+    arrived: dict[int, float] = {}
+    loaded: list[str] = []
+
+    def load_all() -> None:
+        for index in range(8):
+            began = time.perf_counter()
+            engine.load(f"new-{index}", cartridges[1 + index % 2])
+            loads.append((time.perf_counter() - began) * 1e3)
+            loaded.append(f"new-{index}")
+            time.sleep(0.1)
+
+    loader = threading.Thread(target=load_all)
+    last = 0.0
+    for index in range(1500):
+        if index == 300:
+            loader.start()
+        while loaded:
+            name = loaded.pop()
+            sequence_id = next(ids)
+            arrived[sequence_id] = time.perf_counter()
+            engine.admit({sequence_id: request(sequence_id, name, new=4)})
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            if output.sequence_id in arrived:
+                firsts.append((now - arrived.pop(output.sequence_id)) * 1e3)
+        if index > 100:
+            (calm if index < 300 else busy).append((now - last) * 1e3)
+        last = now
+        if index > 310 and not loader.is_alive() and not arrived and not loaded:
+            break
+    loader.join()
+    for sequence_id in running:
+        engine.cancel(sequence_id)
+    return {
+        "calm_median_ms": statistics.median(calm),
+        "calm_largest_ms": max(calm),
+        "loading_median_ms": statistics.median(busy),
+        "loading_largest_ms": max(busy),
+        "load_median_ms": statistics.median(loads),
+        "load_first_ms": loads[0],
+        "first_token_median_ms": statistics.median(firsts),
+        "first_token_largest_ms": max(firsts),
+        "num_loads": len(loads),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=Path("/tmp/gpu-vllm-model"))
+    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "gpu_vllm.json")
+    parser.add_argument("--eager", action="store_true")
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").exists():
+        write_model(arguments.model)
+        torch.cuda.empty_cache()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    exact = FrozenLM(model.to("cuda"), tokenizer, FINGERPRINT)
+    began = time.perf_counter()
+    engine = VllmEngine(
+        arguments.model,
+        exact.info,
+        device="cuda",
+        dtype=torch.bfloat16,
+        max_sequences=256,
+        max_context_tokens=4096,
+        prefill_tokens_per_step=8192,
+        gpu_memory_utilization=0.8,
+        kv_bytes=44 * 1024**3,
+        cuda_graphs=not arguments.eager,
+    )
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "engine_start_seconds": time.perf_counter() - began,
+    }
+    from itertools import count
+
+    ids = count(100)
+    result["correct"] = correctness(engine, exact)
+    print(json.dumps(result, indent=1), flush=True)
+    bf16 = FrozenLM.__new__(FrozenLM)
+    bf16.info, bf16.spec = exact.info, exact.spec
+    del exact
+    cartridges = [random_cartridge_of(bf16, seed) for seed in range(9)]
+    for index, cartridge in enumerate(cartridges[:8]):
+        engine.load(f"c{index}", cartridge)
+    rows = []
+    for batch in (32, 256):
+        for round_ in range(2):
+            for name, use in (
+                ("no cartridge", [()] * batch),
+                ("one shared", [("c0",)] * batch),
+                ("8 distinct", [(f"c{index % 8}",) for index in range(batch)]),
+            ):
+                rows.append({"batch": batch, "round": round_, "case": name, **speed(engine, batch, use, ids)})
+                print(rows[-1], flush=True)
+            rows.append({"batch": batch, "round": round_, "case": "vLLM alone", **vllm_alone(engine, batch, ids)})
+            print(rows[-1], flush=True)
+    result["speed"] = rows
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+    for index in range(8):
+        engine.unload(f"c{index}")
+    result["swap"] = [swap(engine, cartridges, ids) for _ in range(2)]
+    print(json.dumps(result["swap"], indent=1))
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def random_cartridge_of(lm: FrozenLM, seed: int) -> Cartridge:
+    header = lm.spec.header(NUM_TOKENS, 1, torch.bfloat16)
+    memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    memory.copy_(torch.randn(memory.shape, generator=generator) * 0.1)
+    shape = (header.num_layers, 2, header.num_kv_heads, NUM_TOKENS, header.head_dim)
+    return Cartridge(header, memory.view(shape))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The built-in engine: any decoder of `transformers`, on CPU, CUDA or MPS."""

@@ -1,0 +1,197 @@
+"""vLLM behind the engine's protocol, in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from vllm import EngineArgs, RequestOutput, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.inputs.engine import tokens_input
+from vllm.logprobs import Logprob
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from foundry.cartridge import Cartridge
+from foundry.errors import InvalidArgument
+from foundry.model_info import ModelInfo
+from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine import SamplingParams as Sampling
+from services.rollout.engine.completion import Completion
+from services.rollout.engine.vllm.connector import PREFIXES, SEQUENCE, CartridgeConnector
+from services.rollout.engine.vllm.prefix import Prefix, Prefixes
+
+# Where a cartridge's token stands in a prompt; never computed.
+_PLACEHOLDER_ID = 0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A sequence that has not ended."""
+
+    request: SequenceRequest
+    prefix: Prefix
+    completion: Completion
+
+
+class VllmEngine:
+    """See `Engine`. Cartridges are kept in (pinned) host memory; those in use also in vLLM's KV memory, as long as its
+    prefix cache keeps them."""
+
+    def __init__(
+        self,
+        directory: Path,
+        info: ModelInfo,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        max_sequences: int,
+        max_context_tokens: int,
+        prefill_tokens_per_step: int,
+        gpu_memory_utilization: float = 0.9,
+        kv_bytes: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Loads the model. Raises InvalidArgument if this build of vLLM is not for the device."""
+        if torch.device(device).type != current_platform.device_type:
+            raise InvalidArgument(f"this vLLM runs on {current_platform.device_type}, not on {device}", field="device")
+        self._info = info
+        self._dtype = dtype
+        self._pin = on_cuda = torch.device(device).type == "cuda"
+        self._prefixes = Prefixes()
+        self._cartridges: dict[str, Tensor] = {}
+        self._open: dict[int, _Open] = {}
+        # Decoding sequences count too. On the CPU vLLM can't cut prompts in pieces: it winds the generators of seeded
+        # sequences back after a piece, which torch's for the CPU don't take.
+        tokens_per_step = prefill_tokens_per_step + max_sequences if on_cuda else max_context_tokens + max_sequences
+        arguments = EngineArgs(
+            model=str(directory),
+            skip_tokenizer_init=True,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_context_tokens,
+            max_num_seqs=max_sequences,
+            max_num_batched_tokens=tokens_per_step,
+            enable_chunked_prefill=on_cuda,
+            enable_prefix_caching=True,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_bytes,
+            enforce_eager=not cuda_graphs,
+            logprobs_mode="raw_logprobs",
+            disable_log_stats=True,
+            kv_transfer_config=KVTransferConfig(
+                kv_connector=CartridgeConnector.__name__,
+                kv_connector_module_path=CartridgeConnector.__module__,
+                kv_role="kv_consumer",
+                kv_connector_extra_config={PREFIXES: self._prefixes.number},
+            ),
+        )
+        # Scheduler and worker in this process, where cartridges are handed over as they are.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        self._llm = LLMEngine.from_engine_args(arguments)
+        self._max_sequences = max_sequences
+        spec = info.spec
+        token_bytes = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        cache = self._llm.vllm_config.cache_config
+        self._kv_bytes = cache.num_gpu_blocks * cache.block_size * token_bytes
+
+    def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
+        for sequence_id, request in requests.items():
+            kvs = [self._cartridges[digest] for digest in request.digests]
+            prefix = Prefix(kvs, sum(len(kv_PL2GD) for kv_PL2GD in kvs))
+            completion = Completion(request.sampling, self._info.text, self._info.eos_ids)
+            self._open[sequence_id] = _Open(request, prefix, completion)
+            self._prefixes[str(sequence_id)] = prefix
+            ids = [_PLACEHOLDER_ID] * prefix.num_tokens + list(request.prompt_ids)
+            prompt = tokens_input(ids, cache_salt=_cache_salt(sequence_id, request))
+            self._llm.add_request(str(sequence_id), prompt, self._sampling(sequence_id, request.sampling))
+
+    def step(self) -> list[TokenOutput]:
+        outputs: list[TokenOutput] = []
+        for output in self._llm.step():
+            sequence_id = int(output.request_id)
+            # One that was cancelled may have been in the batch.
+            if (each := self._open.get(sequence_id)) is not None:
+                outputs += self._take(sequence_id, each, output)
+        return outputs
+
+    def cancel(self, sequence_id: int) -> None:
+        if self._open.pop(sequence_id, None) is not None:
+            self._llm.abort_request([str(sequence_id)])
+            del self._prefixes[str(sequence_id)]
+
+    def load(self, digest: str, cartridge: Cartridge) -> None:
+        kv_PL2GD = cartridge.kv_L2GPD.permute(3, 0, 1, 2, 4)
+        self._cartridges[digest] = torch.empty(kv_PL2GD.shape, dtype=self._dtype, pin_memory=self._pin).copy_(kv_PL2GD)
+
+    def unload(self, digest: str) -> None:
+        # What the prefix cache still holds is known by the digest, so it is right for as long as it is there.
+        del self._cartridges[digest]
+
+    def stats(self) -> EngineStats:
+        num_running = sum(each.prefix.scheduled_at > 0 for each in self._open.values())
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=len(self._open) - num_running,
+            num_slots=self._max_sequences,
+            kv_bytes=self._kv_bytes,
+            kv_used_bytes=int(self._prefixes.block_pool.get_usage() * self._kv_bytes),
+        )
+
+    def _take(self, sequence_id: int, each: _Open, output: RequestOutput) -> Iterator[TokenOutput]:
+        (new,) = output.outputs
+        num_cached = (output.num_cached_tokens or 0) - each.prefix.num_tokens
+        if not each.prefix.in_place or num_cached < 0:
+            raise RuntimeError(f"vLLM answered sequence {sequence_id} without the cartridges before it")
+        for token_id, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
+            text, finish_reason = each.completion.append(token_id)
+            if finish_reason is not None:
+                self.cancel(sequence_id)
+            yield TokenOutput(
+                sequence_id=sequence_id,
+                token_id=token_id,
+                logprob=logprobs[token_id].logprob,
+                top_logprobs=_top(logprobs, each.request.sampling.num_logprobs),
+                text=text,
+                finish_reason=finish_reason,
+                digests=each.request.digests,
+                cartridge_tokens=each.prefix.num_tokens,
+                cached_tokens=num_cached,
+                scheduled_at=each.prefix.scheduled_at,
+            )
+            if finish_reason is not None:
+                return
+        if output.finished:
+            raise RuntimeError(f"vLLM ended sequence {sequence_id} before its end: {new.finish_reason}")
+
+    def _sampling(self, sequence_id: int, sampling: Sampling) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            # vLLM's are signed.
+            seed=sampling.seed % 2**63,
+            stop_token_ids=[] if sampling.ignore_eos else sorted(self._info.eos_ids),
+            ignore_eos=True,
+            logprobs=sampling.num_logprobs,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"kv_transfer_params": {SEQUENCE: str(sequence_id)}},
+        )
+
+
+def _cache_salt(sequence_id: int, request: SequenceRequest) -> str | None:
+    """What vLLM's prefix cache knows a sequence's blocks by, beside its token ids; without cartridges these suffice."""
+    salt = ",".join(request.digests)
+    return (f"{salt}#{sequence_id}" if request.skip_prefix_cache else salt) or None
+
+
+def _top(logprobs: Mapping[int, Logprob], num: int) -> tuple[tuple[int, float], ...]:
+    """The `num` most likely; the sampled token is among `logprobs` too, wherever it stands."""
+    best = sorted(logprobs.items(), key=lambda item: item[1].logprob, reverse=True)[:num]
+    return tuple((token_id, each.logprob) for token_id, each in best)

@@ -27,7 +27,8 @@ INTRODUCTION = """# Settings
 
 Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
 and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of jobs, store and vllm are nested:
-`--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are refused.
+`--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are
+refused.
 """
 
 

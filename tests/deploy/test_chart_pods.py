@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from tests.deploy.chart import (
+    CHART,
     NAME,
     SERVICES,
     VALUES,
@@ -19,6 +21,8 @@ from tests.deploy.chart import (
     service_pods,
     values_of,
 )
+
+APP_VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 
 
 def containers(pod: Manifest) -> list[Manifest]:
@@ -183,6 +187,35 @@ def test_a_changed_password_rolls_the_pods() -> None:
 def test_without_a_cluster_pods_are_the_same_each_time() -> None:
     """A random password must not roll them."""
     assert [pod for _, pod in pods(render())] == [pod for _, pod in pods(render())]
+
+
+def rollout_images(values: Manifest) -> set[str]:
+    """Images of every container that has the rollout's, the Job's that fetches the model too."""
+    found = [container["image"] for _, pod in pods(render(values)) for container in containers(pod)]
+    return {image for image in found if "/rollout" in image}
+
+
+def test_the_engine_chooses_the_rollouts_image() -> None:
+    values = values_of("vllm-gpu")
+    assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3-vllm"}
+    values["rollout"]["settings"]["engine"] = "torch"
+    assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3"}
+    values = {"rollout": {"settings": {"engine": "vllm"}}}
+    assert rollout_images(values) == {f"cartridge-foundry/rollout:{APP_VERSION}-vllm"}
+
+
+def test_an_image_that_is_named_is_taken_as_it_is() -> None:
+    assert rollout_images(values_of("vllm-cpu")) == {"cartridge-foundry/rollout:1.2.3-of-mine"}
+    digest = f"sha256:{'0' * 64}"
+    values = {"rollout": {"settings": {"engine": "vllm"}, "image": {"digest": digest}}}
+    assert rollout_images(values) == {f"cartridge-foundry/rollout@{digest}"}
+
+
+def test_vllm_has_the_time_to_compile_before_it_is_restarted() -> None:
+    (container,) = service_pods(rendered("vllm-gpu"))["rollout"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    # It took up to 110 s on an H100, without reading the weights.
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 10 * 60
 
 
 def test_the_model_is_read_only_at_its_place() -> None:

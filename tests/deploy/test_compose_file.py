@@ -82,7 +82,9 @@ def test_the_rollouts_engine_is_chosen_by_its_tag(name: str) -> None:
     image = SERVICES[name]["image"]
     assert interpolated(image) == "cartridge-foundry/rollout:0.1.0"
     assert interpolated(image, FOUNDRY_TAG="2.0") == "cartridge-foundry/rollout:2.0"
-    assert interpolated(image, FOUNDRY_TAG="2.0", FOUNDRY_ROLLOUT_TAG="2.0-vllm") == "cartridge-foundry/rollout:2.0-vllm"
+    assert (
+        interpolated(image, FOUNDRY_TAG="2.0", FOUNDRY_ROLLOUT_TAG="2.0-vllm") == "cartridge-foundry/rollout:2.0-vllm"
+    )
     # The image says which engine it has.
     assert "FOUNDRY_ENGINE" not in SERVICES[name]["environment"]
 

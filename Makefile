@@ -94,7 +94,7 @@ e2e-compose: install images  ## the development stack in containers: training, k
 
 # The images must be where the cluster finds them: FOUNDRY_REGISTRY, or the node's own engine.
 e2e-kube: install images  ## the chart on the cluster of KUBECONFIG: train, kill, drain, upgrade (15 minutes on 2 cores)
-	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_kube.py
+	FOUNDRY_TAG=$(TAG) FOUNDRY_ENGINE=$(ENGINE) $(BIN)/python -m pytest tests/containers/test_kube.py
 
 # Needs root, ip and iptables; `make test` leaves it out without them.
 e2e-network: install  ## take each NetworkPolicy flow away from a running release: something must stop (4 minutes on 2 cores)

@@ -227,11 +227,28 @@ def test_the_model_is_read_only_at_its_place() -> None:
             assert mount["readOnly"] is True
 
 
-def test_another_model_has_a_folder_and_a_job_of_its_own() -> None:
-    def job(revision: str) -> str:
-        values = {"model": {"hub": {"id": "a/b", "revision": revision}}}
-        (found,) = of_kind(render(values), "Job")
-        name: str = found["metadata"]["name"]
-        return name
+def model_job(**values: Manifest) -> Manifest:
+    (found,) = of_kind(render({"model": {"hub": {"id": "a/b"}}, **values}), "Job")
+    return found
 
-    assert job("one") != job("two")
+
+def test_another_model_has_a_folder_and_a_job_of_its_own() -> None:
+    one, two = (model_job(model={"hub": {"id": "a/b", "revision": revision}}) for revision in ("one", "two"))
+    assert one["metadata"]["name"] != two["metadata"]["name"]
+
+
+def test_an_upgrade_makes_another_job_where_it_would_change_the_pod_of_one() -> None:
+    """Kubernetes refuses such a change, and with it the release."""
+    before = model_job()
+    assert model_job()["metadata"]["name"] == before["metadata"]["name"]
+    for values in ({"global": {"image": {"tag": "2.0"}}}, {"rollout": {"settings": {"engine": "vllm"}}}):
+        after = model_job(**values)
+        assert after["spec"] != before["spec"]
+        assert after["metadata"]["name"] != before["metadata"]["name"]
+        assert len(after["metadata"]["name"]) <= 63
+
+
+def test_the_model_is_fetched_though_the_image_knows_no_hub() -> None:
+    assert "HF_HUB_OFFLINE=1" in (CHART.parents[2] / "services" / "rollout" / "Dockerfile").read_text()
+    (container,) = model_job()["spec"]["template"]["spec"]["containers"]
+    assert {"name": "HF_HUB_OFFLINE", "value": "0"} in container["env"]

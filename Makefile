@@ -69,27 +69,32 @@ bench-sync: install  ## how long a new version takes from the end of a step to i
 	$(BIN)/python -m benchmarks.sync
 
 # make images REPOSITORY=registry.example/foundry TAG=1.2.3 ACCELERATOR=cuda BUILD='--build-arg NAME=VALUE'
+# ENGINE=vllm builds the rollout with vLLM, tagged TAG-vllm; make image-rollout ENGINE=vllm builds it alone, beside the others.
 REPOSITORY ?= cartridge-foundry
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 ACCELERATOR ?= cpu
+ENGINE ?= torch
+rollout_variant = $(filter-out -torch,-$(ENGINE))
 SERVICES := gateway rollout teacher trainer
 build_image = DOCKER_BUILDKIT=1 docker build --build-arg VERSION=$(TAG) --build-arg REVISION=$(shell git rev-parse HEAD) \
     --build-arg ACCELERATOR=$(ACCELERATOR) $(BUILD)
-images: $(SERVICES:%=image-%) image-demo-model  ## build the container images (ACCELERATOR=cpu or cuda)
+images: $(SERVICES:%=image-%) image-demo-model  ## build the container images (ACCELERATOR=cpu or cuda, ENGINE=torch or vllm)
 
 image-demo-model:
 	$(build_image) --file deploy/images/demo-model/Dockerfile --tag $(REPOSITORY)/demo-model:$(TAG) .
 
+image-rollout: engine = --build-arg ENGINE=$(ENGINE)
+image-rollout: variant = $(rollout_variant)
 image-%:
-	$(build_image) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG) .
+	$(build_image) $(engine) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG)$(variant) .
 
 # FOUNDRY_COMPOSE='docker-compose' where the engine has no plugin.
 e2e-compose: install images  ## the development stack in containers: training, kills, scaling (5 minutes on 2 cores)
-	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_compose.py
+	FOUNDRY_TAG=$(TAG) FOUNDRY_ROLLOUT_TAG=$(TAG)$(rollout_variant) $(BIN)/python -m pytest tests/containers/test_compose.py
 
 # The images must be where the cluster finds them: FOUNDRY_REGISTRY, or the node's own engine.
 e2e-kube: install images  ## the chart on the cluster of KUBECONFIG: train, kill, drain, upgrade (15 minutes on 2 cores)
-	FOUNDRY_TAG=$(TAG) $(BIN)/python -m pytest tests/containers/test_kube.py
+	FOUNDRY_TAG=$(TAG) FOUNDRY_ENGINE=$(ENGINE) $(BIN)/python -m pytest tests/containers/test_kube.py
 
 # Needs root, ip and iptables; `make test` leaves it out without them.
 e2e-network: install  ## take each NetworkPolicy flow away from a running release: something must stop (4 minutes on 2 cores)

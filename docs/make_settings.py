@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from foundry.store import StoreSettings
 from services.gateway.settings import GatewaySettings, JobSettings
-from services.rollout.settings import RolloutSettings
+from services.rollout.settings import RolloutSettings, VllmSettings
 from services.teacher.settings import TeacherSettings
 from services.trainer.settings import TrainerSettings
 
@@ -22,21 +22,25 @@ SERVICES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("teacher", TeacherSettings),
     ("trainer", TrainerSettings),
 )
+GROUPS: dict[str, type[BaseModel]] = {"jobs": JobSettings, "store": StoreSettings, "vllm": VllmSettings}
 INTRODUCTION = """# Settings
 
 Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
-and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of store and jobs are nested: `--store.redis-url`,
-`FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are refused.
+and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of jobs, store and vllm are nested:
+`--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are
+refused.
 """
 
 
 def page() -> str:
     tables = [table(f"services.{name}", settings) for name, settings in SERVICES]
-    return "\n".join([INTRODUCTION, *tables, table("jobs", JobSettings), table("store", StoreSettings)])
+    return "\n".join([INTRODUCTION, *tables, *(table(name, group) for name, group in GROUPS.items())])
 
 
 def table(title: str, settings: type[BaseModel]) -> str:
-    rows = [row(name, field) for name, field in settings.model_fields.items() if name != "store"]
+    rows = [
+        row(name, field) for name, field in settings.model_fields.items() if field.annotation not in GROUPS.values()
+    ]
     return "\n".join([f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""])
 
 

@@ -1,7 +1,7 @@
 """The chart on a real cluster, whichever KUBECONFIG names: `make e2e-kube`. Timings go to benchmarks/results/kube.json.
 
 One release for all tests, in the order of the file: the last one uninstalls it. The images must be where the cluster
-finds them (FOUNDRY_REGISTRY, FOUNDRY_TAG).
+finds them (FOUNDRY_REGISTRY, FOUNDRY_TAG); FOUNDRY_ENGINE chooses the rollout's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ VALUES: dict[str, Any] = {
     "global": {"image": {"registry": os.environ.get("FOUNDRY_REGISTRY", ""), "tag": os.environ.get("FOUNDRY_TAG", "")}},
     "model": {"name": MODEL},
     "gateway": {"replicas": 2, "resources": SMALL},
-    "rollout": {"replicas": 1, "resources": SMALL},
+    "rollout": {
+        "replicas": 1,
+        "resources": SMALL,
+        "settings": {"engine": os.environ.get("FOUNDRY_ENGINE", "torch"), "vllm": {"kv_bytes": 1024**3}},
+    },
     "teacher": {"replicas": 1, "resources": SMALL},
     "trainer": {"mode": "jobs", "resources": SMALL},
     "redis": {"bundled": {"resources": SMALL, "persistence": {"size": "1Gi"}}},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from tests.deploy.chart import (
+    CHART,
     NAME,
     SERVICES,
     VALUES,
@@ -19,6 +21,8 @@ from tests.deploy.chart import (
     service_pods,
     values_of,
 )
+
+APP_VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
 
 
 def containers(pod: Manifest) -> list[Manifest]:
@@ -185,6 +189,35 @@ def test_without_a_cluster_pods_are_the_same_each_time() -> None:
     assert [pod for _, pod in pods(render())] == [pod for _, pod in pods(render())]
 
 
+def rollout_images(values: Manifest) -> set[str]:
+    """Images of every container that has the rollout's, the Job's that fetches the model too."""
+    found = [container["image"] for _, pod in pods(render(values)) for container in containers(pod)]
+    return {image for image in found if "/rollout" in image}
+
+
+def test_the_engine_chooses_the_rollouts_image() -> None:
+    values = values_of("vllm-gpu")
+    assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3-vllm"}
+    values["rollout"]["settings"]["engine"] = "torch"
+    assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3"}
+    values = {"rollout": {"settings": {"engine": "vllm"}}}
+    assert rollout_images(values) == {f"cartridge-foundry/rollout:{APP_VERSION}-vllm"}
+
+
+def test_an_image_that_is_named_is_taken_as_it_is() -> None:
+    assert rollout_images(values_of("vllm-cpu")) == {"cartridge-foundry/rollout:1.2.3-of-mine"}
+    digest = f"sha256:{'0' * 64}"
+    values = {"rollout": {"settings": {"engine": "vllm"}, "image": {"digest": digest}}}
+    assert rollout_images(values) == {f"cartridge-foundry/rollout@{digest}"}
+
+
+def test_vllm_has_the_time_to_compile_before_it_is_restarted() -> None:
+    (container,) = service_pods(rendered("vllm-gpu"))["rollout"]["spec"]["containers"]
+    probe = container["startupProbe"]
+    # It took up to 110 s on an H100, without reading the weights.
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 10 * 60
+
+
 def test_the_model_is_read_only_at_its_place() -> None:
     for name in ("default", "model-cache", "model-claim", "model-host-path", "model-hub"):
         for service in ("rollout", "teacher", "trainer"):
@@ -194,11 +227,28 @@ def test_the_model_is_read_only_at_its_place() -> None:
             assert mount["readOnly"] is True
 
 
-def test_another_model_has_a_folder_and_a_job_of_its_own() -> None:
-    def job(revision: str) -> str:
-        values = {"model": {"hub": {"id": "a/b", "revision": revision}}}
-        (found,) = of_kind(render(values), "Job")
-        name: str = found["metadata"]["name"]
-        return name
+def model_job(**values: Manifest) -> Manifest:
+    (found,) = of_kind(render({"model": {"hub": {"id": "a/b"}}, **values}), "Job")
+    return found
 
-    assert job("one") != job("two")
+
+def test_another_model_has_a_folder_and_a_job_of_its_own() -> None:
+    one, two = (model_job(model={"hub": {"id": "a/b", "revision": revision}}) for revision in ("one", "two"))
+    assert one["metadata"]["name"] != two["metadata"]["name"]
+
+
+def test_an_upgrade_makes_another_job_where_it_would_change_the_pod_of_one() -> None:
+    """Kubernetes refuses such a change, and with it the release."""
+    before = model_job()
+    assert model_job()["metadata"]["name"] == before["metadata"]["name"]
+    for values in ({"global": {"image": {"tag": "2.0"}}}, {"rollout": {"settings": {"engine": "vllm"}}}):
+        after = model_job(**values)
+        assert after["spec"] != before["spec"]
+        assert after["metadata"]["name"] != before["metadata"]["name"]
+        assert len(after["metadata"]["name"]) <= 63
+
+
+def test_the_model_is_fetched_though_the_image_knows_no_hub() -> None:
+    assert "HF_HUB_OFFLINE=1" in (CHART.parents[2] / "services" / "rollout" / "Dockerfile").read_text()
+    (container,) = model_job()["spec"]["template"]["spec"]["containers"]
+    assert {"name": "HF_HUB_OFFLINE", "value": "0"} in container["env"]

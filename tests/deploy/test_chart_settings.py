@@ -102,6 +102,16 @@ def test_settings_of_users_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of("rollout", "default", monkeypatch).device == "cpu"
 
 
+def test_the_engines_settings_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of("rollout", "vllm-gpu", monkeypatch)
+    assert (settings.engine, settings.device, settings.max_sequences) == ("vllm", "cuda", 256)
+    assert (settings.vllm.gpu_memory_utilization, settings.vllm.max_context_tokens) == (0.85, 16384)
+    assert (settings.vllm.kv_bytes, settings.vllm.cuda_graphs) == (None, True)
+    settings = settings_of("rollout", "vllm-cpu", monkeypatch)
+    assert (settings.engine, settings.device) == ("vllm", "cpu")
+    assert (settings.vllm.kv_bytes, settings.vllm.cuda_graphs) == (1073741824, False)
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_files_that_settings_name_are_mounted(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for service, pod in service_pods(rendered(values)).items():
@@ -144,6 +154,8 @@ def test_the_bundled_user_has_the_documented_rights() -> None:
         ({"rollout": {"settings": {"max_sequences": 0}}}, "max_sequences"),
         ({"rollout": {"settings": {"max_sequences": "many"}}}, "max_sequences"),
         ({"rollout": {"settings": {"listen": "0.0.0.0:1"}}}, "listen"),
+        ({"rollout": {"settings": {"engine": "vlm"}}}, "engine"),
+        ({"rollout": {"settings": {"vllm": {"kv_byte": 1}}}}, "kv_byte"),
         ({"store": {"settings": {"redis_url": "redis://x"}}}, "redis_url"),
         ({"gateway": {"settings": {"grace_seconds": None}}}, "grace_seconds"),
         ({"gateway": {"probes": {"liveness": {"periodSecond": 3}}}}, "periodSecond"),

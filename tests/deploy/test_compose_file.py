@@ -26,9 +26,11 @@ OURS: dict[str, type[ServiceSettings]] = {
 ONE_SHOT = {"model", "bucket"}
 
 
-def interpolated(value: str) -> str:
-    """With the defaults of its variables."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+def interpolated(value: str, **given: str) -> str:
+    """With the variables that are given, and the defaults of the others; a default may itself be a variable."""
+    while "${" in value:
+        value = re.sub(r"\$\{(\w+):-([^${}]*)\}", lambda found: given.get(found[1], found[2]), value)
+    return value
 
 
 @pytest.mark.parametrize("name", sorted(name for name in SERVICES if name.removesuffix("-gpu") in OURS))
@@ -73,3 +75,24 @@ def test_a_grace_ends_before_the_kill() -> None:
             "FOUNDRY_GRACE_SECONDS", OURS[name].model_fields["grace_seconds"].default
         )
         assert float(grace) < float(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+
+
+@pytest.mark.parametrize("name", ["rollout", "rollout-gpu"])
+def test_the_rollouts_engine_is_chosen_by_its_tag(name: str) -> None:
+    image = SERVICES[name]["image"]
+    assert interpolated(image) == "cartridge-foundry/rollout:0.1.0"
+    assert interpolated(image, FOUNDRY_TAG="2.0") == "cartridge-foundry/rollout:2.0"
+    assert (
+        interpolated(image, FOUNDRY_TAG="2.0", FOUNDRY_ROLLOUT_TAG="2.0-vllm") == "cartridge-foundry/rollout:2.0-vllm"
+    )
+    # The image says which engine it has.
+    assert "FOUNDRY_ENGINE" not in SERVICES[name]["environment"]
+
+
+def test_vllm_takes_of_the_memory_what_the_container_has() -> None:
+    limit = SERVICES["rollout"]["deploy"]["resources"]["limits"]["memory"]
+    kv_bytes = int(interpolated(SERVICES["rollout"]["environment"]["FOUNDRY_VLLM__KV_BYTES"]))
+    assert kv_bytes < int(limit.removesuffix("g")) * 1024**3
+    # A GPU's is what the GPU has left.
+    assert "FOUNDRY_VLLM__KV_BYTES" not in SERVICES["rollout-gpu"]["environment"]
+    assert "exec" in SERVICES["rollout-gpu"]["tmpfs"][0].split(":")[1].split(",")

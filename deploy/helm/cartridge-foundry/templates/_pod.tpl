@@ -45,7 +45,7 @@ spec:
   {{- end }}
   containers:
     - name: {{ .name }}
-      image: {{ include "foundry.image" (dict "root" $root "image" $values.image) }}
+      image: {{ include "foundry.serviceImage" . }}
       imagePullPolicy: {{ $root.Values.global.image.pullPolicy }}
       env:
         {{- include "foundry.env" . | trim | nindent 8 }}

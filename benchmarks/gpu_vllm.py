@@ -11,24 +11,34 @@ Runs without the packages that services need besides: torch, transformers and vL
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
+import pstats
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
 
-from benchmarks.gpu_swap import random_cartridge
 from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
 from foundry.memory import allocate
+from foundry.model_info import ModelSpec
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
+from services.rollout.engine.vllm.connector import SEQUENCE
 from services.rollout.engine.vllm.engine import VllmEngine
+from services.rollout.engine.vllm.prefix import Prefix
 
 NUM_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2048, 128, 512
 FINGERPRINT = "blake3:" + "0" * 64
@@ -54,7 +64,9 @@ def write_model(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def request(seed: int, *digests: str, prompt: int = PROMPT_TOKENS, new: int = NEW_TOKENS, temperature: float = 1.0):
+def request(
+    seed: int, *digests: str, prompt: int = PROMPT_TOKENS, new: int = NEW_TOKENS, temperature: float = 1.0
+) -> SequenceRequest:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 128000, (prompt,), generator=generator).tolist()
     sampling = SamplingParams(max_new_tokens=new, temperature=temperature, seed=seed, ignore_eos=True)
@@ -70,15 +82,24 @@ def finish(engine: VllmEngine, requests: Mapping[int, SequenceRequest]) -> dict[
     return outputs
 
 
+def random_cartridge(spec: ModelSpec, seed: int) -> Cartridge:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (spec.num_layers, 2, spec.num_kv_heads, NUM_TOKENS, spec.head_dim)
+    return in_memory(spec, torch.randn(shape, generator=generator) * 0.1)
+
+
+def in_memory(spec: ModelSpec, kv_L2GPD: Tensor) -> Cartridge:
+    """In bfloat16 and in the memory that cartridges come in from the store."""
+    header = spec.header(kv_L2GPD.shape[3], 1, torch.bfloat16)
+    memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16).view(kv_L2GPD.shape)
+    return Cartridge(header, memory.copy_(kv_L2GPD))
+
+
 @torch.no_grad()
 def document_cartridge(lm: FrozenLM, seed: int, num_tokens: int) -> Cartridge:
     """KV of random text, as an initial cartridge has it, in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
-    kv = lm.prefill(torch.randint(10, 128000, (num_tokens,), generator=generator).tolist()).to(torch.bfloat16).cpu()
-    header = lm.spec.header(num_tokens, 1, torch.bfloat16)
-    memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16)
-    memory.view(kv.shape).copy_(kv)
-    return Cartridge(header, memory.view(kv.shape))
+    return in_memory(lm.spec, lm.prefill(torch.randint(10, 128000, (num_tokens,), generator=generator).tolist()))
 
 
 @torch.no_grad()
@@ -130,93 +151,77 @@ def correctness(engine: VllmEngine, exact: FrozenLM) -> list[dict[str, Any]]:
     return rows
 
 
-def decode_rate(step: Any, count: Any) -> tuple[float, float]:
-    """Tokens a second from the step on in which all sequences decode until the first ends; and the median step in
-    milliseconds."""
-    tokens, steps, began, last = 0, [], 0.0, 0.0
-    while True:
-        num = count(step())
+def rate(step: Callable[[], Mapping[str, int] | None], batch: int) -> dict[str, float]:
+    """Decode tokens a second from the last sequence's first token to the first one's end. `step` returns how many
+    tokens came for whom; it is called until nothing is left."""
+    times, seen = [], set()
+    start = 0.0
+    while (found := step()) is not None:
         now = time.perf_counter()
-        if not num and not began:
-            continue
-        if num == -1:
-            return tokens / (last - began), statistics.median(steps) * 1e3
-        if began:
-            tokens += num
-            steps.append(now - last)
-        last = now
-        began = began or now
-
-
-def speed(engine: VllmEngine, batch: int, use: list[tuple[str, ...]], ids: Any) -> dict[str, float]:
-    """The engine's decode rate, with and without what services ask for beside the ids."""
-    requests = {next(ids): request(1000 + index, *use[index]) for index in range(batch)}
-    began = time.perf_counter()
-    outputs: dict[int, int] = dict.fromkeys(requests, 0)
-    engine.admit(requests)
-    times: list[tuple[float, int]] = []
-    first = {}
-    while engine.stats().num_running or engine.stats().num_waiting:
-        found = engine.step()
-        now = time.perf_counter()
-        for output in found:
-            outputs[output.sequence_id] += 1
-            first.setdefault(output.sequence_id, now)
-        times.append((now, len(found)))
-    assert all(num == NEW_TOKENS for num in outputs.values())
-    # All of them decode between the last one's first token and the end of the first.
-    start = max(first.values())
-    full = [(now, num) for now, num in times if now >= start and num == batch]
-    span = full[-1][0] - full[0][0]
-    gaps = [b[0] - a[0] for a, b in zip(full, full[1:], strict=False)]
+        seen |= found.keys()
+        start = start or (now if len(seen) == batch else 0.0)
+        times.append((now, sum(found.values())))
+    full = [(now, num) for now, num in times if start and now >= start and num == batch]
     return {
-        "decode_tokens_per_second": sum(num for _, num in full[1:]) / span,
-        "median_step_ms": statistics.median(gaps) * 1e3,
-        "seconds_in_all": times[-1][0] - began,
+        "decode_tokens_per_second": batch * (len(full) - 1) / (full[-1][0] - full[0][0]),
+        "median_step_ms": statistics.median(b[0] - a[0] for a, b in pairwise(full)) * 1e3,
     }
 
 
-def vllm_alone(engine: VllmEngine, batch: int, ids: Any) -> dict[str, float]:
-    """vLLM's own loop in this process: token ids only, no seed, no logprobs, no connector work."""
-    llm = engine._llm
-    names = {}
+def speed(engine: VllmEngine, batch: int, use: Sequence[tuple[str, ...]], ids: Iterator[int]) -> dict[str, float]:
+    """The engine's, with all that services ask for."""
+    engine.admit({next(ids): request(1000 + index, *use[index]) for index in range(batch)})
+
+    def step() -> Mapping[str, int] | None:
+        stats = engine.stats()
+        if not stats.num_running + stats.num_waiting:
+            return None
+        return Counter(str(output.sequence_id) for output in engine.step())
+
+    return rate(step, batch)
+
+
+def vllm_alone(engine: VllmEngine, batch: int, ids: Iterator[int]) -> dict[str, float]:
+    """vLLM's own loop in this process: ids only, without seeds, logprobs and text."""
     for index in range(batch):
-        name = next(ids)
-        names[name] = 0
-        # The connector knows every sequence.
-        from services.rollout.engine.vllm.prefix import Prefix
-
-        engine._prefixes[str(name)] = Prefix([], 0)
-        llm.add_request(
-            str(name),
-            vllm.inputs.engine.tokens_input(list(request(5000 + index).prompt_ids)),
-            vllm.SamplingParams(
-                max_tokens=NEW_TOKENS,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
-                extra_args={"kv_transfer_params": {"sequence": str(name)}},
-            ),
+        name = str(next(ids))
+        # The connector wants to know of every sequence.
+        engine._prefixes[name] = Prefix([], 0)
+        sampling = vllm.SamplingParams(
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"kv_transfer_params": {SEQUENCE: name}},
         )
-    times, first = [], {}
-    while llm.has_unfinished_requests():
-        found = llm.step()
-        now = time.perf_counter()
-        for output in found:
-            first.setdefault(output.request_id, now)
-        times.append((now, sum(len(output.outputs[0].token_ids) for output in found)))
-    start = max(first.values())
-    full = [(now, num) for now, num in times if now >= start and num == batch]
-    gaps = [b[0] - a[0] for a, b in zip(full, full[1:], strict=False)]
-    for name in names:
-        del engine._prefixes[str(name)]
-    return {
-        "decode_tokens_per_second": sum(num for _, num in full[1:]) / (full[-1][0] - full[0][0]),
-        "median_step_ms": statistics.median(gaps) * 1e3,
-    }
+        engine._llm.add_request(name, tokens_input(list(request(5000 + index).prompt_ids)), sampling)
+
+    def step() -> Mapping[str, int] | None:
+        if not engine._llm.has_unfinished_requests():
+            return None
+        return {output.request_id: len(output.outputs[0].token_ids) for output in engine._llm.step()}
+
+    return rate(step, batch)
 
 
-def swap(engine: VllmEngine, cartridges: list[Cartridge], ids: Any) -> dict[str, float]:
+def profile(engine: VllmEngine, ids: Iterator[int]) -> list[str]:
+    """Where the host's time goes at batch 256: the functions of most time of their own, as the profiler slows them."""
+    engine.admit(batch := {next(ids): request(1000 + index, new=200) for index in range(256)})
+    for _ in range(20):
+        engine.step()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(100):
+        engine.step()
+    profiler.disable()
+    for sequence_id in batch:
+        engine.cancel(sequence_id)
+    stream = io.StringIO()
+    pstats.Stats(profiler, stream=stream).sort_stats("tottime").print_stats(30)
+    return stream.getvalue().splitlines()
+
+
+def swap(engine: VllmEngine, cartridges: list[Cartridge], ids: Iterator[int]) -> dict[str, float]:
     """32 sequences decode behind one cartridge while others are loaded, and one sequence starts behind each."""
     engine.load("old", cartridges[0])
     running = {next(ids): request(9000 + index, "old", new=1900) for index in range(32)}
@@ -301,17 +306,13 @@ def main() -> None:
         "vllm": vllm.__version__,
         "engine_start_seconds": time.perf_counter() - began,
     }
-    from itertools import count
-
     ids = count(100)
     result["correct"] = correctness(engine, exact)
     print(json.dumps(result, indent=1), flush=True)
-    bf16 = FrozenLM.__new__(FrozenLM)
-    bf16.info, bf16.spec = exact.info, exact.spec
-    del exact
-    cartridges = [random_cartridge_of(bf16, seed) for seed in range(9)]
+    cartridges = [random_cartridge(exact.spec, seed) for seed in range(8)]
     for index, cartridge in enumerate(cartridges[:8]):
         engine.load(f"c{index}", cartridge)
+    print("\n".join(profile(engine, ids)), flush=True)
     rows = []
     for batch in (32, 256):
         for round_ in range(2):
@@ -331,15 +332,6 @@ def main() -> None:
     result["swap"] = [swap(engine, cartridges, ids) for _ in range(2)]
     print(json.dumps(result["swap"], indent=1))
     arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def random_cartridge_of(lm: FrozenLM, seed: int) -> Cartridge:
-    header = lm.spec.header(NUM_TOKENS, 1, torch.bfloat16)
-    memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
-    memory.copy_(torch.randn(memory.shape, generator=generator) * 0.1)
-    shape = (header.num_layers, 2, header.num_kv_heads, NUM_TOKENS, header.head_dim)
-    return Cartridge(header, memory.view(shape))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 
 import structlog
@@ -39,6 +40,9 @@ async def serve(settings: RolloutSettings) -> int:
     prefetch = Prefetch(parts.residency, store.subscribe)
     if settings.prefetch:
         prefetch.start()
+    # What is there now stays: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
     # Until now a signal simply ended the process.
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -27,7 +27,8 @@ class VllmSettings(BaseModel):
     sequence."""
 
     cuda_graphs: bool = True
-    """Compile the model and capture CUDA graphs at the start: minutes there, a faster decode afterwards."""
+    """Compile the model and capture CUDA graphs at the start: a minute or two there, a faster decode afterwards. On
+    the CPU nothing is compiled."""
 
 
 class RolloutSettings(ModelSettings):

@@ -30,9 +30,11 @@ def make_kv(lm: FrozenLM, num_tokens: int, seed: int = 0) -> Tensor:
 class Bench:
     """An engine, the cartridges in it by name, and what the model says without it."""
 
-    def __init__(self, lm: FrozenLM, max_sequences: int = 8, max_sequence_tokens: int = 128) -> None:
+    def __init__(
+        self, lm: FrozenLM, max_sequences: int = 8, max_sequence_tokens: int = 128, engine: Any = None
+    ) -> None:
         self.lm = lm
-        self.engine = TorchEngine(
+        self.engine = engine or TorchEngine(
             lm,
             max_sequences=max_sequences,
             max_sequence_tokens=max_sequence_tokens,

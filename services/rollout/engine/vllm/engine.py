@@ -80,7 +80,8 @@ class VllmEngine:
             enable_prefix_caching=True,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_bytes,
-            enforce_eager=not cuda_graphs,
+            # On the CPU compiling needs a C++ compiler, which images don't have, and gains little.
+            enforce_eager=not (cuda_graphs and on_cuda),
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
             kv_transfer_config=KVTransferConfig(

@@ -31,6 +31,8 @@ from tests.tiny import build_tiny_model
 from tests.valkey import Valkey
 
 START_SECONDS = 60.0
+# An interpreter whose environment has vLLM: `make test-vllm` runs suites once more, with that engine in the rollouts.
+VLLM_PYTHON = os.environ.get("FOUNDRY_TEST_VLLM_PYTHON", "")
 T = TypeVar("T")
 
 
@@ -46,13 +48,15 @@ class Process:
         *,
         module: str = "",
         address: str = "",
+        python: str = "",
     ) -> None:
-        """`module` runs instead of the service's own, with the same options. `address`: one that nobody else takes."""
+        """`module` runs instead of the service's own, with the same options, by `python` instead of this interpreter.
+        `address`: one that nobody else takes."""
         self._held = None if address else reserve()
         self.address = address_of(self._held) if self._held else address
         self.log = directory / f"{name}-{self.address.replace(':', '-')}.log"
         module = module or f"services.{name}.main"
-        self._command = [sys.executable, "-m", module, "--listen", self.address, *arguments]
+        self._command = [python or sys.executable, "-m", module, "--listen", self.address, *arguments]
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -126,7 +130,8 @@ class Stack:
     ) -> None:
         """Every process here gets `environment`, and `store` as the settings of its store."""
         self.directory = directory
-        self.model = build_tiny_model(directory / "models" / "tiny")
+        # vLLM's kernels for CPUs take no smaller heads.
+        self.model = build_tiny_model(directory / "models" / "tiny", head_dim=32 if VLLM_PYTHON else 16)
         self.lm = FrozenLM.load(self.model)
         self.valkey = Valkey(directory, persistent=persistent_valkey)
         values = {
@@ -141,8 +146,18 @@ class Stack:
         self._processes: list[Process] = []
         self._ports: list[socket.socket] = []
 
-    def spawn(self, name: str, *arguments: str, module: str = "", address: str = "") -> Process:
-        process = Process(name, arguments, self.directory, self._environment, module=module, address=address)
+    def spawn(
+        self, name: str, *arguments: str, module: str = "", address: str = "", python: str = "", **environment: str
+    ) -> Process:
+        process = Process(
+            name,
+            arguments,
+            self.directory,
+            self._environment | environment,
+            module=module,
+            address=address,
+            python=python,
+        )
         self._processes.append(process)
         process.start()
         return process
@@ -153,7 +168,15 @@ class Stack:
         return int(held.getsockname()[1])
 
     def rollout(self, *arguments: str, module: str = "", address: str = "") -> Process:
-        return self.spawn("rollout", "--model", str(self.model), *arguments, module=module, address=address)
+        engine = {"FOUNDRY_ENGINE": "vllm", "FOUNDRY_VLLM__KV_BYTES": str(256 * 1024**2)} if VLLM_PYTHON else {}
+        return self.spawn(
+            "rollout",
+            *("--model", str(self.model), *arguments),
+            module=module,
+            address=address,
+            python=VLLM_PYTHON,
+            **engine,
+        )
 
     def gateway(self, rollouts: Sequence[Process], *arguments: str) -> Process:
         # By name, as in a cluster: it is looked up again and again, and may stand for more than one address.

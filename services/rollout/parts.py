@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from foundry.lm import FrozenLM
@@ -79,6 +80,11 @@ def torch_engine(settings: RolloutSettings, lm: FrozenLM) -> TorchEngine:
 
 
 def _vllm_engine(settings: RolloutSettings, info: ModelInfo) -> Engine:
+    # Its lines go where ours go.
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    if settings.device == "cpu":
+        # Compiling takes a C++ compiler there, which images don't have.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Only here: most environments are without it.
     from services.rollout.engine.vllm.engine import VllmEngine
 

@@ -156,9 +156,29 @@ def test_a_beginning_is_reused_and_only_behind_the_same_digests(bench: Bench) ->
     first = bench.run({9: asked})
     # The cartridge's own tokens are no reuse of the prompt's.
     assert first[9][0].cached_tokens == BLOCK - 16
-    anew = bench.run({10: replace(asked, skip_prefix_cache=True)})
-    assert anew[10][0].cached_tokens == 0
-    bench.check(asked, anew[10])
+
+
+@pytest.mark.parametrize("p", [0, 1, 3, 4, 16, BLOCK, 2 * BLOCK, 300])
+def test_a_prompt_is_computed_anew_and_its_cartridge_stays_shared(
+    bench: Bench, p: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    place = CartridgeConnector.update_state_after_alloc
+
+    def noting(self: CartridgeConnector, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        loads.append(num_external_tokens)
+        place(self, request, blocks, num_external_tokens)
+
+    monkeypatch.setattr(CartridgeConnector, "update_state_after_alloc", noting)
+    if p:
+        bench.load("a", make_kv(bench.lm, p))
+    # A whole block of its own, so that there is something to reuse.
+    asked = request(BLOCK + 10, *(["a"] if p else []), skip_prefix_cache=True, temperature=0)
+    found = bench.run(dict.fromkeys((5, 6, 7), asked))
+    for outputs in found.values():
+        assert outputs[0].cached_tokens == 0
+        bench.check(asked, outputs)
+    assert loads == [p] + 2 * [p - max(0, p - 4) // BLOCK * BLOCK]
 
 
 def test_equal_digests_after_unloading_are_equal_bytes(bench: Bench) -> None:

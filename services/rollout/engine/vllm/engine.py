@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.config import KVTransferConfig
-from vllm.inputs.engine import tokens_input
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -26,8 +26,8 @@ from services.rollout.engine.completion import Completion
 from services.rollout.engine.vllm.connector import PREFIXES, SEQUENCE, CartridgeConnector
 from services.rollout.engine.vllm.prefix import Prefix, Prefixes
 
-# Where a cartridge's token stands in a prompt; never computed.
-_PLACEHOLDER_ID = 0
+# Ids that hold a sequence's number.
+_NUMBER_IDS = 4
 
 
 @dataclass(slots=True)
@@ -80,10 +80,10 @@ class VllmEngine:
             enable_prefix_caching=True,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_bytes,
-            # On the CPU compiling needs a C++ compiler, which images don't have, and gains little.
             enforce_eager=not (cuda_graphs and on_cuda),
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=CartridgeConnector.__name__,
                 kv_connector_module_path=CartridgeConnector.__module__,
@@ -107,8 +107,7 @@ class VllmEngine:
             completion = Completion(request.sampling, self._info.text, self._info.eos_ids)
             self._open[sequence_id] = _Open(request, prefix, completion)
             self._prefixes[str(sequence_id)] = prefix
-            ids = [_PLACEHOLDER_ID] * prefix.num_tokens + list(request.prompt_ids)
-            prompt = tokens_input(ids, cache_salt=_cache_salt(sequence_id, request))
+            prompt = _prompt(sequence_id, request, prefix.num_tokens, self._info.spec.vocab_size)
             self._llm.add_request(str(sequence_id), prompt, self._sampling(sequence_id, request.sampling))
 
     def step(self) -> list[TokenOutput]:
@@ -186,10 +185,21 @@ class VllmEngine:
         )
 
 
-def _cache_salt(sequence_id: int, request: SequenceRequest) -> str | None:
-    """What vLLM's prefix cache knows a sequence's blocks by, beside its token ids; without cartridges these suffice."""
+def _prompt(sequence_id: int, request: SequenceRequest, num_placeholders: int, vocab_size: int) -> TokensInput:
+    """Placeholders and prompt. vLLM's prefix cache knows a block by its ids, those before it, and the salt: digests.
+
+    A sequence that must not reuse a prompt's KV has its number in the last placeholders. So only the last block of its
+    cartridges is its own; the others stay shared, since what was written there is the same bytes for all.
+    """
+    placeholders = [0] * num_placeholders
     salt = ",".join(request.digests)
-    return (f"{salt}#{sequence_id}" if request.skip_prefix_cache else salt) or None
+    if request.skip_prefix_cache:
+        if num_placeholders < _NUMBER_IDS:
+            salt += f"#{sequence_id}"
+        else:
+            number = [sequence_id // vocab_size**power % vocab_size for power in range(_NUMBER_IDS)]
+            placeholders[-_NUMBER_IDS:] = number
+    return tokens_input([*placeholders, *request.prompt_ids], cache_salt=salt or None)
 
 
 def _top(logprobs: Mapping[int, Logprob], num: int) -> tuple[tuple[int, float], ...]:

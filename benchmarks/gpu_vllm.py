@@ -1,9 +1,9 @@
 """The vLLM engine on a GPU: python -m benchmarks.gpu_vllm --tokenizer DIRECTORY
 
-A model of Llama-3.2-3B's shape with random weights, in bfloat16. First the numbers: greedy answers behind a 2048-token
-cartridge against a float32 forward, teacher-forced. Then the speed of the engine (seeds, logprobs and text for every
-token, as services ask for them) beside that of vLLM alone in the same process: no cartridge, one that all share, and a
-different one for each. Last, what a new version (234.9 MB) costs those that are decoding.
+A model of Llama-3.2-3B's shape with random weights, in bfloat16. First the numbers: greedy answers behind a cartridge
+against a float32 forward, teacher-forced. Then the speed of the engine (seeds, logprobs and text for every token, as
+services ask for them) without a cartridge, with one that all share and with 8, beside that of vLLM alone in the same
+process; how soon a batch starts; and what a new version (234.9 MB) costs those that are decoding.
 
 Runs without the packages that services need besides: torch, transformers and vLLM are enough.
 """
@@ -11,15 +11,13 @@ Runs without the packages that services need besides: torch, transformers and vL
 from __future__ import annotations
 
 import argparse
-import cProfile
-import io
 import json
-import pstats
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -95,66 +93,82 @@ def in_memory(spec: ModelSpec, kv_L2GPD: Tensor) -> Cartridge:
     return Cartridge(header, memory.copy_(kv_L2GPD))
 
 
-@torch.no_grad()
+def document_ids(seed: int, num_tokens: int) -> list[int]:
+    ids: list[int] = torch.randint(10, 128000, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
 def document_cartridge(lm: FrozenLM, seed: int, num_tokens: int) -> Cartridge:
-    """KV of random text, as an initial cartridge has it, in bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    return in_memory(lm.spec, lm.prefill(torch.randint(10, 128000, (num_tokens,), generator=generator).tolist()))
+    """KV of random text, as an initial cartridge has it."""
+    return in_memory(lm.spec, lm.prefill(document_ids(seed, num_tokens)))
 
 
 @torch.no_grad()
-def correctness(engine: VllmEngine, exact: FrozenLM) -> list[dict[str, Any]]:
-    """Of two versions and odd sizes: how far the greedy tokens lie below the float32 forward's best, and how far the
-    engine's logprobs are from it. `other_version` is the regret by a version that the answer was not decoded with."""
-    rows = []
-    cartridges = {
-        f"{num_tokens}@{seed}": document_cartridge(exact, 100 * num_tokens + seed, num_tokens)
-        for num_tokens in (NUM_TOKENS, 333)
-        for seed in (1, 2)
+def regrets(
+    exact: FrozenLM, outputs: Sequence[TokenOutput], prompt: Sequence[int], kv_L2GPD: Tensor | None
+) -> tuple[list[float], list[float]]:
+    """Of each token of an answer, by one float32 forward: how far it lies below the best, and how far the logprob that
+    the engine told lies from its own; in nats."""
+    ids = [output.token_id for output in outputs]
+    prefix = None if kv_L2GPD is None else kv_L2GPD.to("cuda", torch.float32)
+    hidden = exact.packed_hidden([[*prompt, *ids[:-1]]], [prefix])[len(prompt) - 1 :]
+    logprobs = exact.logits(hidden).log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0]
+    told = torch.tensor([output.logprob for output in outputs], device="cuda")
+    return (logprobs.max(dim=-1).values - chosen).tolist(), (told - chosen).abs().tolist()
+
+
+def summary(case: str, found: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
+    regret = [each for one, _ in found for each in one]
+    error = [each for _, one in found for each in one]
+    return {
+        "case": case,
+        "num_answers": len(found),
+        "argmax_equal": sum(each == 0 for each in regret) / len(regret),
+        "largest_regret_nats": max(regret),
+        "median_regret_nats": statistics.median(regret),
+        "median_logprob_error": statistics.median(error),
+        "largest_logprob_error": max(error),
     }
-    for name, cartridge in cartridges.items():
-        engine.load(name, cartridge)
-    for name in cartridges:
-        requests = {seed: request(seed, name, prompt=64, new=64, temperature=0.0) for seed in range(8)}
-        other = name[:-1] + ("2" if name.endswith("1") else "1")
-        regrets, errors, foreign = [], [], []
-        cached = []
-        # The second time out of vLLM's prefix cache.
-        for _ in range(2):
-            for seed, outputs in finish(engine, requests).items():
-                ids = [output.token_id for output in outputs]
-                cached.append(outputs[0].cached_tokens)
-                for digest, found in ((name, regrets), (other, foreign)):
-                    prompt = requests[seed].prompt_ids
-                    kv = cartridges[digest].kv_L2GPD.to("cuda", torch.float32)
-                    hidden = exact.packed_hidden([[*prompt, *ids[:-1]]], [kv])[len(prompt) - 1 :]
-                    logprobs = exact.logits(hidden).log_softmax(dim=-1)
-                    chosen = logprobs.gather(1, torch.tensor(ids, device="cuda")[:, None])[:, 0]
-                    found += (logprobs.max(dim=-1).values - chosen).tolist()
-                    if digest == name:
-                        said = torch.tensor([output.logprob for output in outputs], device="cuda")
-                        errors += (said - chosen).abs().tolist()
-        rows.append(
-            {
-                "cartridge": name,
-                "num_answers": 16,
-                "argmax_equal": sum(each == 0 for each in regrets) / len(regrets),
-                "largest_regret_nats": max(regrets),
-                "median_logprob_error": statistics.median(errors),
-                "largest_logprob_error": max(errors),
-                "other_version_median_regret_nats": statistics.median(foreign),
-                "cached_prompt_tokens": sorted(set(cached)),
-            }
-        )
-    for name in cartridges:
-        engine.unload(name)
+
+
+def correctness(engine: VllmEngine, exact: FrozenLM) -> list[dict[str, Any]]:
+    """Greedy answers behind two versions of two sizes, each twice (the second time out of vLLM's prefix cache); as if
+    another version had decoded them; and, for what bfloat16 costs by itself, with the same text as a plain prompt."""
+    rows = []
+    for num_tokens in (NUM_TOKENS, 333):
+        seeds = {f"{num_tokens}@{version}": 100 * num_tokens + version for version in (1, 2)}
+        cartridges = {name: document_cartridge(exact, seed, num_tokens) for name, seed in seeds.items()}
+        for name, cartridge in cartridges.items():
+            engine.load(name, cartridge)
+        for name, other in zip(cartridges, reversed(cartridges), strict=True):
+            requests = {seed: request(seed, name, prompt=64, new=64, temperature=0.0) for seed in range(8)}
+            answers = [finish(engine, requests) for _ in range(2)]
+            for digest, case in ((name, f"cartridge {name}"), (other, f"{name} taken for {other}")):
+                found = [
+                    regrets(exact, outputs, requests[seed].prompt_ids, cartridges[digest].kv_L2GPD)
+                    for answer in answers
+                    for seed, outputs in answer.items()
+                ]
+                rows.append(summary(case, found))
+        document = document_ids(seeds[name], num_tokens)
+        plain = {
+            seed: replace(each, prompt_ids=(*document, *each.prompt_ids), digests=()) for seed, each in requests.items()
+        }
+        found = [
+            regrets(exact, outputs, plain[seed].prompt_ids, None) for seed, outputs in finish(engine, plain).items()
+        ]
+        rows.append(summary(f"document of {num_tokens} tokens as a prompt", found))
+        for name in cartridges:
+            engine.unload(name)
     return rows
 
 
 def rate(step: Callable[[], Mapping[str, int] | None], batch: int) -> dict[str, float]:
     """Decode tokens a second from the last sequence's first token to the first one's end. `step` returns how many
     tokens came for whom; it is called until nothing is left."""
-    times, seen = [], set()
+    times: list[tuple[float, int]] = []
+    seen: set[str] = set()
     start = 0.0
     while (found := step()) is not None:
         now = time.perf_counter()
@@ -181,6 +195,22 @@ def speed(engine: VllmEngine, batch: int, use: Sequence[tuple[str, ...]], ids: I
     return rate(step, batch)
 
 
+def first_tokens(engine: VllmEngine, batch: int, digest: str, ids: Iterator[int], *, anew: bool) -> float:
+    """Milliseconds until all of a batch have their first token. `anew`: as training asks, no prompt's KV reused."""
+    requests = {
+        next(ids): replace(request(3000 + index, digest, new=2), skip_prefix_cache=anew) for index in range(batch)
+    }
+    began = time.perf_counter()
+    engine.admit(requests)
+    waiting = set(requests)
+    while waiting:
+        waiting -= {output.sequence_id for output in engine.step()}
+    milliseconds = (time.perf_counter() - began) * 1e3
+    for sequence_id in requests:
+        engine.cancel(sequence_id)
+    return milliseconds
+
+
 def vllm_alone(engine: VllmEngine, batch: int, ids: Iterator[int]) -> dict[str, float]:
     """vLLM's own loop in this process: ids only, without seeds, logprobs and text."""
     for index in range(batch):
@@ -204,29 +234,15 @@ def vllm_alone(engine: VllmEngine, batch: int, ids: Iterator[int]) -> dict[str, 
     return rate(step, batch)
 
 
-def profile(engine: VllmEngine, ids: Iterator[int]) -> list[str]:
-    """Where the host's time goes at batch 256: the functions of most time of their own, as the profiler slows them."""
-    engine.admit(batch := {next(ids): request(1000 + index, new=200) for index in range(256)})
-    for _ in range(20):
-        engine.step()
-    profiler = cProfile.Profile()
-    profiler.enable()
-    for _ in range(100):
-        engine.step()
-    profiler.disable()
-    for sequence_id in batch:
-        engine.cancel(sequence_id)
-    stream = io.StringIO()
-    pstats.Stats(profiler, stream=stream).sort_stats("tottime").print_stats(30)
-    return stream.getvalue().splitlines()
-
-
 def swap(engine: VllmEngine, cartridges: list[Cartridge], ids: Iterator[int]) -> dict[str, float]:
     """32 sequences decode behind one cartridge while others are loaded, and one sequence starts behind each."""
     engine.load("old", cartridges[0])
     running = {next(ids): request(9000 + index, "old", new=1900) for index in range(32)}
     engine.admit(running)
-    calm, busy, loads, firsts = [], [], [], []
+    calm: list[float] = []
+    busy: list[float] = []
+    loads: list[float] = []
+    firsts: list[float] = []
     arrived: dict[int, float] = {}
     loaded: list[str] = []
 
@@ -312,7 +328,6 @@ def main() -> None:
     cartridges = [random_cartridge(exact.spec, seed) for seed in range(8)]
     for index, cartridge in enumerate(cartridges[:8]):
         engine.load(f"c{index}", cartridge)
-    print("\n".join(profile(engine, ids)), flush=True)
     rows = []
     for batch in (32, 256):
         for round_ in range(2):
@@ -326,6 +341,14 @@ def main() -> None:
             rows.append({"batch": batch, "round": round_, "case": "vLLM alone", **vllm_alone(engine, batch, ids)})
             print(rows[-1], flush=True)
     result["speed"] = rows
+    result["first_tokens_of_a_batch_ms"] = {
+        f"{batch}, {'anew' if anew else 'cached'}": [
+            first_tokens(engine, batch, "c1", ids, anew=anew) for _ in range(3)
+        ]
+        for batch in (32, 256)
+        for anew in (False, True)
+    }
+    print(result["first_tokens_of_a_batch_ms"])
     arguments.result.write_text(json.dumps(result, indent=2) + "\n")
     for index in range(8):
         engine.unload(f"c{index}")

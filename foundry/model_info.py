@@ -101,6 +101,9 @@ class ModelInfo:
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of tokens. Special ones steer; they are not text."""
+        if self.tokenizer.is_fast:
+            # What the wrapper around it adds takes four times as long, for every token of every sequence.
+            return str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True))
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

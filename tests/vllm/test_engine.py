@@ -15,6 +15,7 @@ from foundry.errors import InvalidArgument
 from foundry.lm import FrozenLM
 from foundry.model_info import ModelInfo
 from services.rollout.engine import FinishReason, SequenceRequest, TokenOutput
+from services.rollout.engine.vllm import connector
 from services.rollout.engine.vllm.connector import CartridgeConnector
 from services.rollout.engine.vllm.engine import VllmEngine
 from tests.tiny import Family, build_tiny_model
@@ -85,6 +86,17 @@ def test_cartridges_versions_lists_and_none_in_one_batch(family: Family, tmp_pat
     other = bench.expected_logprobs(replace(requests[1], digests=("1@2",)), ids_of(outputs[1]))
     chosen = other.gather(1, torch.tensor(ids_of(outputs[1]))[:, None])[:, 0]
     assert (chosen - torch.tensor(logprobs_of(outputs[1]))).abs().max() > 0.1
+
+
+def test_what_is_staged_in_pieces_is_written_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Keys and values of two layers, two heads, 32 numbers of 4 bytes: 70 tokens at a time, and a little.
+    monkeypatch.setattr(connector, "_STAGING_BYTES", 70 * 2 * 2 * 2 * 32 * 4 + 5)
+    for p in SIZES:
+        bench.load(str(p), make_kv(bench.lm, p))
+    uses = [("300",), ("1", "127"), ("129", "1"), (), ("128",), ("127", "129", "1")]
+    requests = {index: request(20, *use, seed=index) for index, use in enumerate(uses)}
+    for index, outputs in bench.run(requests).items():
+        bench.check(requests[index], outputs)
 
 
 def test_a_narrower_cartridge_is_widened_exactly(bench: Bench) -> None:

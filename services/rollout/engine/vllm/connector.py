@@ -11,7 +11,7 @@ checked before it runs: no scheduled sequence may have fewer computed tokens tha
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from services.rollout.engine.vllm.prefix import Prefix, Prefixes
 
 # Of the connector's configuration, and of a request's transfer parameters.
 PREFIXES, SEQUENCE = "prefixes", "sequence"
+# Of the device's memory, outside of what vLLM manages; a whole cartridge of 2048 tokens of a 3B model.
+_STAGING_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +99,15 @@ class CartridgeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         loads: list[Load] = self._get_connector_metadata().loads
         if not loads:
             return
-        layers = [(index, layer) for index, layer in _attention_layers(forward_context)]
-        for load in loads:
-            device = layers[0][1].kv_cache.device
-            kv_nL2GD = load.prefix.after(load.begin).to(device, non_blocking=True)
-            slots_n = load.slots_n.to(device, non_blocking=True)
+        layers = list(_attention_layers(forward_context))
+        device = layers[0][1].kv_cache.device
+        for pieces in _staged(loads):
+            kv_nL2GD = torch.cat([kv.to(device, non_blocking=True) for kv, _ in pieces])
+            slots_n = torch.cat([slots for _, slots in pieces]).to(device, non_blocking=True)
             for index, layer in layers:
                 key_nGD, value_nGD = kv_nL2GD[:, index].unbind(1)
                 layer.impl.do_kv_cache_update(layer, key_nGD, value_nGD, layer.kv_cache, slots_n)
+        for load in loads:
             load.prefix.in_place = True
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -123,6 +126,24 @@ def _scheduled(scheduler_output: Any) -> Iterator[tuple[str, int]]:
         yield request.req_id, request.num_computed_tokens
     cached = scheduler_output.scheduled_cached_reqs
     yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+
+
+def _staged(loads: Iterable[Load]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """KV [n, L, 2, G, D] and slots [n], some at a time: many small ones are written as one, none takes much memory."""
+    pieces: list[tuple[Tensor, Tensor]] = []
+    room = _STAGING_BYTES
+    for load in loads:
+        slots_n = load.slots_n
+        for kv_nL2GD in load.prefix.after(load.begin):
+            while len(kv_nL2GD):
+                if room < kv_nL2GD[0].nbytes:
+                    yield pieces
+                    pieces, room = [], _STAGING_BYTES
+                num = min(len(kv_nL2GD), room // kv_nL2GD[0].nbytes)
+                pieces.append((kv_nL2GD[:num], slots_n[:num]))
+                room -= pieces[-1][0].nbytes
+                kv_nL2GD, slots_n = kv_nL2GD[num:], slots_n[num:]
+    yield pieces
 
 
 def _attention_layers(forward_context: Any) -> Iterator[tuple[int, Any]]:

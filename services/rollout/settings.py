@@ -50,13 +50,14 @@ class RolloutSettings(ModelSettings):
     """Where cartridges are fetched from."""
 
     max_sequences: int = Field(default=16, ge=1)
-    """Sequences decoded at once. Each has a slot of max_sequence_tokens in the KV memory."""
+    """Sequences decoded at once. With the engine torch each has a slot of max_sequence_tokens in the KV memory."""
 
     max_sequence_tokens: int = Field(default=2048, ge=2)
     """Most tokens of one prompt and its answer, without those of its cartridges."""
 
     prefill_tokens_per_step: int = Field(default=512, ge=1)
-    """Most prompt tokens in one forward: longer prompts are cut, so that running sequences don't stall behind them."""
+    """Most prompt tokens in one forward: longer prompts are cut, so that running sequences don't stall behind them.
+    vLLM on the CPU does not cut them."""
 
     max_waiting: int = Field(default=256, ge=0)
     """Sequences that may wait for a slot; more are refused with RESOURCE_EXHAUSTED."""

@@ -95,14 +95,19 @@ def train(release: Release, seconds: float) -> None:
     """A run that a client makes is trained to its end, in object storage too."""
     deadline = time.monotonic() + seconds
     run_id = _create_run(release, seconds)
-    state = ""
     try:
-        while state != "succeeded":
-            record = release.ask("clients", "GET", "gateway", f"/v1/runs/{run_id}").json()
-            state = record["state"]
-            if state == "failed" or time.monotonic() > deadline:
-                raise Unmet(f"the run is {state}: {record}")
-            time.sleep(0.05)
+        _until_succeeded(release, run_id, deadline)
+    finally:
+        _cancel(release, run_id)
+
+
+def train_together(release: Release, seconds: float) -> None:
+    """A run of two pods is trained to its end."""
+    deadline = time.monotonic() + seconds
+    run_id = _create_run(release, seconds)
+    try:
+        with release.trained_by_two(run_id):
+            _until_succeeded(release, run_id, deadline)
     finally:
         _cancel(release, run_id)
 
@@ -176,6 +181,7 @@ _NEEDS: dict[str, dict[str, Need]] = {
         "redis": _TRAINED,
         "objects": _TRAINED,
         "otlp": Need(partial(trace, "trainer", train)),
+        "trainer": Need(train_together, away="trainer"),
         "dns": Need(train, of_new="trainer"),
     },
     "model": {"hub": Need(fetch_model), "dns": Need(fetch_model)},
@@ -247,6 +253,16 @@ def _create_run(release: Release, seconds: float) -> str:
 
     _eventually(attempt, seconds)
     return created[0]
+
+
+def _until_succeeded(release: Release, run_id: str, deadline: float) -> None:
+    state = ""
+    while state != "succeeded":
+        record = release.ask("clients", "GET", "gateway", f"/v1/runs/{run_id}").json()
+        state = record["state"]
+        if state == "failed" or time.monotonic() > deadline:
+            raise Unmet(f"the run is {state}: {record}")
+        time.sleep(0.05)
 
 
 def _cancel(release: Release, run_id: str) -> None:

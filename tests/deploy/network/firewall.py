@@ -14,6 +14,9 @@ from tests.deploy.network.policy import Direction, Peer, admits, isolated
 
 Port = tuple[int, str]
 
+# Where nobody is known to listen: who may be reached there may be reached at any port that a program is given.
+_UNKNOWN_PORT, _GIVEN_PORTS = 61000, "1024:65535"
+
 _CHAINS: dict[Direction, tuple[str, str, str]] = {
     # The chain of what opens a connection, the other address in it, and the chain of what answers.
     "Egress": ("OUTPUT", "-d", "INPUT"),
@@ -21,7 +24,7 @@ _CHAINS: dict[Direction, tuple[str, str, str]] = {
 }
 
 
-def rules(policies: Sequence[Manifest], pod: Peer, others: Iterable[Peer], ports: Iterable[Port]) -> str:
+def rules(policies: Sequence[Manifest], pod: Peer, others: Sequence[Peer], ports: Iterable[Port]) -> str:
     """For iptables-restore. Between `pod` and each of `others`, what the policies admit at `ports`; the rest is refused
     in the directions in which `pod` is isolated."""
     lines = ["*filter"]
@@ -33,7 +36,13 @@ def rules(policies: Sequence[Manifest], pod: Peer, others: Iterable[Peer], ports
         line
         for direction, other, (port, protocol) in product(_CHAINS, others, sorted(ports))
         if admits(policies, direction, pod, other, port, protocol)
-        for line in _admit(direction, other.address, port, protocol.lower())
+        for line in _admit(direction, other.address, str(port), protocol.lower())
+    ]
+    lines += [
+        line
+        for direction, other in product(_CHAINS, others)
+        if admits(policies, direction, pod, other, _UNKNOWN_PORT)
+        for line in _admit(direction, other.address, _GIVEN_PORTS, "tcp")
     ]
     for direction, (chain, _, _) in _CHAINS.items():
         if isolated(policies, pod, direction):
@@ -43,7 +52,7 @@ def rules(policies: Sequence[Manifest], pod: Peer, others: Iterable[Peer], ports
     return "\n".join([*lines, "COMMIT", ""])
 
 
-def _admit(direction: Direction, address: str, port: int, protocol: str) -> tuple[str, str]:
+def _admit(direction: Direction, address: str, port: str, protocol: str) -> tuple[str, str]:
     opening, side, answering = _CHAINS[direction]
     back = "-s" if side == "-d" else "-d"
     answers = " ! --syn" if protocol == "tcp" else ""

@@ -13,8 +13,6 @@ from tests.deploy.chart import CHART
 Flow = dict[str, Any]
 _LIST = Path("files") / "flows.yaml"
 FLOWS: list[Flow] = yaml.safe_load((CHART / _LIST).read_text())
-# Not between the pods of one run, of which there is one here: tests/e2e/test_ranks.py has several, without a firewall.
-TRIED = [flow for flow in FLOWS if flow["from"] != flow["to"]]
 
 
 def name(flow: Flow) -> str:

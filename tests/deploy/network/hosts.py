@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +41,13 @@ class Host:
     def call(self, work: Callable[[], T]) -> T:
         """The result of `work`, whose sockets and processes are this host's. Names are still looked up elsewhere."""
         return self._thread.submit(work).result()
+
+    def kill(self) -> None:
+        """End all processes of this host."""
+        pids = subprocess.run(["ip", "netns", "pids", self._namespace], capture_output=True, text=True, check=True)
+        for pid in pids.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def set_firewall(self, rules: str) -> None:
         """Replace all rules at once; `rules` is what iptables-restore reads."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -60,10 +61,13 @@ PORTS = {
     "kube-api": {6443},
     "internet": {53, 80, 443, 4317, 6443},
 }
+# The second pod of a run that has two.
+_SECOND_TRAINER = "trainer-1"
+_RENDEZVOUS_PORT = 29500
 # Everything that a flow depends on is enabled, and whoever can be named is.
 VALUES: dict[str, Any] = {
     # There are no Services here: a name is a pod's address.
-    "gateway": {"service": {"port": 8000}},
+    "gateway": {"service": {"port": 8000}, "settings": {"jobs": {"max_nodes": 2}}},
     "monitoring": {"otlpEndpoint": "http://otlp:4317"},
     "model": {"hub": {"id": MODEL, "endpoint": "http://hub"}},
     "tests": {"timeoutSeconds": 1},
@@ -99,6 +103,11 @@ _IMPATIENT = {
 _NUM_CARTRIDGES = 12
 
 
+def component(host: str) -> str:
+    """What runs on a host."""
+    return "trainer" if host == _SECOND_TRAINER else host
+
+
 class Release:
     """Use as a context; begins with all flows open."""
 
@@ -114,6 +123,7 @@ class Release:
             name: Peer(NAMESPACE, pod["metadata"]["labels"], f"10.0.0.{index}")
             for index, (name, pod) in enumerate(self.pods.items(), start=1)
         }
+        self.peers[_SECOND_TRAINER] = replace(self.peers["trainer"], address="10.0.0.100")
         self.hosts: dict[str, Host] = {}
         self.collector = Collector()
         self.kube_api = KubeApi(directory, OUTSIDE["kube-api"].address, 6443)
@@ -163,7 +173,7 @@ class Release:
     def _enforce(self, manifests: list[Manifest]) -> None:
         policies = of_kind(manifests, "NetworkPolicy")
         ports = {(port, "TCP") for listening in PORTS.values() for port in listening} | {(53, "UDP")}
-        for name in self.pods:
+        for name in (*self.pods, _SECOND_TRAINER):
             others = [peer for other, peer in self.peers.items() if other != name]
             self.hosts[name].set_firewall(rules(policies, self.peers[name], others, ports))
 
@@ -179,6 +189,26 @@ class Release:
         if (service := self._services.pop(name, None)) is not None:
             service.kill()
             service.wait()
+
+    @contextmanager
+    def trained_by_two(self, run_id: str) -> Iterator[None]:
+        """Within it two pods train the run, one rank each, as the Job of a run with two nodes has them."""
+        rendezvous = {"PET_MASTER_ADDR": self.peers["trainer"].address, "PET_MASTER_PORT": str(_RENDEZVOUS_PORT)}
+        started = []
+        try:
+            for rank, name in enumerate(("trainer", _SECOND_TRAINER)):
+                # By the name of the machine, which all hosts here share, gloo would find another address.
+                ranks = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "GLOO_SOCKET_IFNAME": "eth0"}
+                command = self.hosts[name].command(sys.executable, "-m", "services.trainer.launch", "--run", run_id)
+                environment = os.environ | self._environment("trainer") | rendezvous | ranks
+                with self._log(name).open("ab") as log:
+                    started.append(spawn(command, env=environment, stdout=log, stderr=log))
+            yield
+        finally:
+            for name in ("trainer", _SECOND_TRAINER):
+                self.hosts[name].kill()
+            for launcher in started:
+                launcher.wait()
 
     def restart_ended(self) -> None:
         """As the kubelet does."""

@@ -15,9 +15,9 @@ import pytest
 
 from tests.deploy.chart import SERVICES
 from tests.deploy.network.checks import Unmet, need_of
-from tests.deploy.network.flows import TRIED, Flow, name
+from tests.deploy.network.flows import FLOWS, Flow, name
 from tests.deploy.network.hosts import unavailable
-from tests.deploy.network.release import OUTSIDE, PORTS, Release
+from tests.deploy.network.release import OUTSIDE, PORTS, Release, component
 
 # For what must hold.
 _SECONDS = 60.0
@@ -33,7 +33,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
         yield running
 
 
-@pytest.mark.parametrize("flow", TRIED, ids=name)
+@pytest.mark.parametrize("flow", FLOWS, ids=name)
 def test_flow_is_needed(flow: Flow, release: Release) -> None:
     """The flow's check holds; without the flow it does not, though it has twice the time."""
     need = need_of(flow)
@@ -57,13 +57,17 @@ def test_what_is_open_is_what_is_listed(release: Release) -> None:
     release.restart_ended()
     tried = product(release.hosts, ((target, port) for target, ports in PORTS.items() for port in sorted(ports)))
     open_ports = {
-        (source, target, port)
+        (component(source), target, port)
         for source, (target, port) in tried
         if source != target
         and not {source, target} <= OUTSIDE.keys()
         and release.connects(source, (release.peers[target].address, port))
     }
-    listed = {(flow["from"], flow["to"], flow.get("port") or min(PORTS[flow["to"]])) for flow in TRIED}
+    listed = {
+        (flow["from"], flow["to"], port)
+        for flow in FLOWS
+        for port in ([flow["port"]] if "port" in flow else PORTS[flow["to"]])
+    }
     assert open_ports == listed
     assert {pod for pod in release.pods if release.knows_names(pod)} == {who for who, to, _ in listed if to == "dns"}
 

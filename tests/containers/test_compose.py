@@ -1,6 +1,7 @@
 """`docker compose up` for real: order, chat, training, kills, scaling. Timings go to benchmarks/results/compose.json.
 
-FOUNDRY_COMPOSE is the command (default: `docker compose`).
+FOUNDRY_COMPOSE is the command (default: `docker compose`). FOUNDRY_ENGINE says which the rollout's image has; of vLLM the
+timings go to compose-vllm.json.
 """
 
 from __future__ import annotations
@@ -203,4 +204,5 @@ def _write(stack: Compose) -> None:
         "seconds": {name: round(seconds, 1) for name, seconds in stack.timings.items()},
         "image_bytes_above_base": {BASE: base_bytes, **images},
     }
-    (ROOT / "benchmarks" / "results" / "compose.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = "compose-vllm.json" if os.environ.get("FOUNDRY_ENGINE") == "vllm" else "compose.json"
+    (ROOT / "benchmarks" / "results" / name).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,7 +1,8 @@
 """The chart on a real cluster, whichever KUBECONFIG names: `make e2e-kube`. Timings go to benchmarks/results/kube.json.
 
 One release for all tests, in the order of the file: the last one uninstalls it. The images must be where the cluster
-finds them (FOUNDRY_REGISTRY, FOUNDRY_TAG); FOUNDRY_ENGINE chooses the rollout's.
+finds them (FOUNDRY_REGISTRY, FOUNDRY_TAG); FOUNDRY_ENGINE chooses the rollout's, and of vLLM
+the timings go to kube-vllm.json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
 COMPONENTS = ("gateway", "rollout", "teacher", "redis", "objects")
 SMALL = {"requests": {"cpu": "50m", "memory": "64Mi"}}
+ENGINE = os.environ.get("FOUNDRY_ENGINE", "torch")
 VALUES: dict[str, Any] = {
     "global": {"image": {"registry": os.environ.get("FOUNDRY_REGISTRY", ""), "tag": os.environ.get("FOUNDRY_TAG", "")}},
     "model": {"name": MODEL},
@@ -34,7 +36,7 @@ VALUES: dict[str, Any] = {
     "rollout": {
         "replicas": 1,
         "resources": SMALL,
-        "settings": {"engine": os.environ.get("FOUNDRY_ENGINE", "torch"), "vllm": {"kv_bytes": 1024**3}},
+        "settings": {"engine": ENGINE, "vllm": {"kv_bytes": 1024**3}},
     },
     "teacher": {"replicas": 1, "resources": SMALL},
     "trainer": {"mode": "jobs", "resources": SMALL},
@@ -65,7 +67,7 @@ def cluster() -> Iterator[Cluster]:
         opened.core.delete_namespace(opened.namespace)
         opened.close()
         result = {name: round(seconds, 1) for name, seconds in TIMINGS.items()}
-        path = ROOT / "benchmarks" / "results" / "kube.json"
+        path = ROOT / "benchmarks" / "results" / ("kube-vllm.json" if ENGINE == "vllm" else "kube.json")
         path.write_text(json.dumps({"machine": f"{os.cpu_count()} cores", "seconds": result}, indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """`docker compose up` for real: order, chat, training, kills, scaling. Timings go to benchmarks/results/compose.json.
 
-FOUNDRY_COMPOSE is the command (default: `docker compose`). FOUNDRY_ENGINE says which the rollout's image has; of vLLM the
-timings go to compose-vllm.json.
+FOUNDRY_COMPOSE is the command (default: `docker compose`). FOUNDRY_ENGINE says which engine the rollout's image has; of
+vLLM the timings go to compose-vllm.json.
 """
 
 from __future__ import annotations

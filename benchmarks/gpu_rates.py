@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_swap import build, random_cartridge, request
+from benchmarks.shapes import LLAMA_3B
 from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
@@ -26,14 +27,6 @@ from services.teacher.scorer import Item, Want, micro_batches, score
 from services.trainer.sample import Sample
 from services.trainer.step import TrainingStep
 
-SHAPE = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 CARTRIDGE_TOKENS, DOCUMENT_TOKENS = 2048, 6144
 NUM_SAMPLES, TURN_TOKENS, ANSWER_TOKENS = 32, 128, 1024
 DECODE_BATCHES = (1, 8, 32, 128, 256)
@@ -98,7 +91,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "gpu_rates.json")
     arguments = parser.parse_args()
     result: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    lm = build("cuda", torch.bfloat16, **SHAPE)
+    lm = build("cuda", torch.bfloat16, **LLAMA_3B)
 
     def measure(name: str, work: Callable[[], float]) -> None:
         # An engine of the last measurement is a cycle: its memory would count for this one.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shapes import LLAMA_3B
 from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
 from foundry.memory import allocate
@@ -126,16 +127,7 @@ def main() -> None:
     result: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     result["correct"] = regret("cuda")
     print(result)
-    lm = build(
-        "cuda",
-        torch.bfloat16,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
+    lm = build("cuda", torch.bfloat16, **LLAMA_3B)
     engine = TorchEngine(lm, max_sequences=NUM_SEQUENCES, max_sequence_tokens=2048, prefill_tokens_per_step=1024)
     cartridges = [random_cartridge(lm, seed) for seed in range(3)]
     engine.load("old", cartridges[0])

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import count, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from benchmarks.shapes import LLAMA_3B
 from foundry.cartridge import Cartridge
 from foundry.lm import FrozenLM
 from foundry.memory import allocate
@@ -45,12 +46,7 @@ FINGERPRINT = "blake3:" + "0" * 64
 def write_model(directory: Path) -> None:
     config = LlamaConfig(
         vocab_size=128256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
+        **LLAMA_3B,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         eos_token_id=2,
@@ -195,6 +191,22 @@ def speed(engine: VllmEngine, batch: int, use: Sequence[tuple[str, ...]], ids: I
     return rate(step, batch)
 
 
+def speeds(engine: VllmEngine, ids: Iterator[int]) -> list[dict[str, Any]]:
+    """Two rounds of every case, in which cartridges c0 to c7 are loaded."""
+    rows: list[dict[str, Any]] = []
+    for batch, round_ in product((32, 256), range(2)):
+        cases: dict[str, list[tuple[str, ...]]] = {
+            "no cartridge": [()] * batch,
+            "one shared": [("c0",)] * batch,
+            "8 distinct": [(f"c{index % 8}",) for index in range(batch)],
+        }
+        for case, use in cases.items():
+            rows.append({"batch": batch, "round": round_, "case": case, **speed(engine, batch, use, ids)})
+        rows.append({"batch": batch, "round": round_, "case": "vLLM alone", **vllm_alone(engine, batch, ids)})
+        print(*rows[-4:], sep="\n", flush=True)
+    return rows
+
+
 def first_tokens(engine: VllmEngine, batch: int, digest: str, ids: Iterator[int], *, anew: bool) -> float:
     """Milliseconds until all of a batch have their first token. `anew`: as training asks, no prompt's KV reused."""
     requests = {
@@ -326,21 +338,9 @@ def main() -> None:
     result["correct"] = correctness(engine, exact)
     print(json.dumps(result, indent=1), flush=True)
     cartridges = [random_cartridge(exact.spec, seed) for seed in range(8)]
-    for index, cartridge in enumerate(cartridges[:8]):
+    for index, cartridge in enumerate(cartridges):
         engine.load(f"c{index}", cartridge)
-    rows = []
-    for batch in (32, 256):
-        for round_ in range(2):
-            for name, use in (
-                ("no cartridge", [()] * batch),
-                ("one shared", [("c0",)] * batch),
-                ("8 distinct", [(f"c{index % 8}",) for index in range(batch)]),
-            ):
-                rows.append({"batch": batch, "round": round_, "case": name, **speed(engine, batch, use, ids)})
-                print(rows[-1], flush=True)
-            rows.append({"batch": batch, "round": round_, "case": "vLLM alone", **vllm_alone(engine, batch, ids)})
-            print(rows[-1], flush=True)
-    result["speed"] = rows
+    result["speed"] = speeds(engine, ids)
     result["first_tokens_of_a_batch_ms"] = {
         f"{batch}, {'anew' if anew else 'cached'}": [
             first_tokens(engine, batch, "c1", ids, anew=anew) for _ in range(3)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_swap import build
+from benchmarks.shapes import LLAMA_3B
 from foundry.cartridge import TrainableCartridge
 from foundry.lm import FrozenLM
 from foundry.objectives import Objective
@@ -29,14 +30,6 @@ from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.step import TrainingStep
 
-LLAMA_3B = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,25 +92,20 @@ def job(release: Release, seconds: float) -> None:
         _cancel(release, run_id)
 
 
-def train(release: Release, seconds: float) -> None:
-    """A run that a client makes is trained to its end, in object storage too."""
+def train(release: Release, seconds: float, by: Callable[[str], AbstractContextManager[None]] | None = None) -> None:
+    """A run that a client makes is trained to its end, in object storage too: by the worker, or by pods of its own."""
     deadline = time.monotonic() + seconds
     run_id = _create_run(release, seconds)
     try:
-        _until_succeeded(release, run_id, deadline)
+        with by(run_id) if by else nullcontext():
+            _until_succeeded(release, run_id, deadline)
     finally:
         _cancel(release, run_id)
 
 
 def train_together(release: Release, seconds: float) -> None:
     """A run of two pods is trained to its end."""
-    deadline = time.monotonic() + seconds
-    run_id = _create_run(release, seconds)
-    try:
-        with release.trained_by_two(run_id):
-            _until_succeeded(release, run_id, deadline)
-    finally:
-        _cancel(release, run_id)
+    train(release, seconds, release.trained_by_two)
 
 
 def scrape(target: str, release: Release, seconds: float) -> None:

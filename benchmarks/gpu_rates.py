@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.gpu_swap import build, random_cartridge, request
 from benchmarks.shapes import LLAMA_3B
-from foundry.cartridge import TrainableCartridge
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from services.rollout.engine.torch.engine import TorchEngine
 from services.teacher.scorer import Item, Want, micro_batches, score
 from services.trainer.sample import Sample
-from services.trainer.step import TrainingStep
+from services.trainer.update.step import TrainingStep
 
 CARTRIDGE_TOKENS, DOCUMENT_TOKENS = 2048, 6144
 NUM_SAMPLES, TURN_TOKENS, ANSWER_TOKENS = 32, 128, 1024

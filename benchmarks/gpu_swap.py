@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.shapes import LLAMA_3B
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
-from foundry.memory import allocate
+from foundry.buffers import allocate
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.engine.torch.sequence import LoadedCartridge

@@ -30,10 +30,10 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.shapes import LLAMA_3B
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
-from foundry.memory import allocate
-from foundry.model_info import ModelSpec
+from foundry.buffers import allocate
+from foundry.model.cartridge import Cartridge
+from foundry.model.info import ModelSpec
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
 from services.rollout.engine.vllm.connector import SEQUENCE
 from services.rollout.engine.vllm.engine import VllmEngine

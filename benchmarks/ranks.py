@@ -20,15 +20,15 @@ from torch import Tensor
 
 from benchmarks.gpu_swap import build
 from benchmarks.shapes import LLAMA_3B
-from foundry.cartridge import TrainableCartridge
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
-from services.trainer.gradient import Signal
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from services.trainer.ranks.follower import follow
 from services.trainer.ranks.group import Group, Seat
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
-from services.trainer.step import TrainingStep
+from services.trainer.update.gradient import Signal
+from services.trainer.update.step import TrainingStep
 
 SMALL = {
     "hidden_size": 64,

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foundry.cartridge import TrainableCartridge
+from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes, digest_of
-from foundry.lm import FrozenLM
 from foundry.local.ports import address_of, reserve
-from foundry.memory import allocate
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.store import CartridgeId, CartridgeStore, ManifestDraft, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc

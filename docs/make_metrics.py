@@ -14,10 +14,10 @@ import foundry.rpc.metrics
 import foundry.store.metrics
 import foundry.telemetry.gpu
 import foundry.telemetry.metrics
-import services.gateway.census
 import services.gateway.metrics
+import services.gateway.usage
+import services.rollout.engine_metrics
 import services.rollout.metrics
-import services.rollout.vllm_metrics
 import services.teacher.metrics
 import services.trainer.metrics
 
@@ -29,7 +29,7 @@ SECTIONS: tuple[tuple[str, str, Sequence[str], Sequence[ModuleType]], ...] = (
         "vLLM's own names, labels and buckets (V1 engine), so that its dashboards and autoscalers work unchanged. "
         "`model_name` is the base model's, `engine` is always 0.",
         ["rollout"],
-        [services.rollout.vllm_metrics],
+        [services.rollout.engine_metrics],
     ),
     ("Rollout", "Cartridges and KV memory.", ["rollout"], [services.rollout.metrics]),
     ("Teacher", "", ["teacher"], [services.teacher.metrics]),
@@ -50,7 +50,7 @@ SECTIONS: tuple[tuple[str, str, Sequence[str], Sequence[ModuleType]], ...] = (
         "Store, as a whole",
         "What a gateway finds at its regular look (`census_seconds`). All report the same: take `max`, not `sum`.",
         ["gateway"],
-        [services.gateway.census],
+        [services.gateway.usage],
     ),
     (
         "gRPC servers",

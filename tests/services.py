@@ -19,10 +19,10 @@ import httpx
 import torch
 from openai import OpenAI
 
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
 from foundry.local.ports import address_of, reserve
 from foundry.local.process import spawn
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.rpc.tls import Credentials
 from foundry.store import CartridgeStore, Manifest, ManifestDraft, StoreSettings

@@ -11,9 +11,9 @@ from opentelemetry import trace
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import metrics
-from foundry.store.durable.versions import Durable
-from foundry.store.hot.bytes import HotBytes
-from foundry.store.hot.pointers import Pointers
+from foundry.store.objects.versions import Durable
+from foundry.store.redis.hot_bytes import HotBytes
+from foundry.store.redis.pointers import Pointers
 
 log = structlog.get_logger(__name__)
 _tracer = trace.get_tracer(__name__)

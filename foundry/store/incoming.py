@@ -6,8 +6,8 @@ import time
 from threading import Condition, Thread
 from types import TracebackType
 
+from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes, CartridgeHeader, Digester
-from foundry.memory import allocate
 from foundry.store import metrics
 
 

@@ -12,12 +12,12 @@ from opentelemetry import trace
 from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes
 from foundry.store import metrics
-from foundry.store.durable.versions import Durable
-from foundry.store.hot.bytes import HotBytes, chunks
-from foundry.store.hot.pointers import Commit, LimitReached, Pointers, Reservation
 from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.objects.versions import Durable
+from foundry.store.redis.hot_bytes import HotBytes, chunks
+from foundry.store.redis.pointers import Commit, LimitReached, Pointers, Reservation
 from foundry.store.settings import StoreSettings
-from foundry.store.upkeep.condemned import while_condemned
+from foundry.store.upkeep.marks import while_condemned
 
 _ATTEMPTS = 3
 _tracer = trace.get_tracer(__name__)

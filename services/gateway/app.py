@@ -12,25 +12,17 @@ from fastapi import FastAPI
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from foundry.telemetry.traces import flush_traces
-from services.gateway import (
-    cartridges,
-    census,
-    chat,
-    completions,
-    documents,
-    errors,
-    health,
-    metrics,
-    models,
-    runs,
-)
-from services.gateway.body_limit import BodyLimit
-from services.gateway.request_context import TRACING, RequestContext
+from services.gateway import errors, metrics
+from services.gateway import usage as census
+from services.gateway.middleware.body_limit import BodyLimit
+from services.gateway.middleware.request_context import TRACING, RequestContext
+from services.gateway.openai import chat, completions, models
+from services.gateway.openai.tokens import TokenSpelling
+from services.gateway.resources import cartridges, documents, health, runs
 from services.gateway.rollouts import Rollouts
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
 from services.gateway.teacher import Teacher
-from services.gateway.tokens import TokenSpelling
 
 _ROUTERS = (
     chat.router,
@@ -87,7 +79,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             await rollouts.start()
             if settings.jobs is not None:
                 # Here, because the Kubernetes client is large.
-                from services.gateway.jobs import Jobs
+                from services.gateway.kubernetes.jobs import Jobs
 
                 jobs = Jobs(settings.jobs, store.runs)
                 jobs.start()

@@ -12,14 +12,14 @@ from fastapi import Depends, Request
 from foundry.errors import ResourceExhausted, Unavailable
 from foundry.store import CartridgeStore
 from services.gateway import metrics
+from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.rollouts import Rollouts
 from services.gateway.settings import GatewaySettings
 from services.gateway.teacher import Teacher
-from services.gateway.tokens import TokenSpelling
 
 if TYPE_CHECKING:
     # Not imported where there are no Jobs: the Kubernetes client is large.
-    from services.gateway.jobs import Jobs
+    from services.gateway.kubernetes.jobs import Jobs
 
 
 @dataclass

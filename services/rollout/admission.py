@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
-from foundry.model_info import ModelInfo
+from foundry.model.info import ModelInfo
+from foundry.model.template import ChatTemplate
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
-from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, rollout_pb2
 from services.rollout.engine import SamplingParams, SequenceRequest
 

@@ -20,8 +20,8 @@ import structlog
 from foundry.errors import FoundryError, ResourceExhausted, Unavailable
 from services.rollout import metrics
 from services.rollout.engine import Engine, EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine_metrics import VllmMetrics
 from services.rollout.timeline import Timeline
-from services.rollout.vllm_metrics import VllmMetrics
 
 log = structlog.get_logger(__name__)
 

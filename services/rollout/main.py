@@ -14,9 +14,9 @@ from foundry.rpc.server import Server
 from foundry.store import CartridgeStore
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
-from services.rollout.parts import Parts, load_engine
 from services.rollout.prefetch import Prefetch
 from services.rollout.servicer import RolloutServicer
+from services.rollout.serving import Parts, load_engine
 from services.rollout.settings import RolloutSettings
 
 log = structlog.get_logger(__name__)

@@ -15,10 +15,10 @@ from typing import Protocol
 import structlog
 from opentelemetry import trace
 
-from foundry.cartridge import Cartridge
 from foundry.errors import Conflict, DigestMismatch
 from foundry.identity import DTYPE_BYTES, CartridgeBytes, CartridgeHeader, check_digest
-from foundry.model_info import ModelSpec
+from foundry.model.cartridge import Cartridge
+from foundry.model.info import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout import metrics
 from services.rollout.engine import Engine

@@ -17,8 +17,8 @@ from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.admission import Admission, check_cartridge
 from services.rollout.driver import Job
 from services.rollout.engine import FinishReason, TokenOutput
-from services.rollout.parts import Parts
 from services.rollout.residency import Residency
+from services.rollout.serving import Parts
 
 log = structlog.get_logger(__name__)
 

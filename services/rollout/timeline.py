@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.rollout.engine import SequenceRequest, TokenOutput
-from services.rollout.vllm_metrics import VllmMetrics
+from services.rollout.engine_metrics import VllmMetrics
 
 
 class Timeline:

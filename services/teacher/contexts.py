@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foundry.errors import ContextNotFound, ResourceExhausted
 from foundry.identity import ids_digest
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.teacher import metrics
 
 

@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from foundry import telemetry
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import teacher_pb2, teacher_pb2_grpc

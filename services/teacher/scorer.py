@@ -1,4 +1,4 @@
-"""Scoring token ids behind a document: the forward, cut into micro-batches, and what is read off it.
+"""Scoring token ids behind a document: one micro-batch's forward, and what is read off it.
 
 Runs with torch and transformers alone. Shape suffixes: N scored positions of one item, E hidden size, K top-k,
 C candidates, V vocabulary.
@@ -6,15 +6,16 @@ C candidates, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foundry.errors import InvalidArgument
-from foundry.lm import FrozenLM
-from foundry.objectives import TILE_ELEMENTS
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import TILE_ELEMENTS
+from foundry.model.packing import scored_hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +68,13 @@ def check_item(index: int, item: Item, vocab_size: int) -> None:
         )
 
 
-def micro_batches(items: Sequence[Item], max_tokens: int) -> Iterator[Sequence[Item]]:
-    """Consecutive items of at most `max_tokens` in all; an item longer than that stands alone."""
-    begin, num_tokens = 0, 0
-    for index, item in enumerate(items):
-        if index > begin and num_tokens + len(item.ids) > max_tokens:
-            yield items[begin:index]
-            begin, num_tokens = index, 0
-        num_tokens += len(item.ids)
-    if items:
-        yield items[begin:]
-
-
 @torch.no_grad()
 def score(lm: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> list[Scores]:
     """Scores of one micro-batch in the order of its items, each behind its own context's KV [L, 2, G, P, D]."""
-    # The last token of an answer predicts nothing that is scored.
-    sequences = [item.ids[:-1] for item in items]
-    hidden_TE = lm.packed_hidden(sequences, contexts)
-    scores, begin = [], 0
-    for item, sequence in zip(items, sequences, strict=True):
-        rows_NE = hidden_TE[begin + item.score_from - 1 : begin + len(sequence)]
-        begin += len(sequence)
-        scores.append(_read_off(lm, rows_NE, item.ids[item.score_from :], want))
-    return scores
+    hidden = scored_hidden(lm, items, contexts)
+    return [
+        _read_off(lm, rows_NE, item.ids[item.score_from :], want) for item, rows_NE in zip(items, hidden, strict=True)
+    ]
 
 
 def _read_off(lm: FrozenLM, hidden_NE: Tensor, ids: Sequence[int], want: Want) -> Scores:

@@ -15,14 +15,15 @@ import structlog
 
 from foundry.errors import FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
 from foundry.identity import ids_checksum
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
+from foundry.model.packing import micro_batches
+from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
 from foundry.rpc.limits import PART_BYTES
-from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import metrics
 from services.teacher.contexts import Contexts
-from services.teacher.scorer import Item, Scores, Want, check_item, micro_batches, score
+from services.teacher.scorer import Item, Scores, Want, check_item, score
 from services.teacher.settings import TeacherSettings
 
 log = structlog.get_logger(__name__)
@@ -81,8 +82,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             items = self._checked_items(request)
             want = self._checked_want(request.want)
             index = 0
-            for batch in micro_batches(items, self._micro_batch_tokens):
-                for scores in await self._run(partial(self._score, batch, want)):
+            for some in micro_batches(items, self._micro_batch_tokens):
+                for scores in await self._run(partial(self._score, items[some], want)):
                     for part in self._parts(request, index, scores):
                         yield part
                     index += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foundry.model_settings import ModelSettings
+from foundry.model.settings import ModelSettings
 
 
 class TeacherSettings(ModelSettings):

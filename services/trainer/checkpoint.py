@@ -1,6 +1,6 @@
 """All that a run needs to go on as if it had never stopped: one safetensors file.
 
-The random state is not in it: every draw of a run is seeded by its place (`sample.derive_seed`).
+The random state is not in it: every draw of a run is seeded by its place (`foundry.seeds`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from foundry.errors import InvalidArgument
 from foundry.store.names import CartridgeId
 from services.trainer.curriculum import Curriculum
-from services.trainer.step import TrainingStep
+from services.trainer.update.step import TrainingStep
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from foundry.errors import InvalidArgument
-from foundry.template import ChatTemplate, Messages
-from services.trainer.sample import derive_seed
-
-MAX_PROMPTS = 100_000
+from foundry.seeds import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +42,3 @@ class Curriculum:
     def from_json(cls, text: str | bytes) -> Curriculum:
         values = json.loads(text)
         return cls(values["turns"], [HeldOut(**item) for item in values["heldout"]])
-
-
-def read_prompts(text: str, template: ChatTemplate, *, field: str) -> list[list[int]]:
-    """Turn ids of a prompts file: JSON lines, each {"prompt": "…" or [{role, content}, …]}; other keys are ignored.
-
-    Raises InvalidArgument that names the line.
-    """
-    turns = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InvalidArgument(f"{field}, line {number} is not JSON: {error}", field=field) from error
-        turns.append(template.turn(_messages(row, f"{field}, line {number}", field)))
-        if len(turns) > MAX_PROMPTS:
-            raise InvalidArgument(f"{field} has more than {MAX_PROMPTS} prompts", field=field)
-    if not turns:
-        raise InvalidArgument(f"{field} has no prompts", field=field)
-    return turns
-
-
-def _messages(row: Any, where: str, field: str) -> Messages:
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    well_formed = isinstance(prompt, list) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in prompt
-    )
-    if not well_formed or not prompt:
-        raise InvalidArgument(f'{where} has no "prompt" that is text or a list of role and content', field=field)
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]

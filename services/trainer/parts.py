@@ -6,7 +6,7 @@ import asyncio
 
 import torch
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import trainer_pb2

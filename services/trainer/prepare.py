@@ -6,27 +6,30 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from foundry.cartridge import TrainableCartridge, cut_context
 from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import content_digest, ids_digest
-from foundry.lm import FrozenLM
-from foundry.objectives import objective_named
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.initialise import cut_context
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import objective_named
+from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
+from foundry.rpc.rollout import Answer, Prompt
+from foundry.seeds import derive_seed
+from foundry.selfstudy.prompts import read_prompts
+from foundry.selfstudy.questions import write_prompts
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, DocumentPrompts, Prompts, RunSpec
-from foundry.template import ChatTemplate
 from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.curriculum import Curriculum, HeldOut, read_prompts
+from services.trainer.curriculum import Curriculum, HeldOut
 from services.trainer.patience import Patience
 from services.trainer.ranks.leader import Leader
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
-from services.trainer.sample import Answer, Prompt, derive_seed
-from services.trainer.selfstudy import write_prompts
 from services.trainer.settings import TrainerSettings
-from services.trainer.step import TrainingStep
 from services.trainer.teacher import Teacher
+from services.trainer.update.step import TrainingStep
 
 # Where no held-out file is given one prompt in eight is held out, at least four, at most half.
 HELDOUT_SHARE = 8
@@ -142,7 +145,7 @@ class Preparation:
         if isinstance(source, DocumentPrompts):
             digest = source.digest
             text = await self._patience.call("store", lambda: self._store.documents.get(digest))
-            return read_prompts(text, self._template, field=field)
+            return [self._template.turn(messages) for messages in read_prompts(text, field=field)]
 
         async def ask(prompts: Sequence[Prompt]) -> list[Answer]:
             return await self._patience.call(

@@ -9,9 +9,10 @@ from foundry.errors import AlignmentError
 from foundry.identity import answer_checksum
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods
+from foundry.rpc.rollout import Answer, Prompt
 from foundry.store.names import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.trainer.sample import Answer, Prompt, Sample
+from services.trainer.sample import Sample
 
 
 class Rollouts:

@@ -16,21 +16,23 @@ from opentelemetry.context import Context
 
 from foundry.errors import CartridgeNotFound, DigestMismatch, PolicyMismatch, Unavailable
 from foundry.identity import Buffer
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective, objective_named
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective, objective_named
+from foundry.rpc.rollout import Prompt
+from foundry.seeds import derive_seed
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, ManifestDraft
 from foundry.telemetry.traces import links_to
 from services.trainer import checkpoint, metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum
-from services.trainer.gradient import Signal
-from services.trainer.heldout import MEASURE, HeldOutSet
 from services.trainer.patience import Patience
 from services.trainer.rollouts import Rollouts
-from services.trainer.sample import Guards, Prompt, Sample, derive_seed
-from services.trainer.step import TrainingStep, Update
+from services.trainer.sample import Guards, Sample
 from services.trainer.teacher import Teacher
+from services.trainer.update.gradient import Signal
+from services.trainer.update.heldout import MEASURE, HeldOutSet
+from services.trainer.update.step import TrainingStep, Update
 
 log = structlog.get_logger(__name__)
 _tracer = trace.get_tracer(__name__)

@@ -1,33 +1,10 @@
-"""What is asked, answered and trained on."""
+"""What is trained on, and the signs that it degenerates."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question to the policy."""
-
-    ids: Sequence[int]
-    seed: int
-    # Where in the run it is asked, for people to read.
-    place: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a rollout server returned for one prompt."""
-
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    text: str
-    truncated: bool
-    # Address of the rollout server, of the pod where a name stands for several.
-    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +54,3 @@ def _repetition(ids: Sequence[int]) -> float:
     grams = Counter(tuple(ids[start : start + 4]) for start in range(len(ids) - 3))
     total = sum(grams.values())
     return (total - len(grams)) / total if total else 0.0
-
-
-def derive_seed(seed: int, *path: int | str) -> int:
-    """A 63-bit seed for one place in a run, the same in every attempt: no generator state has to be kept."""
-    text = "/".join(str(part) for part in (seed, *path))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

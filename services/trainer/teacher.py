@@ -8,13 +8,13 @@ import torch
 
 from foundry.errors import AlignmentError, ContextNotFound
 from foundry.identity import content_digest, ids_checksum
-from foundry.objectives import Objective, TopK
+from foundry.model.objectives import Objective, TopK
 from foundry.rpc import tensors
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
-from services.trainer.gradient import Signal
 from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal
 
 _TENSOR = common_pb2.Tensor.DESCRIPTOR
 

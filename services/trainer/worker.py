@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from foundry.errors import Fenced, FoundryError, RankLost, RunOver, StoreUnavailable
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer import metrics
 from services.trainer.checkpoint import Progress

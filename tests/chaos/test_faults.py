@@ -20,7 +20,7 @@ import pytest
 import structlog
 
 from foundry.identity import Digester
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.trainer.rollouts import Rollouts
 from services.trainer.teacher import Teacher
 from tests.chaos.faults.catalogue import KINDS

@@ -13,12 +13,12 @@ from redis.asyncio import Redis
 
 from foundry.errors import AlignmentError, DigestMismatch, StoreUnavailable, Unavailable
 from foundry.rpc.pods import Pods
+from foundry.rpc.rollout import Prompt
 from foundry.rpc.server import Server
 from foundry.rpc.status import from_rpc_error
 from foundry.store import CartridgeId, CartridgeStore, StoreSettings
 from foundry.v1 import rollout_pb2
 from services.trainer.rollouts import Rollouts
-from services.trainer.sample import Prompt
 from tests.chaos.faults.fault import Fault
 from tests.chaos.faults.link import Direction, Harm, Link
 from tests.store_data import cartridge, draft

@@ -13,9 +13,9 @@ import torch
 from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
-from foundry.cartridge import Cartridge
+from foundry.model.cartridge import Cartridge
+from foundry.model.template import ChatTemplate
 from foundry.store import Manifest
-from foundry.template import ChatTemplate
 from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What does the document say about the treaty?"}]

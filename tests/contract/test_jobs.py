@@ -14,7 +14,7 @@ import pytest
 
 from foundry.errors import InvalidArgument
 from foundry.store import CartridgeStore, Resources, RunState, RunStore
-from services.gateway.jobs import Jobs
+from services.gateway.kubernetes.jobs import Jobs
 from services.gateway.settings import JobSettings
 from tests.kube_api import KubeApi, open_kube_api
 from tests.services import Process, get, metric, open_stack, wait_ready, wait_until

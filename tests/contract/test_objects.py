@@ -16,7 +16,7 @@ from foundry.errors import InvalidArgument, NotFound, StoreRefused, StoreUnavail
 from foundry.identity import Buffer
 from foundry.store import Objects, StoreSettings
 from foundry.store.credentials import S3Access
-from foundry.store.durable.objects import ETag, ObjectInfo
+from foundry.store.objects.objects import ETag, ObjectInfo
 from tests.seaweed import BUCKET, KEY, READER_KEY, READER_SECRET, REGION, SECRET, Seaweed
 from tests.tls import Authority, TlsFront
 
@@ -112,7 +112,7 @@ async def test_listing_is_by_directory(objects: Objects) -> None:
 
 @both
 async def test_scanning_goes_page_by_page(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foundry.store.durable.objects._LIST_PAGE", 3)
+    monkeypatch.setattr("foundry.store.objects.objects._LIST_PAGE", 3)
     contents = {f"many/{number:02d}": b"x" * number for number in range(10)}
     await asyncio.gather(*(objects.put(key, [content]) for key, content in contents.items()))
     found: dict[str, ObjectInfo] = {}
@@ -177,7 +177,7 @@ async def test_no_increment_of_other_processes_is_lost(objects: Objects, storage
 async def test_a_stopped_holder_of_the_lock_is_reported(
     objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foundry.store.durable.objects._LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("foundry.store.objects.objects._LOCK_SECONDS", 0.05)
     await objects.put("key", [b"one"])
     _, etag = await objects.get_with_etag("key")
     with (tmp_path / "objects/.lock").open("wb") as held:

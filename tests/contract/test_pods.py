@@ -12,21 +12,22 @@ import torch
 
 from foundry.errors import InvalidArgument, PolicyMismatch, Unavailable
 from foundry.identity import ids_digest
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
+from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.resolve import Endpoint, Resolver
+from foundry.rpc.rollout import Prompt
 from foundry.rpc.server import Server
-from foundry.template import ChatTemplate
 from foundry.v1 import teacher_pb2, teacher_pb2_grpc
 from services.gateway.teacher import Teacher as GatewayTeacher
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.patience import Patience
-from services.trainer.proof import prove
 from services.trainer.rollouts import Rollouts
-from services.trainer.sample import Prompt, Sample
+from services.trainer.sample import Sample
 from services.trainer.teacher import Teacher
+from services.trainer.update.proof import prove
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
 from tests.tiny import build_tiny_model
 

@@ -19,8 +19,8 @@ import pytest
 
 from foundry.errors import CartridgeNotFound, Conflict, Fenced, InvalidArgument, StoreFull
 from foundry.store import CartridgeStore, Manifest, StoreSettings
-from foundry.store.durable.versions import LIMIT_STEP
-from foundry.store.hot.bytes import CHUNK_BYTES, STAGED_SECONDS
+from foundry.store.objects.versions import LIMIT_STEP
+from foundry.store.redis.hot_bytes import CHUNK_BYTES, STAGED_SECONDS
 from tests.store_data import cartridge, draft
 from tests.valkey import Valkey
 

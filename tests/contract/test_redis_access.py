@@ -14,7 +14,7 @@ from foundry import store as store_package
 from foundry.errors import InvalidArgument, StoreRefused, StoreUnavailable
 from foundry.store import CartridgeStore, Reference, RunState, StoreSettings
 from foundry.store.credentials import RedisAccess
-from foundry.store.hot.connection import Connection
+from foundry.store.redis.connection import Connection
 from tests.store_data import cartridge, draft, run_spec
 from tests.tls import Authority, TlsFront
 from tests.valkey import PASSWORD, USER, Valkey, documented_rules

@@ -9,7 +9,7 @@ import pytest
 
 from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument
 from foundry.store import CartridgeId, CartridgeStore, Manifest, StoreSettings
-from foundry.store.hot.bytes import CHUNK_BYTES
+from foundry.store.redis.hot_bytes import CHUNK_BYTES
 from tests.store_data import cartridge, draft
 
 pytestmark = pytest.mark.storages("file", "s3")

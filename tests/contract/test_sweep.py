@@ -12,8 +12,8 @@ import pytest
 
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.store import CartridgeStore, Manifest, RunState, StoreSettings, Swept
-from foundry.store.upkeep import condemned
-from foundry.store.upkeep.sweep import Sweeper
+from foundry.store.upkeep import marks as condemned
+from foundry.store.upkeep.gc import Sweeper
 from tests.store_data import cartridge, draft, run_spec
 from tests.valkey import Valkey
 

@@ -23,16 +23,17 @@ from foundry.errors import (
     ResourceExhausted,
 )
 from foundry.identity import ids_checksum, ids_digest
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective, TopK
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective, TopK
+from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
-from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import servicer as teacher_servicer
+from services.teacher.scorer import Item, Want
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.sample import Sample
@@ -178,16 +179,16 @@ async def test_long_answers_come_in_parts_under_the_message_limit(
 async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that moves the scored range by one, or scores other ids, does not get its scores trained on."""
     teacher = await connect(lm, address, DOCUMENTS[0])
-    honest = teacher_servicer.micro_batches
+    honest = teacher_servicer.score
 
-    def shifted(items: Sequence[object], max_tokens: int) -> object:
-        return honest([replace(item, score_from=item.score_from - 1) for item in items], max_tokens)  # type: ignore
+    def shifted(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> object:
+        return honest(model, [replace(item, score_from=item.score_from - 1) for item in items], contexts, want)
 
     samples = [sample for sample in SAMPLES if sample.score_from > 1]
-    monkeypatch.setattr(teacher_servicer, "micro_batches", shifted)
+    monkeypatch.setattr(teacher_servicer, "score", shifted)
     with pytest.raises(AlignmentError):
         await teacher.score(samples, FORWARD)
-    monkeypatch.setattr(teacher_servicer, "micro_batches", honest)
+    monkeypatch.setattr(teacher_servicer, "score", honest)
     monkeypatch.setattr(
         teacher_servicer, "ids_checksum", lambda ids, begin, end: ids_checksum([*ids[1:], ids[0]], begin, end)
     )

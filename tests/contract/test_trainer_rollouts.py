@@ -12,9 +12,9 @@ import pytest
 from foundry.errors import AlignmentError, Unavailable
 from foundry.identity import answer_checksum
 from foundry.rpc.pods import Pods
+from foundry.rpc.rollout import Prompt
 from foundry.v1 import common_pb2, rollout_pb2
 from services.trainer.rollouts import Rollouts
-from services.trainer.sample import Prompt
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
 
 OTHER = common_pb2.CartridgeId(name="name", version=7, digest="blake3:" + "8" * 64)

@@ -16,7 +16,7 @@ import pytest
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import CartridgeStore, StoreSettings
-from foundry.store.hot.bytes import CHUNK_BYTES, chunks
+from foundry.store.redis.hot_bytes import CHUNK_BYTES, chunks
 from tests.cut import CuttingProxy
 from tests.store_data import FINGERPRINT, draft
 from tests.valkey import Valkey
@@ -148,7 +148,7 @@ async def test_a_damaged_blob_is_a_digest_mismatch(store: CartridgeStore, damage
 
 MEASURE = """
 import asyncio, sys
-from foundry.memory import allocate
+from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes
 from foundry.store import CartridgeStore, ManifestDraft, StoreSettings
 from tests.contract.test_transfer import layered

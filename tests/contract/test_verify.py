@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from foundry.store import CartridgeStore, Manifest, StoreSettings
-from foundry.store.hot.bytes import CHUNK_BYTES
+from foundry.store.redis.hot_bytes import CHUNK_BYTES
 from foundry.store.upkeep.verify import Checked
 from tests.store_data import cartridge, draft
 

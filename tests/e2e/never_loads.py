@@ -2,7 +2,7 @@
 
 import time
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.teacher.main import main
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Everything else of it is real. Its answers name the digests that they were asked
 
 from __future__ import annotations
 
-from foundry.cartridge import Cartridge
-from services.rollout import main, parts
+from foundry.model.cartridge import Cartridge
+from services.rollout import main
+from services.rollout import serving as parts
 from services.rollout.engine.torch.engine import TorchEngine
 
 

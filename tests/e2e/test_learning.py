@@ -7,18 +7,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from foundry.cartridge import TrainableCartridge, cut_context
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
-from foundry.template import ChatTemplate
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.initialise import cut_context
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
+from foundry.model.template import ChatTemplate
+from foundry.seeds import derive_seed
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 from services.teacher.scorer import Item, Want, score
 from services.trainer.curriculum import HeldOut
-from services.trainer.gradient import Signal
-from services.trainer.heldout import HeldOutSet
-from services.trainer.sample import Sample, derive_seed
-from services.trainer.step import TrainingStep
+from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal
+from services.trainer.update.heldout import HeldOutSet
+from services.trainer.update.step import TrainingStep
 from tests.tiny import build_tiny_model
 
 P, STEPS, BATCH, NEW_TOKENS = 24, 25, 8, 16

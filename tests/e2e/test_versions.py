@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from foundry.cartridge import Cartridge
 from foundry.errors import CartridgeNotFound
+from foundry.model.cartridge import Cartridge
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.store import CartridgeStore, ManifestDraft
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foundry.errors import InvalidArgument, PolicyMismatch, ShapeMismatch
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective, TopK
-from services.trainer.gradient import Signal
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective, TopK
 from services.trainer.ranks.follower import follow
 from services.trainer.ranks.group import Group, Seat
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
-from services.trainer.step import TrainingStep, Update
+from services.trainer.update.gradient import Signal
+from services.trainer.update.step import TrainingStep, Update
 from tests.unit.test_packing import FORWARD, make_cartridge, make_samples, make_signals, with_own_logprobs
 
 TIMEOUT_SECONDS = 60.0

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from foundry.errors import InvalidArgument
-from foundry.template import ChatTemplate
-from services.trainer.curriculum import Curriculum, HeldOut, read_prompts
-from services.trainer.sample import Answer, Prompt
-from services.trainer.selfstudy import SEEDS, chunk_document, write_prompts
+from foundry.model.template import ChatTemplate
+from foundry.rpc.rollout import Answer, Prompt
+from foundry.selfstudy.prompts import read_prompts
+from foundry.selfstudy.questions import SEEDS, chunk_document, write_prompts
+from services.trainer.curriculum import Curriculum, HeldOut
 from tests.tiny import build_tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "handbook.md"
@@ -52,14 +53,13 @@ def test_curriculum_survives_its_checkpoint() -> None:
     assert Curriculum.from_json(curriculum.to_json()) == curriculum
 
 
-def test_prompts_file(template: ChatTemplate) -> None:
+def test_prompts_file() -> None:
     rows = [
         {"prompt": "What is open?", "expected": ["harbour"]},
         {"prompt": [{"role": "user", "content": "What is open?"}]},
     ]
     text = "\n".join(json.dumps(row) for row in rows) + "\n\n"
-    turns = read_prompts(text, template, field="prompts")
-    assert turns[0] == turns[1] == template.turn([{"role": "user", "content": "What is open?"}])
+    assert read_prompts(text, field="prompts") == [[{"role": "user", "content": "What is open?"}]] * 2
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_prompts_file(template: ChatTemplate) -> None:
         ("[1]", 'line 1 has no "prompt"'),
     ],
 )
-def test_bad_prompts_files_name_the_line(template: ChatTemplate, text: str, message: str) -> None:
+def test_bad_prompts_files_name_the_line(text: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        read_prompts(text, template, field="prompts")
+        read_prompts(text, field="prompts")
 
 
 @pytest.mark.parametrize("chunk_tokens", [16, 100, 100_000])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.rollout.detokenize import TextStream
+from services.rollout.engine.detokenize import TextStream
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 
 TOKENIZER = build_tokenizer()

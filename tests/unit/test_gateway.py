@@ -29,10 +29,10 @@ from foundry.rpc.pods import Pod, Pods
 from foundry.rpc.resolve import Endpoint
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
-from services.gateway.generation import Answer, Target
-from services.gateway.openai_types import ChatRequest, CompletionRequest
+from services.gateway.openai.generation import Answer, Target
+from services.gateway.openai.tokens import TokenSpelling, finite
+from services.gateway.openai.types import ChatRequest, CompletionRequest
 from services.gateway.rollouts import Rollouts, RolloutServer, ServedModel
-from services.gateway.tokens import TokenSpelling, finite
 from tests.tiny import build_tokenizer
 
 MODEL = ServedModel("tiny", "blake3:" + "f" * 64, "blake3:" + "e" * 64, 512)

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from foundry.cartridge import Cartridge, TrainableCartridge, cut_context
 from foundry.errors import CartridgeTooLong, DigestMismatch, InvalidArgument, ModelNotFound, ShapeMismatch
-from foundry.fingerprint import fingerprint_model
 from foundry.identity import CartridgeBytes, CartridgeHeader, digest_of
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge, TrainableCartridge
+from foundry.model.fingerprint import fingerprint_model
+from foundry.model.initialise import cut_context
+from foundry.model.lm import FrozenLM
 from tests.tiny import build_tiny_model
 
 

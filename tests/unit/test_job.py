@@ -10,7 +10,7 @@ import pytest
 
 from foundry.errors import InvalidArgument
 from foundry.store import Resources
-from services.gateway.job import Job, JobTemplate
+from services.gateway.kubernetes.job import Job, JobTemplate
 
 RUN = "run-k3v7q2xa"
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foundry.errors import InvalidArgument, ModelUnsupported
-from foundry.lm import ATTENTION, FrozenLM
+from foundry.model.lm import ATTENTION, FrozenLM
 from tests.tiny import build_tiny_model
 
 NUM_TOKENS = 90

@@ -7,8 +7,8 @@ import ctypes
 import pytest
 import torch
 
-from foundry import memory
-from foundry.memory import allocate
+from foundry import buffers as memory
+from foundry.buffers import allocate
 
 PAGE = 4096
 

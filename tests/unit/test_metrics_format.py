@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from foundry.telemetry.metrics import TextHandler
-from services.rollout.vllm_metrics import VllmMetrics
+from services.rollout.engine_metrics import VllmMetrics
 
 PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 PROMETHEUS_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=1.0.0;q=0.4"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foundry.errors import InvalidArgument
-from foundry.objectives import Objective, TopK, distill
+from foundry.model.objectives import Objective, TopK, distill
 
 N, E, V = 37, 16, 101
 OBJECTIVES = [Objective("forward_kl"), Objective("reverse_kl"), Objective("jsd", beta=0.5), Objective("jsd", beta=0.1)]
@@ -103,7 +103,7 @@ def test_senseless_objectives_are_refused(values: dict[str, object]) -> None:
 # Peak resident memory of a process that distils `tokens` tokens over a vocabulary of 50,000, in MiB.
 MEASURE = """
 import resource, sys, torch
-from foundry.objectives import Objective, distill
+from foundry.model.objectives import Objective, distill
 tokens = int(sys.argv[1])
 torch.set_num_threads(1)
 student = torch.randn(tokens, 8, requires_grad=True)

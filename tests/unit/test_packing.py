@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from foundry.cartridge import TrainableCartridge
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
-from services.trainer.gradient import Signal, distill_samples
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from services.trainer.sample import Sample
-from services.trainer.step import TrainingStep
+from services.trainer.update.gradient import Signal, distill_samples
+from services.trainer.update.step import TrainingStep
 from tests.tiny import build_tiny_model
 
 FORWARD = Objective("forward_kl")

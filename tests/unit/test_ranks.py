@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from services.trainer.ranks.group import Message
 from services.trainer.ranks.share import Share, share_out
 from tests.tiny import build_tiny_model

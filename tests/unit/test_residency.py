@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foundry.cartridge import Cartridge
 from foundry.errors import (
     CartridgeNotFound,
     Conflict,
@@ -18,7 +17,8 @@ from foundry.errors import (
     ShapeMismatch,
 )
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.model_info import ModelSpec
+from foundry.model.cartridge import Cartridge
+from foundry.model.info import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout.engine import EngineStats
 from services.rollout.residency import Residency

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from foundry.errors import InvalidArgument, PolicyMismatch
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from foundry.store.names import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.curriculum import Curriculum, HeldOut
-from services.trainer.step import TrainingStep
+from services.trainer.update.step import TrainingStep
 from tests.tiny import build_tiny_model
 from tests.unit.test_packing import LENGTHS, make_cartridge, make_samples, make_signals, with_own_logprobs
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
-from foundry.template import ChatTemplate
+from foundry.model.template import ChatTemplate
 from tests.tiny import CHATML, build_tokenizer
 
 LLAMA3 = (

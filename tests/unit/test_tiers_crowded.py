@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from foundry.cartridge import Cartridge
 from foundry.errors import CartridgeNotFound, Conflict, FoundryError, ResourceExhausted
 from foundry.identity import CartridgeBytes
+from foundry.model.cartridge import Cartridge
 from services.rollout.residency import Residency
 from tests.unit.test_residency import ONE, SPEC, DictSource, P, RecordingEngine, named, stored
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prometheus_client import REGISTRY
 
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
+from services.rollout.engine_metrics import VllmMetrics
 from services.rollout.timeline import Timeline
-from services.rollout.vllm_metrics import VllmMetrics
 
 
 def request(*, skip_prefix_cache: bool = False) -> SequenceRequest:

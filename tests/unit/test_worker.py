@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from foundry.errors import Fenced, StoreUnavailable
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer.control import Control
 from services.trainer.patience import Patience

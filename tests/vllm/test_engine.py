@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from foundry.errors import InvalidArgument
-from foundry.lm import FrozenLM
-from foundry.model_info import ModelInfo
+from foundry.model.info import ModelInfo
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import FinishReason, SequenceRequest, TokenOutput
 from services.rollout.engine.vllm import connector
 from services.rollout.engine.vllm.connector import CartridgeConnector

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import structlog
 
 from foundry.store import metrics
-from foundry.store.durable.versions import Durable
-from foundry.store.hot.connection import Connection
-from foundry.store.hot.pointers import versions_value
-from foundry.store.hot.scripts import LIBRARY
 from foundry.store.manifest import Manifest
-from foundry.store.runs.store import RunStore
-from foundry.store.upkeep.condemned import MARK_SECONDS, Condemned
+from foundry.store.objects.versions import Durable
+from foundry.store.redis.connection import Connection
+from foundry.store.redis.pointers import versions_value
+from foundry.store.redis.scripts import LIBRARY
+from foundry.store.runs import RunStore
+from foundry.store.upkeep.marks import MARK_SECONDS, Condemned
 
 log = structlog.get_logger(__name__)
 

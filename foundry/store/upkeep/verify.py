@@ -11,10 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from foundry.errors import DigestMismatch, InvalidArgument
-from foundry.store.durable.objects import ObjectInfo
-from foundry.store.durable.versions import Durable
-from foundry.store.hot.bytes import HotBytes
-from foundry.store.hot.pointers import Pointers
+from foundry.store.objects.objects import ObjectInfo
+from foundry.store.objects.versions import Durable
+from foundry.store.redis.hot_bytes import HotBytes
+from foundry.store.redis.pointers import Pointers
 
 
 @dataclass(frozen=True, slots=True)

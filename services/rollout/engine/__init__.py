@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from foundry.cartridge import Cartridge
+from foundry.model.cartridge import Cartridge
 
 
 class FinishReason(StrEnum):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from services.rollout.detokenize import Decode, TextStream
 from services.rollout.engine import FinishReason, SamplingParams
+from services.rollout.engine.detokenize import Decode, TextStream
 
 
 class Completion:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foundry.cartridge import TrainableCartridge
 from foundry.errors import FoundryError
-from foundry.lm import FrozenLM
-from services.trainer.gradient import Scores, backward
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share
+from services.trainer.update.gradient import Scores, backward
 
 
 def follow(lm: FrozenLM, group: Group) -> int:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from foundry.cartridge import TrainableCartridge
 from foundry.errors import BY_REASON, FoundryError
-from foundry.lm import FrozenLM
-from foundry.objectives import Objective
-from services.trainer.gradient import Scores, Signal, backward
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share, share_out
 from services.trainer.sample import Sample
+from services.trainer.update.gradient import Scores, Signal, backward
 
 # How often followers that have nothing to do hear that rank 0 is alive, and it whether they are.
 BEAT_SECONDS = 2.0
@@ -44,7 +44,7 @@ class Leader:
         num_tokens: int,
         micro_batch_tokens: int,
     ) -> Scores:
-        """As `services.trainer.gradient.backward`, by all ranks.
+        """As `services.trainer.update.gradient.backward`, by all ranks.
 
         Raises RankLost if one is gone, and what a follower raised: the gradient is then incomplete.
         """

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from foundry.identity import CartridgeHeader
-from foundry.objectives import Objective, TopK
-from services.trainer.gradient import Signal, join
+from foundry.model.objectives import Objective, TopK
 from services.trainer.ranks.group import Message
 from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal, join
 
 
 def share_out(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from foundry.cartridge import Cartridge
 from foundry.errors import Conflict, Fenced
+from foundry.model.cartridge import Cartridge
 from foundry.store import ManifestDraft
 from tests.chaos.faults.world import NAME, World
 

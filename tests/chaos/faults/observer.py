@@ -22,11 +22,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.store import Manifest
 from services.rollout.engine import SequenceRequest, TokenOutput
-from services.trainer.gradient import Signal
 from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal
 
 # float32 sums in another order than the engine's batches and the teacher's packing take: 3e-6 at most was measured over
 # two layers of width 64. Forty times that; other versions differ by 1e-2 and more.

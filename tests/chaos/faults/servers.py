@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from foundry.errors import FoundryError
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.store import CartridgeStore, StoreSettings
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc, teacher_pb2, teacher_pb2_grpc
 from services.rollout.engine import SequenceRequest, TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
-from services.rollout.parts import Parts, torch_engine
 from services.rollout.servicer import RolloutServicer
+from services.rollout.serving import Parts, torch_engine
 from services.rollout.settings import RolloutSettings
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
@@ -166,7 +166,7 @@ class RolloutHost(_Host):
     async def _begin(self) -> None:
         self._store = await self._open_store()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("services.rollout.parts.TorchEngine", observed_engine(self._observer))
+            patch.setattr("services.rollout.serving.TorchEngine", observed_engine(self._observer))
             self.parts = Parts.build(self._settings, self._lm.info, torch_engine(self._settings, self._lm), self._store)
         self.parts.driver.start()
         self._server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from foundry.cartridge import TrainableCartridge, cut_context
 from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes, ids_digest
-from foundry.lm import FrozenLM
-from foundry.objectives import objective_named
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.initialise import cut_context
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import objective_named
+from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.store import (
     CartridgeId,
@@ -26,18 +28,17 @@ from foundry.store import (
     RunSpec,
     StoreSettings,
 )
-from foundry.template import ChatTemplate
 from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
-from services.trainer.gradient import Signal
 from services.trainer.patience import Patience
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Sample
-from services.trainer.step import TrainingStep, Update
 from services.trainer.teacher import Teacher
+from services.trainer.update.gradient import Signal
+from services.trainer.update.step import TrainingStep, Update
 from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer
 from tests.chaos.faults.servers import CallSeam, RolloutHost, TeacherHost
@@ -264,7 +265,7 @@ class World:
     async def _store(self, redis_url: str, *, tampered: bool) -> ObservedStore:
         with pytest.MonkeyPatch.context() as patch:
             if tampered:
-                patch.setattr("foundry.store.store.Objects", self.objects)
+                patch.setattr("foundry.store.cartridges.Objects", self.objects)
             store = ObservedStore(self._settings(redis_url))
         store.observer = self.observer
         with suppress(StoreUnavailable):

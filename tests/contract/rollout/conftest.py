@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from tests.contract.rollout.server import Rollout, serving
 from tests.tiny import build_tiny_model
 

@@ -13,16 +13,16 @@ import grpc
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from foundry.cartridge import Cartridge
 from foundry.errors import CartridgeNotFound
 from foundry.identity import CartridgeBytes, CartridgeHeader
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.driver import Job
-from services.rollout.parts import Parts, torch_engine
 from services.rollout.servicer import RolloutServicer
+from services.rollout.serving import Parts, torch_engine
 from services.rollout.settings import RolloutSettings
 
 TIMEOUT_SECONDS = 30.0

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.template import ChatTemplate
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
-from foundry.template import ChatTemplate
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Rollout, joined, serving
 from tests.tiny import CHATML

@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from foundry.errors import DeadlineExceeded, Unavailable
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.v1 import rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, joined, long, serving, status

@@ -13,14 +13,14 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from foundry.cartridge import Cartridge
 from foundry.identity import CartridgeBytes
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.store import CartridgeId, CartridgeStore, Manifest, ManifestDraft, Published, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.rollout.parts import Parts, torch_engine
 from services.rollout.prefetch import Prefetch
+from services.rollout.serving import Parts, torch_engine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, served
 from tests.valkey import Valkey

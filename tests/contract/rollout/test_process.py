@@ -18,14 +18,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from foundry.errors import ExtraMissing, Unavailable
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
 from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout import main
 from services.rollout.engine import TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
-from services.rollout.parts import load_engine
+from services.rollout.serving import load_engine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from foundry.cartridge import Cartridge
 from foundry.errors import CartridgeNotFound, FingerprintMismatch, InvalidArgument, ResourceExhausted, ShapeMismatch
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Gate, Rollout, long, serving

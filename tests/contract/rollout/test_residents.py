@@ -10,7 +10,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from foundry.errors import Conflict
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.v1 import rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, Rollout, joined, serving

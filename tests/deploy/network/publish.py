@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from foundry.store import CartridgeStore, ManifestDraft
 from services.trainer.settings import TrainerSettings
 

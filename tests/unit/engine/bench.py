@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from tests.tiny import build_tiny_model
 
 

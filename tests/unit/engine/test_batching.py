@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import SequenceRequest, TokenOutput
 from services.rollout.engine.torch.attention import StepAttention
 from tests.unit.engine.bench import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from tests.unit.engine.bench import CHUNK, Bench, make_kv, request
 
 pytestmark = pytest.mark.usefixtures("one_thread")

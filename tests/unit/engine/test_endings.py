@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import FinishReason
 from tests.unit.engine.bench import Bench, ids_of, request
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.rollout.engine.torch.attention import attend_part, attend_part_plain
 from tests.unit.engine.bench import CHUNK, SIZES, TOLERANCE, Bench, ids_of, logprobs_of, make_kv, request
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from tests.unit.engine.bench import Bench, Outputs, bits, ids_of, make_kv, random_ids, request
 
 pytestmark = pytest.mark.usefixtures("one_thread")

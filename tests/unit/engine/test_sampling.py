@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams
 from services.rollout.engine.torch.sampler import draw
 from tests.unit.engine.bench import Bench, ids_of, random_ids, request

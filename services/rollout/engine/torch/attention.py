@@ -4,8 +4,8 @@ Both parts are computed apart and merged by their log-sum-exp, as in Hydragen (h
 tokens of all sequences that share a cartridge attend to it in one product, so it is read once however many they are,
 and no cartridge is ever copied. Everything but the tensors of a layer is built once per step.
 
-Shape suffixes as in `foundry.lm`, and N slots, M tokens of a slot, R query heads per kv head, B sets of keys, Q queries
-and K keys of one set, n some of the T tokens.
+Shape suffixes as in `foundry.model.lm`, and N slots, M tokens of a slot, R query heads per kv head, B sets of keys, Q
+queries and K keys of one set, n some of the T tokens.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from foundry.cartridge import Cartridge
-from foundry.lm import FrozenLM
+from foundry.model.cartridge import Cartridge
+from foundry.model.lm import FrozenLM
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine.completion import Completion
 from services.rollout.engine.torch.attention import StepAttention
@@ -20,7 +20,7 @@ from services.rollout.engine.torch.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.torch.slots import Slots
 from services.rollout.engine.torch.upload import Upload
 
-# Of what torch allocates, and the store too (foundry.memory).
+# Of what torch allocates, and the store too (foundry.buffers).
 _ALIGNMENT_BYTES = 64
 
 

@@ -1,6 +1,6 @@
 """KV of conversations: one slot per running sequence, all slots of a layer in one tensor.
 
-Shape suffixes as in `foundry.lm`, and N slots, M tokens of a slot. Cartridges are never copied here.
+Shape suffixes as in `foundry.model.lm`, and N slots, M tokens of a slot. Cartridges are never copied here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foundry.lm import FrozenLM
+from foundry.model.lm import FrozenLM
 
 
 class SlotKV:

@@ -17,9 +17,9 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from foundry.cartridge import Cartridge
 from foundry.errors import InvalidArgument
-from foundry.model_info import ModelInfo
+from foundry.model.cartridge import Cartridge
+from foundry.model.info import ModelInfo
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine import SamplingParams as Sampling
 from services.rollout.engine.completion import Completion

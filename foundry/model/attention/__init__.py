@@ -1,0 +1,60 @@
+"""Attention as the foundry needs it: a plan, handed to the forward as a keyword argument, says who sees whom.
+
+One function is registered with the attention interface of `transformers`; no modelling file is copied and none patched.
+`packed` and `prefill` are plans of the library, the built-in engine has its own. Shape suffixes: `foundry.model.lm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foundry.errors import ModelUnsupported
+
+ATTENTION = "foundry"
+# What models pass to their attention function beside the usual, and what would silently be left out.
+UNSUPPORTED_ATTENTION = ("sliding_window", "softcap", "s_aux")
+
+
+class AttentionPlan(Protocol):
+    """Who attends to whom in one forward over packed tokens."""
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """Return the attention output [T, H, D] of one layer. Keys come after RoPE."""
+        ...
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    plan: AttentionPlan,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    if wanted := [name for name in UNSUPPORTED_ATTENTION if extras.get(name) is not None]:
+        raise ModelUnsupported(f"layer {module.layer_idx} asks for attention with {', '.join(wanted)}")
+    out_THD = plan.attend(module.layer_idx, query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
+    return out_THD.unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+
+
+def causal_mask(num_tokens: int, num_prefix: int, device: torch.device) -> Tensor:
+    """Bool [S, P + S]: row i sees the prefix and tokens 0..i."""
+    return torch.ones(num_tokens, num_prefix + num_tokens, dtype=torch.bool, device=device).tril(num_prefix)
+
+
+def attend_masked(q_HSD: Tensor, k_GKD: Tensor, v_GKD: Tensor, mask_SK: Tensor, scale: float) -> Tensor:
+    """Grouped-query attention of one sequence: [H, S, D]."""
+    return F.scaled_dot_product_attention(
+        q_HSD.unsqueeze(0), k_GKD.unsqueeze(0), v_GKD.unsqueeze(0), attn_mask=mask_SK, scale=scale, enable_gqa=True
+    )[0]

@@ -1,0 +1,95 @@
+"""The frozen model: any decoder of `transformers` whose layers call the attention interface, used as it is.
+
+Shape suffixes: L layers, H query heads, G kv heads, P prefix tokens, S segment tokens, T packed tokens, D head dim,
+E hidden size, V vocabulary; 2 is key and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from foundry.identity import Dtype
+from foundry.model.attention import ATTENTION, AttentionPlan
+from foundry.model.attention.packed import PackedAttention
+from foundry.model.attention.prefill import PrefillAttention
+from foundry.model.fingerprint import fingerprint_model
+from foundry.model.info import ModelInfo, resolve_dtype
+
+
+class FrozenLM:
+    """A causal language model without gradients on its weights, its tokenizer and what identifies them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+        """Use `FrozenLM.load`; this takes a model that is already in memory. Raises ModelUnsupported."""
+        self.info = ModelInfo.of(model.config, model.generation_config, tokenizer, fingerprint)
+        model.set_attn_implementation(ATTENTION)
+        model.train(False)
+        self.model = model.requires_grad_(False)
+        self.tokenizer = tokenizer
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head_VE: Tensor = head.weight
+        self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str = "cpu", dtype: Dtype = "auto") -> FrozenLM:
+        """Load a model directory. `auto` is bfloat16 on CUDA and float32 elsewhere.
+
+        Raises ModelNotFound or ModelUnsupported.
+        """
+        fingerprint = fingerprint_model(directory)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=resolve_dtype(dtype, device), local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return cls(model.to(device), tokenizer, fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_VE.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_VE.dtype
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+        """Last hidden states [T, E], after the final norm, of packed tokens at the given positions."""
+        out = self.model.base_model(
+            input_ids=ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, plan=plan
+        )
+        hidden_TE: Tensor = out.last_hidden_state[0]
+        return hidden_TE
+
+    def logits(self, hidden_TE: Tensor) -> Tensor:
+        """Logits [T, V] in float32."""
+        return F.linear(hidden_TE, self.head_VE).float()
+
+    def packed_hidden(self, sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None]) -> Tensor:
+        """Hidden states [T, E] of sequences laid end to end, each behind its own prefix KV [L, 2, G, P, D].
+
+        Token i of a sequence has position P + i. Gradients reach the prefixes. Raises InvalidArgument for an empty or
+        too long sequence.
+        """
+        plan = PackedAttention(sequences, prefixes, self.spec.max_tokens, self.device)
+        ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
+        return self.hidden(ids_T, plan.positions_T, plan)
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
+        """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""
+        spec = self.spec
+        kv_L2GPD = torch.empty(
+            spec.num_layers, 2, spec.num_kv_heads, len(ids), spec.head_dim, dtype=self.dtype, device=self.device
+        )
+        for begin in range(0, len(ids), chunk_tokens):
+            chunk = ids[begin : begin + chunk_tokens]
+            plan = PrefillAttention(kv_L2GPD, begin, len(chunk))
+            positions_T = torch.arange(begin, begin + len(chunk), device=self.device)
+            self.hidden(torch.tensor(chunk, device=self.device), positions_T, plan)
+        return kv_L2GPD

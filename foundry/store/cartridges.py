@@ -1,0 +1,465 @@
+"""The store of cartridges: versions that never change, pointers that only fenced owners move.
+
+Object storage holds the truth (objects/), Redis the pointers and the bytes of the newest versions (redis/). While Redis
+is reachable it knows every version; when it is not, object storage answers for the durable ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+
+from foundry.errors import (
+    CartridgeNotFound,
+    Conflict,
+    Fenced,
+    InvalidArgument,
+    StoreRefused,
+    StoreUnavailable,
+)
+from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
+from foundry.store import metrics
+from foundry.store.credentials import RedisAccess, S3Access
+from foundry.store.documents import DocumentStore
+from foundry.store.fetch import Fetcher
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
+from foundry.store.objects.checkpoints import Checkpoints
+from foundry.store.objects.objects import Objects
+from foundry.store.objects.versions import Durable
+from foundry.store.publish import Publisher
+from foundry.store.redis.connection import Connection
+from foundry.store.redis.hot_bytes import HotBytes
+from foundry.store.redis.pointers import Pointers, Published
+from foundry.store.runs import RunStore
+from foundry.store.settings import StoreSettings
+from foundry.store.tags import TagRecord
+from foundry.store.upkeep import rebuild
+from foundry.store.upkeep.gc import Retention, Sweeper, Swept
+from foundry.store.upkeep.marks import Condemned, while_condemned
+from foundry.store.upkeep.rebuild import Rebuilt
+from foundry.store.upkeep.usage import Census, take_census
+from foundry.store.upkeep.verify import Checked, Verifier
+
+log = structlog.get_logger(__name__)
+
+_LAST_KNOWN_REFERENCES = 1024
+_LEASE_WHILE_COPYING_SECONDS = 600.0
+
+
+class CartridgeStore:
+    """All methods raise StoreUnavailable when what they need can't be reached, and StoreFull when it takes no more."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self.settings = settings
+        self.objects = Objects.open(
+            settings.objects_url, retry_seconds=settings.objects_retry_seconds, s3=S3Access.of(settings)
+        )
+        self._connection = Connection(RedisAccess.of(settings), timeout_seconds=settings.redis_timeout_seconds)
+        self._connection.on_empty = self.rebuild
+        self._pointers = Pointers(self._connection)
+        self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._condemned = Condemned(self.objects)
+        self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
+        self._fetcher = Fetcher(self._pointers, self._durable, self._hot)
+        self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
+        self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
+        self.runs = RunStore(self._connection, self.objects, settings)
+        # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
+        self._last_known: OrderedDict[Reference, tuple[CartridgeId, float]] = OrderedDict()
+        self._rebuild: asyncio.Task[Rebuilt | None] | None = None
+
+    @classmethod
+    async def open(cls, settings: StoreSettings) -> CartridgeStore:
+        """Connect, and restore the pointers if Redis is empty.
+
+        A Redis that can't be reached is no error here: durable versions can be read without it. Raises StoreRefused if
+        Redis or the object storage does not take our credentials, which waiting would not change.
+        """
+        store = cls(settings)
+        try:
+            await store._meet()
+        except StoreRefused:
+            await store.close()
+            raise
+        return store
+
+    async def _meet(self) -> None:
+        try:
+            await self.objects.check()
+        except StoreRefused:
+            raise
+        except StoreUnavailable as error:
+            log.warning("store_opened_without_object_storage", error=error.message)
+        try:
+            await self.rebuild()
+        except StoreRefused:
+            raise
+        except StoreUnavailable as error:
+            log.warning("store_opened_without_redis", error=error.message)
+
+    async def close(self) -> None:
+        if self._rebuild is not None:
+            self._rebuild.cancel()
+            await asyncio.gather(self._rebuild, return_exceptions=True)
+        await self._fetcher.close()
+        self._hot.close()
+        await self._connection.close()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable unless Redis answers and its pointers are restored."""
+        await self._connection.read("EXISTS", "foundry:epoch")
+
+    async def rebuild(self, *, force: bool = False) -> Rebuilt | None:
+        """Restore Redis from object storage if it was emptied, restarted or replaced; None if it was not.
+
+        `force` does it in any case. Called by whatever meets an empty Redis; concurrent callers share one pass.
+        """
+        if force:
+            await rebuild.drop_epoch(self._connection)
+        if self._rebuild is None or self._rebuild.done():
+            self._rebuild = asyncio.create_task(
+                rebuild.rebuild(self._connection, self._durable, self._condemned, self.runs)
+            )
+        return await asyncio.shield(self._rebuild)
+
+    # Publishing
+
+    async def acquire(self, name: str, run_id: str, attempt: int, *, hold_seconds: float | None = None) -> None:
+        """Become the only publisher of `name`, until it is released or `hold_seconds` have passed; the same owner may
+        ask again.
+
+        Raises Conflict while another run holds it, Fenced if a newer attempt of this run does.
+        """
+        withdrawn = await self._pointers.acquire(
+            check_name(name), check_run(run_id), attempt, hold_seconds=hold_seconds
+        )
+        for version in withdrawn:
+            # Our predecessor is fenced by now, but may be about to write this manifest.
+            await self._durable.withdraw(name, version)
+            await self._pointers.forget(name, version)
+
+    async def release(self, name: str, run_id: str, attempt: int) -> None:
+        """Let others publish. Raises Fenced if the caller is not the owner."""
+        await self._pointers.release(check_name(name), run_id, attempt)
+
+    async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
+        """Store the bytes, then the manifest, then move `latest` forward and announce the version.
+
+        Repeating a publish (same run, step and digest) returns the version it made; if durable, its blob is written
+        again, over one that may be damaged. Raises Fenced unless `draft.run` and `draft.attempt` hold the name. After
+        an error nothing has become visible and the call may be repeated.
+        """
+        return await self._publisher.publish(stored, draft, durable=durable)
+
+    # Reading
+
+    async def resolve(self, reference: Reference | str) -> CartridgeId:
+        """What a reference means now. The answer names version and digest, so that nobody is misled.
+
+        Without Redis: a version or digest resolves from this process's memory or from object storage; `latest` and
+        tags mean what they last meant to this process (logged with its age), else what object storage says, for
+        `latest` the highest durable version. Raises CartridgeNotFound if there is no such cartridge, StoreUnavailable
+        if that can't be known without Redis.
+        """
+        if isinstance(reference, str):
+            reference = Reference.parse(reference)
+        try:
+            found = await self._pointers.lookup(reference)
+        except StoreUnavailable as unavailable:
+            found = await self._resolve_without_redis(reference, unavailable)
+        else:
+            self._remember(reference, found)
+        return found
+
+    async def _resolve_without_redis(self, reference: Reference, unavailable: StoreUnavailable) -> CartridgeId:
+        if (known := self._last_known.get(reference)) is not None:
+            found, since = known
+            if not reference.immutable:
+                age = time.monotonic() - since
+                log.warning(
+                    "resolved_from_memory", reference=str(reference), found=str(found), age_seconds=round(age, 1)
+                )
+            return found
+        try:
+            found = await self._durable.resolve(reference)
+        except CartridgeNotFound:
+            # It may have been hot.
+            raise unavailable from None
+        log.warning("resolved_from_object_storage", reference=str(reference), found=str(found))
+        return found
+
+    def _remember(self, reference: Reference, found: CartridgeId) -> None:
+        self._last_known[reference] = (found, time.monotonic())
+        self._last_known.move_to_end(reference)
+        if len(self._last_known) > _LAST_KNOWN_REFERENCES:
+            self._last_known.popitem(last=False)
+
+    async def header(self, digest: str) -> CartridgeHeader:
+        """What the copy of `digest` says it is, unverified: how much room its bytes need, without moving them.
+
+        Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
+        """
+        return await self._fetcher.header(check_digest(digest))
+
+    async def fetch(self, digest: str) -> CartridgeBytes:
+        """The bytes that `digest` names, verified. Concurrent fetches of one digest share one transfer.
+
+        Raises CartridgeNotFound if no copy is left, DigestMismatch if every copy is corrupt.
+        """
+        return await self._fetcher.fetch(check_digest(digest))
+
+    async def manifest(self, name: str, version: int) -> Manifest:
+        """Raises CartridgeNotFound."""
+        check_version(version)
+        try:
+            return await self._pointers.manifest(check_name(name), version)
+        except StoreUnavailable as unavailable:
+            try:
+                return await self._durable.manifest(name, version)
+            except CartridgeNotFound:
+                raise unavailable from None  # it may have been hot
+
+    async def versions(self, name: str) -> list[Manifest]:
+        """All versions, oldest first; without Redis only the durable ones."""
+        try:
+            return await self._pointers.manifests(check_name(name))
+        except StoreUnavailable:
+            return await self._durable.manifests(name)
+
+    async def durable_versions(self, name: str) -> set[int]:
+        """The versions that would survive a loss of Redis."""
+        try:
+            return await self._pointers.durable(check_name(name))
+        except StoreUnavailable:
+            return {manifest.version for manifest in await self._durable.manifests(name)}
+
+    async def hot_versions(self, name: str) -> set[int]:
+        """The versions whose bytes are in Redis; none without Redis."""
+        try:
+            return await self._pointers.hot(check_name(name))
+        except StoreUnavailable:
+            return set()
+
+    async def names(self) -> list[str]:
+        """All cartridge names; without Redis only those with a durable version."""
+        try:
+            return await self._pointers.names()
+        except StoreUnavailable:
+            return await self._durable.names()
+
+    async def tags(self, name: str) -> dict[str, int]:
+        """Tag to version, without `latest`."""
+        try:
+            return await self._pointers.tags(check_name(name))
+        except StoreUnavailable:
+            return await self._durable.tags(name)
+
+    async def tag_record(self, name: str, tag: str) -> TagRecord:
+        """What a tag means and meant before. Raises CartridgeNotFound."""
+        try:
+            record = await self._pointers.tag_record(check_name(name), check_tag(tag))
+        except StoreUnavailable:
+            record, _ = await self._durable.tag(name, tag)
+        if record is None:
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+        return record
+
+    def subscribe(self, last_id: str = "$") -> AsyncIterator[Published]:
+        """Versions as they are published, after the event `last_id` ("$": from now, "0-0": all that are kept).
+
+        Ends only with StoreUnavailable; subscribe again with the last event's id. A hint to prefetch, nothing more.
+        """
+        return self._pointers.events(last_id)
+
+    # Changing what exists
+
+    async def make_durable(self, name: str, version: int) -> None:
+        """Copy a hot version to object storage. Raises CartridgeNotFound."""
+        manifest = await self._pointers.manifest(check_name(name), check_version(version))
+        if version in await self._pointers.durable(name):
+            return
+        await self._keep(manifest, None)
+
+    async def _keep(self, manifest: Manifest, stored: CartridgeBytes | None) -> None:
+        """Write a version's blob and manifest; with no bytes at hand those that the store has."""
+        # Trimming would otherwise forget the version while it is copied.
+        async with self.leased(manifest.digest, f"make-durable-{uuid.uuid4()}", _LEASE_WHILE_COPYING_SECONDS):
+            await self._durable.put_blob(manifest.digest, stored or await self.fetch(manifest.digest))
+            await self._durable.put_manifest(manifest)
+            if not await self._pointers.mark_durable(manifest.name, manifest.version):
+                await self._durable.delete_manifest(manifest.name, manifest.version)
+                raise CartridgeNotFound(f"cartridge {manifest.id} was deleted meanwhile", field="version")
+
+    async def tag(self, name: str, tag: str, version: int) -> int | None:
+        """Point a tag at a version, which becomes durable. Returns what it meant before. Raises CartridgeNotFound."""
+        check_tag(tag)
+        await self.make_durable(name, version)
+        before = await self._pointers.tag(name, tag, version)
+        await self._settle_tag(name, tag)
+        return before
+
+    async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
+        """Let a tag mean what it meant before; again for the one before that. Returns (version now, version until now).
+
+        Raises CartridgeNotFound if there is no such tag, Conflict if no version is left that it meant before.
+        """
+        now, before = await self._pointers.rollback_tag(check_name(name), check_tag(tag))
+        await self._settle_tag(name, tag)
+        return now, before
+
+    async def rollback(self, name: str, to: Reference) -> Manifest:
+        """Publish the bytes that `to` means as a new version: `latest` only goes forward. What is known about the old
+        version is carried over; the parent is what was latest.
+
+        Raises CartridgeNotFound, and Conflict while a run holds the name or if latest has those bytes already.
+        """
+        if to.name != check_name(name):
+            raise InvalidArgument(f"{to} is no version of {name}", field="to")
+        run = f"rollback-{uuid.uuid4().hex[:8]}"
+        # With an end, because nobody takes over from a process that dies in it.
+        await self.acquire(name, run, 1, hold_seconds=_LEASE_WHILE_COPYING_SECONDS)
+        try:
+            old, latest = await self.resolve(to), await self.resolve(name)
+            if old.digest == latest.digest:
+                raise Conflict(f"{latest} has the bytes of {to} already", field="to")
+            async with self.leased(old.digest, run, _LEASE_WHILE_COPYING_SECONDS):
+                manifest = await self.manifest(name, old.version)
+                draft = ManifestDraft(
+                    name=name,
+                    run=run,
+                    attempt=1,
+                    step=manifest.step,
+                    parent=latest.digest,
+                    document=manifest.document,
+                    init=f"rollback of {old}",
+                    objective=manifest.objective,
+                    tokens_seen=manifest.tokens_seen,
+                    metrics=manifest.metrics,
+                )
+                return await self.publish(await self.fetch(old.digest), draft, durable=True)
+        finally:
+            # Not released, it ends by itself; taken over, it is over.
+            with suppress(Fenced, StoreUnavailable):
+                await self.release(name, run, 1)
+
+    async def untag(self, name: str, tag: str) -> None:
+        """Raises CartridgeNotFound if there is no such tag."""
+        await self._pointers.untag(check_name(name), check_tag(tag))
+        await self._settle_tag(name, tag)
+
+    async def _settle_tag(self, name: str, tag: str) -> None:
+        """Make object storage agree with Redis, which decides the order of concurrent changes."""
+        while True:
+            # In this order: what another writes after the first of these reads is not written over.
+            written, etag = await self._durable.tag(name, tag)
+            record = await self._pointers.tag_record(name, tag)
+            if record == written:
+                return
+            if record is None:
+                await self._durable.delete_tag(name, tag)
+            else:
+                await self._durable.put_tag(name, tag, record, etag)
+
+    async def delete(self, name: str, version: int | None = None) -> None:
+        """Delete a version, or the name with all its versions and tags. Blobs are left to the sweeper.
+
+        Raises CartridgeNotFound; Conflict for a version that `latest` or a tag means and for a name that a run holds.
+        """
+        check_name(name)
+        # Redis first: it refuses, and a crash in between leaves a version that can be deleted again.
+        if version is None:
+            # Listed before others may take the name: what they publish is not deleted.
+            versions = await self._durable.versions(name)
+            known = await self._pointers.delete_name(name)
+            known = await self._durable.delete_name(name, versions) or known
+            for each in versions:
+                await self._pointers.forget(name, each)
+        else:
+            known = await self._pointers.delete_version(name, check_version(version))
+            known = await self._durable.delete_manifest(name, version) or known
+            # A rebuild that read the manifest before it went has made a pointer to it.
+            await self._pointers.forget(name, version)
+        if not known:
+            raise CartridgeNotFound(f"there is no cartridge {name}" + (f"@{version}" if version else ""), field="name")
+        for reference in [known for known in self._last_known if known.name == name]:
+            del self._last_known[reference]
+
+    # Leases
+
+    async def lease(self, digest: str, holder: str, seconds: float) -> None:
+        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it.
+
+        Waits while the sweeper deletes the blob of that digest, which nothing needed until now.
+        """
+        if seconds <= 0:
+            raise InvalidArgument(f"a lease must be longer than 0 seconds, not {seconds}", field="seconds")
+        check_digest(digest)
+
+        async def ask() -> bool | None:
+            return await self._pointers.lease(digest, holder, seconds) or None
+
+        await while_condemned(digest, ask)
+
+    async def unlease(self, digest: str, holder: str) -> None:
+        await self._pointers.unlease(check_digest(digest), holder)
+
+    async def leases(self, digest: str) -> list[str]:
+        """Who holds a lease on `digest` now."""
+        return await self._pointers.leases(check_digest(digest))
+
+    @asynccontextmanager
+    async def leased(self, digest: str, holder: str, seconds: float) -> AsyncIterator[None]:
+        await self.lease(digest, holder, seconds)
+        metrics.LEASES.inc()
+        try:
+            yield
+        finally:
+            metrics.LEASES.dec()
+            await self.unlease(digest, holder)
+
+    # Upkeep
+
+    async def census(self) -> Census:
+        """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and one listing."""
+        return await take_census(self._connection, self._pointers, self._durable)
+
+    async def gc(
+        self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False
+    ) -> AsyncIterator[Swept]:
+        """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
+
+        Needs Redis. May be stopped at any point and run again. Raises DigestMismatch, after the rest is done, if a
+        manifest can't be read: then no blob goes.
+        """
+        settings = self.settings
+        retention = Retention(
+            keep_last=settings.keep_durable if keep_last is None else keep_last,
+            max_age_days=settings.keep_durable_days if max_age_days is None else max_age_days,
+            grace_seconds=settings.sweep_grace_seconds,
+            keep_hot=settings.keep_hot,
+        )
+        sweeper = Sweeper(
+            self._connection,
+            self._pointers,
+            self._durable,
+            self._condemned,
+            Checkpoints(self.objects),
+            retention,
+            dry_run=dry_run,
+        )
+        async for swept in sweeper.sweep():
+            yield swept
+
+    async def verify(self) -> AsyncIterator[Checked]:
+        """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
+        grace_seconds = self.settings.sweep_grace_seconds
+        verifier = Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds)
+        async for checked in verifier.verify():
+            yield checked

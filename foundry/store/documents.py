@@ -1,0 +1,133 @@
+"""Documents, named by their content: texts that cartridges stand in for, and files of prompts.
+
+documents/<hex>.txt     the bytes
+documents/<hex>.json    {title, num_bytes, created_at}, written last: without it there is no document
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from foundry.errors import (
+    DigestMismatch,
+    DocumentNotFound,
+    DocumentTooLong,
+    DocumentUnreadable,
+    InvalidArgument,
+    NotFound,
+)
+from foundry.identity import check_digest, content_digest
+from foundry.store.objects.objects import Objects
+from foundry.store.sealed import seal, unseal
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentInfo:
+    """`created_at` is RFC 3339, UTC, of the first time that these bytes were put."""
+
+    digest: str
+    title: str
+    num_bytes: int
+    created_at: str
+
+
+class DocumentStore:
+    def __init__(self, objects: Objects, *, max_document_bytes: int) -> None:
+        self._objects = objects
+        self._max_document_bytes = max_document_bytes
+
+    async def put(self, document: str | bytes, *, title: str = "") -> str:
+        """Keep a text and return its digest; a text that is there already keeps its title and date.
+
+        Raises DocumentUnreadable for what is empty or no UTF-8 text, DocumentTooLong beyond `max_document_bytes`.
+        """
+        content = _readable(document)
+        if len(content) > self._max_document_bytes:
+            raise DocumentTooLong(
+                f"the document has {len(content)} bytes, the store takes at most {self._max_document_bytes}",
+                field="document",
+            )
+        digest = content_digest(content)
+        # Also over a text that stands: it is the same, unless it is damaged, and then this repairs it.
+        await self._objects.put(_text_key(digest), [content])
+        created_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        info = DocumentInfo(digest, title, len(content), created_at)
+        record = seal(asdict(info)).encode()
+        if not await self._objects.put_if_absent(_info_key(digest), record):
+            try:
+                await self.info(digest)
+            except DigestMismatch:
+                await self._objects.put(_info_key(digest), [record])
+        return digest
+
+    async def get(self, digest: str) -> str:
+        """Raises DocumentNotFound, DigestMismatch."""
+        try:
+            content = bytes(await self._objects.get(_text_key(digest)))
+        except NotFound as error:
+            raise DocumentNotFound(f"there is no document {digest}", field="document") from error
+        if (found := content_digest(content)) != digest:
+            raise DigestMismatch(f"document bytes hash to {found}, expected {digest}")
+        return content.decode()
+
+    async def info(self, digest: str) -> DocumentInfo:
+        """Raises DocumentNotFound, DigestMismatch if the record is damaged: putting the document again mends it."""
+        key = _info_key(digest)
+        try:
+            return _info(key, await self._objects.get(key))
+        except NotFound as error:
+            raise DocumentNotFound(f"there is no document {digest}", field="document") from error
+
+    async def delete(self, digest: str) -> None:
+        """Raises DocumentNotFound. Runs and cartridges that name the document keep its digest."""
+        if not await self._objects.exists(_info_key(digest)):
+            raise DocumentNotFound(f"there is no document {digest}", field="document")
+        await self._objects.delete(_info_key(digest))
+        await self._objects.delete(_text_key(digest))
+
+    # Last, because after it `list` means this method.
+    async def list(self) -> list[DocumentInfo]:
+        """All documents whose record is whole, oldest first."""
+        keys = [key for key in await self._objects.keys_here("documents") if key.endswith(".json")]
+        contents = await asyncio.gather(*(self._objects.get(key) for key in keys))
+        infos = []
+        for key, content in zip(keys, contents, strict=True):
+            try:
+                infos.append(_info(key, content))
+            except DigestMismatch as error:
+                log.error("document_unreadable", key=key, error=error.message)
+        return sorted(infos, key=lambda info: (info.created_at, info.digest))
+
+
+def _info(key: str, content: memoryview) -> DocumentInfo:
+    try:
+        return DocumentInfo(**unseal(bytes(content), key))
+    except InvalidArgument as error:
+        raise DigestMismatch(error.message) from error
+
+
+def _readable(document: str | bytes) -> bytes:
+    try:
+        content = document.encode() if isinstance(document, str) else document
+        text = content.decode()
+    except UnicodeError as error:
+        raise DocumentUnreadable(f"the document is not UTF-8 text: {error}", field="document") from error
+    if "\0" in text:
+        raise DocumentUnreadable("the document has NUL characters: it is not a text", field="document")
+    if not text.strip():
+        raise DocumentUnreadable("the document is empty", field="document")
+    return content
+
+
+def _text_key(digest: str) -> str:
+    return f"documents/{check_digest(digest, field='document').removeprefix('blake3:')}.txt"
+
+
+def _info_key(digest: str) -> str:
+    return f"documents/{check_digest(digest, field='document').removeprefix('blake3:')}.json"

@@ -1,0 +1,119 @@
+"""A run as it stands: its state, what is wanted of it, and the record that people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from foundry.store.objects.runs import ArchivedRun
+from foundry.store.spec import RunSpec
+
+
+class RunState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    # By a person's wish.
+    PAUSED = "paused"
+    # For a service to come back.
+    WAITING = "waiting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def over(self) -> bool:
+        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
+
+
+class Desired(StrEnum):
+    """What a person wants of a run; workers learn it from their heartbeats."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedRun:
+    run_id: str
+    attempt: int
+    spec: RunSpec
+    desired: Desired
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveRuns:
+    """Ids of the runs that a worker holds now, and of those that wait for one."""
+
+    held: frozenset[str]
+    waiting: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run as it stands. Times are RFC 3339, UTC; `last_event` is the worker's last report."""
+
+    run_id: str
+    spec: RunSpec
+    state: RunState
+    attempt: int
+    desired: Desired
+    worker: str
+    waiting_for: str
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    error: str | None
+    result: Mapping[str, Any] | None
+    last_event: Mapping[str, Any] | None
+
+
+def record_of(run_id: str, fields: Mapping[str, str]) -> RunRecord:
+    return RunRecord(
+        run_id=run_id,
+        spec=RunSpec.from_json(fields["spec"]),
+        state=RunState(fields["state"]),
+        attempt=int(fields["attempt"]),
+        desired=desired_of(fields["desired"]),
+        worker=fields.get("worker", ""),
+        waiting_for=fields.get("waiting_for", ""),
+        created_at=_time(fields["created"]),
+        started_at=_time(fields["started"]) if "started" in fields else None,
+        finished_at=_time(fields["finished"]) if "finished" in fields else None,
+        error=json.loads(fields.get("error", "null")),
+        result=json.loads(fields.get("result", "null")),
+        last_event=json.loads(fields.get("last_event", "null")),
+    )
+
+
+def archived_record(run: ArchivedRun) -> RunRecord:
+    final = run.final
+    # Whether its worker lives is not known without Redis.
+    state = RunState(final.state) if final else RunState.RUNNING if run.attempt else RunState.QUEUED
+    return RunRecord(
+        run_id=run.run_id,
+        spec=RunSpec.from_json(run.spec),
+        state=state,
+        attempt=run.attempt,
+        desired=desired_of(run.desired),
+        worker="",
+        waiting_for="",
+        created_at=_time(run.created_ms),
+        started_at=None,
+        finished_at=_time(final.finished_ms) if final else None,
+        error=final.error if final else None,
+        result=final.result if final else None,
+        last_event=None,
+    )
+
+
+def desired_of(text: str) -> Desired:
+    return Desired(text) if text else Desired.CONTINUE
+
+
+def _time(ms: str | int) -> str:
+    return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,274 @@
+"""Pointers in Redis: which versions a name has, who may publish, what `latest` and the tags mean.
+
+Every method is one atomic script. All raise StoreUnavailable when Redis can't be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import Enum
+
+from foundry.errors import CartridgeNotFound, Conflict, Fenced
+from foundry.store.manifest import Manifest, ManifestDraft
+from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.redis import hot_bytes as hot
+from foundry.store.redis import scripts
+from foundry.store.redis.connection import Connection, Reply
+from foundry.store.redis.gc_scripts import FORGET
+from foundry.store.tags import TagRecord
+from foundry.telemetry.traces import current_traceparent
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A version number that only this publisher may fill; `committed` if it did so before."""
+
+    version: int
+    committed: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached:
+    """No number may be handed out beyond `counter` until object storage has a higher limit."""
+
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version became visible. A hint to prefetch: losing one costs time, never correctness."""
+
+    event_id: str
+    cartridge: CartridgeId
+    run: str
+    step: int
+    # Of the publication; "" if nobody traced it.
+    traceparent: str = ""
+
+
+class Commit(Enum):
+    """How a commit ended; but for DONE nothing changed."""
+
+    DONE = "ok"
+    RESERVATION_LOST = "unreserved"
+    BYTES_LOST = "incomplete"
+
+
+class Pointers:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def acquire(self, name: str, run: str, attempt: int, *, hold_seconds: float | None = None) -> list[int]:
+        """Become the owner. The reply: versions that earlier owners reserved and may have left manifests for.
+
+        After `hold_seconds` another may become it; without them only when the owner released the name.
+        """
+        hold_ms = "" if hold_seconds is None else int(hold_seconds * 1000)
+        reply = await self._connection.run(scripts.ACQUIRE, name, run, attempt, hold_ms)
+        _refuse_fenced(reply, name, run, attempt)
+        if reply[0] == "conflict":
+            raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
+        return [int(version) for version in reply[1]]
+
+    async def forget(self, name: str, version: int) -> None:
+        """Drop the reservation and whatever points to a version whose manifest was withdrawn or deleted."""
+        await self._connection.run(FORGET, name, version, 0)
+
+    async def release(self, name: str, run: str, attempt: int) -> None:
+        reply = await self._connection.run(scripts.RELEASE, name, run, attempt)
+        _refuse_fenced(reply, name, run, attempt)
+
+    async def check_owner(self, draft: ManifestDraft) -> None:
+        """Raises Fenced unless the caller is the owner."""
+        reply = await self._connection.run(scripts.CHECK_OWNER, draft.name, draft.run, draft.attempt)
+        _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
+
+    async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached | None:
+        """The same run, step and digest get the same number again; None while the sweeper deletes the blob.
+
+        Raises Fenced unless the caller is the owner.
+        """
+        reply = await self._connection.run(
+            scripts.RESERVE, draft.name, draft.run, draft.attempt, draft.step, digest, int(durable)
+        )
+        _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
+        if reply[0] == "condemned":
+            return None
+        if reply[0] == "limit":
+            return LimitReached(int(reply[1]))
+        return Reservation(int(reply[1]), _manifest(reply[2]) if reply[0] == "committed" else None)
+
+    async def raise_limit(self, name: str, limit: int) -> None:
+        await self._connection.run(scripts.RAISE_LIMIT, name, limit)
+
+    async def commit(
+        self, manifest: Manifest, token: str, *, durable: bool, keep_hot: int, event_stream_length: int
+    ) -> Commit:
+        """Give the bytes staged under `token` their digest, make the version visible, move `latest` forward, announce
+        it, trim older hot bytes: all in one step.
+
+        Raises Fenced unless the caller is the owner.
+        """
+        reply = await self._connection.run(
+            scripts.COMMIT,
+            manifest.name,
+            manifest.run,
+            manifest.attempt,
+            manifest.step,
+            manifest.digest,
+            int(durable),
+            manifest.version,
+            manifest.to_json(),
+            keep_hot,
+            event_stream_length,
+            token,
+            hot.meta(manifest.header),
+            current_traceparent(),
+        )
+        _refuse_fenced(reply, manifest.name, manifest.run, manifest.attempt)
+        return Commit(reply[0])
+
+    async def lookup(self, reference: Reference) -> CartridgeId:
+        selector = reference.selector
+        if isinstance(selector, int):
+            kind = "version"
+        elif reference.immutable:
+            kind = "digest"
+        else:
+            kind = "latest" if selector == LATEST else "tag"
+        reply = await self._connection.run(scripts.LOOKUP, reference.name, kind, selector)
+        if reply[0] == "missing":
+            raise CartridgeNotFound(f"there is no cartridge {reference}", field="model")
+        return CartridgeId(reference.name, int(reply[1]), reply[2])
+
+    async def names(self) -> list[str]:
+        return sorted(await self._connection.read("SMEMBERS", "foundry:names"))
+
+    async def manifest(self, name: str, version: int) -> Manifest:
+        value = await self._connection.read("HGET", f"foundry:versions:{name}", version)
+        if value is None:
+            raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+        return _manifest(value)
+
+    async def manifests(self, name: str) -> list[Manifest]:
+        values = await self._connection.read("HVALS", f"foundry:versions:{name}")
+        return sorted((_manifest(value) for value in values), key=lambda manifest: manifest.version)
+
+    async def durable(self, name: str) -> set[int]:
+        return {int(version) for version in await self._connection.read("SMEMBERS", f"foundry:durable:{name}")}
+
+    async def tags(self, name: str) -> dict[str, int]:
+        flat = await self._connection.read("HGETALL", f"foundry:tags:{name}")
+        return {tag: int(version) for tag, version in zip(flat[::2], flat[1::2], strict=True)}
+
+    async def hot(self, name: str) -> set[int]:
+        return {int(version) for version in await self._connection.read("ZRANGE", f"foundry:hot:{name}", 0, -1)}
+
+    async def mark_durable(self, name: str, version: int) -> bool:
+        """False if the version is gone."""
+        return bool((await self._connection.run(scripts.MARK_DURABLE, name, version))[0] == "ok")
+
+    async def tag(self, name: str, tag: str, version: int) -> int | None:
+        """What the tag meant before."""
+        reply = await self._connection.run(scripts.TAG, name, tag, version)
+        if reply[0] == "missing":
+            raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+        return int(reply[1]) if reply[1] else None
+
+    async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
+        """What the tag means now and what it meant until now. Raises Conflict if there is no version to go back to."""
+        reply = await self._connection.run(scripts.ROLLBACK_TAG, name, tag)
+        if reply[0] == "missing":
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+        if reply[0] == "first":
+            raise Conflict(
+                f"{name}@{tag} can't go back: version {reply[1]} is the first it ever meant, of those that still exist",
+                field="tag",
+            )
+        return int(reply[1]), int(reply[2])
+
+    async def tag_record(self, name: str, tag: str) -> TagRecord | None:
+        reply = await self._connection.run(scripts.TAG_RECORD, name, tag)
+        if reply[0] == "missing":
+            return None
+        moved_ms, *history = (int(word) for word in reply[2].split())
+        return TagRecord(int(reply[1]), tuple(history), moved_ms)
+
+    async def untag(self, name: str, tag: str) -> None:
+        if (await self._connection.run(scripts.UNTAG, name, tag))[0] == "missing":
+            raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
+
+    async def delete_version(self, name: str, version: int) -> bool:
+        """False if Redis has no such version. Raises Conflict while something points to it."""
+        reply = await self._connection.run(scripts.DELETE_VERSION, name, version)
+        if reply[0] == "conflict":
+            raise Conflict(f"{name}@{version} is what {name}@{reply[1]} means: move that first", field="version")
+        return bool(reply[0] == "ok")
+
+    async def delete_name(self, name: str) -> bool:
+        """False if Redis has no such name. Raises Conflict while a run trains it."""
+        reply = await self._connection.run(scripts.DELETE_NAME, name)
+        if reply[0] == "conflict":
+            raise Conflict(f"cartridge {name} is being trained by run {reply[1]}: cancel that first", field="name")
+        return bool(reply[0] == "ok")
+
+    async def lease(self, digest: str, holder: str, seconds: float) -> bool:
+        """False while the sweeper deletes the blob."""
+        reply = await self._connection.run(scripts.LEASE, digest, holder, int(seconds * 1000))
+        return bool(reply[0] == "ok")
+
+    async def unlease(self, digest: str, holder: str) -> None:
+        await self._connection.run(scripts.UNLEASE, digest, holder)
+
+    async def leases(self, digest: str) -> list[str]:
+        return list((await self._connection.run(scripts.LEASES, digest))[1])
+
+    async def drop_bytes(self, digest: str) -> None:
+        await self._connection.run(scripts.DROP_BYTES, digest)
+
+    async def drop_staged(self, token: str, num_chunks: int) -> None:
+        await self._connection.run(scripts.DROP_STAGED, token, num_chunks)
+
+    async def hot_digests(self) -> AsyncIterator[str]:
+        """Digests whose bytes some version keeps in Redis; one may come twice."""
+        cursor = "0"
+        while True:
+            cursor, keys = await self._connection.read("SCAN", cursor, "MATCH", "foundry:refs:*", "COUNT", 1000)
+            for key in keys:
+                yield key.removeprefix("foundry:refs:")
+            if cursor == "0":
+                return
+
+    async def hot_versions(self, digest: str) -> list[str]:
+        """`name@version` of the versions that keep these bytes in Redis."""
+        return sorted(await self._connection.read("SMEMBERS", f"foundry:refs:{digest}"))
+
+    async def events(self, after: str) -> AsyncIterator[Published]:
+        if after == "$":
+            # Pinned now: "$" in every read would skip what is published between two reads.
+            newest = await self._connection.read("XREVRANGE", "foundry:events", "+", "-", "COUNT", 1)
+            after = newest[0][0] if newest else "0-0"
+        while True:
+            for event_id, fields in await self._connection.read_stream("foundry:events", after, block=True):
+                after = event_id
+                cartridge = CartridgeId(fields["name"], int(fields["version"]), fields["digest"])
+                traceparent = fields.get("traceparent", "")
+                yield Published(event_id, cartridge, fields["run"], int(fields["step"]), traceparent)
+
+
+def versions_value(manifest: Manifest) -> str:
+    """A manifest as the hash `foundry:versions:<name>` holds it."""
+    return f"{manifest.digest} {manifest.to_json()}"
+
+
+def _manifest(value: str) -> Manifest:
+    return Manifest.from_json(value.split(" ", 1)[1])
+
+
+def _refuse_fenced(reply: Reply, name: str, run: str, attempt: int) -> None:
+    if reply[0] != "fenced":
+        return
+    if not reply[1]:
+        raise Fenced(f"run {run} attempt {attempt} does not hold cartridge {name}: nobody does, acquire it first")
+    raise Fenced(f"run {run} attempt {attempt} does not hold cartridge {name}: run {reply[1]} attempt {reply[2]} does")

@@ -1,0 +1,310 @@
+"""The sweeper: what nothing needs any more leaves Redis and object storage.
+
+    hot         bytes in Redis beyond `keep_hot`, whose trimming a lease had put off
+    version     durable versions beyond retention, and manifests that publishers left who were replaced or died
+    blob        tensors that no manifest names
+    checkpoint  of runs that are over
+
+Why none of this takes what a publisher at work or a reader needs is argued in docs/store-protocol.md. Tombstones
+stay: there is one for each publication that was cut off, and each is needed as long as its publisher might wake up.
+
+Memory: the digest and the key of each version, about 300 bytes; never manifests or tensors. At most `_PARALLEL`
+requests are under way at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Literal, TypeVar
+
+from foundry.errors import DigestMismatch, InvalidArgument, StoreUnavailable
+from foundry.store.manifest import Manifest
+from foundry.store.objects.checkpoints import Checkpoints
+from foundry.store.objects.objects import ObjectInfo
+from foundry.store.objects.versions import Durable
+from foundry.store.redis import gc_scripts as scripts
+from foundry.store.redis.connection import Connection
+from foundry.store.redis.pointers import Pointers
+from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, Condemned
+
+_PARALLEL = 16
+# Blobs that are marked at a time: few enough that their deletion ends well before the marks do.
+_CONDEMNED_AT_A_TIME = 500
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which durable versions of a name are wanted. None: no such limit. Either limit alone lets a version go."""
+
+    keep_last: int | None
+    max_age_days: float | None
+    grace_seconds: float
+    keep_hot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """One thing that went, or would go. `num_bytes` is 0 for bytes that another version still needs."""
+
+    kind: Literal["hot", "version", "blob", "checkpoint"]
+    key: str
+    num_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    name: str
+    version: int
+    digest: str
+    created_at: datetime
+    entry: ObjectInfo
+
+
+class Sweeper:
+    """One sweep. With `dry_run` nothing is changed, and what a real sweep would take is yielded."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        pointers: Pointers,
+        durable: Durable,
+        condemned: Condemned,
+        checkpoints: Checkpoints,
+        retention: Retention,
+        *,
+        dry_run: bool,
+    ) -> None:
+        self._connection, self._pointers, self._durable = connection, pointers, durable
+        self._condemned, self._checkpoints = condemned, checkpoints
+        self._retention, self._dry_run = retention, dry_run
+        self._began = datetime.now(UTC)
+        # Compared with the object storage's clock: the grace covers what it is off.
+        self._old = self._began - timedelta(seconds=retention.grace_seconds)
+        # Digests of manifests that stay, and the keys of all manifests that were read.
+        self._needed: set[str] = set()
+        self._read: set[str] = set()
+        self._unreadable: list[str] = []
+        # Digest -> versions whose hot bytes go: in a dry run Redis still counts them.
+        self._hot_gone: defaultdict[str, set[str]] = defaultdict(set)
+
+    async def sweep(self) -> AsyncIterator[Swept]:
+        """Raises StoreUnavailable; DigestMismatch, after all else, if a manifest can't be read: then no blob goes."""
+        if not self._dry_run:
+            await self._condemned.forget_dead_sweeps()
+        for part in (self._sweep_hot, self._sweep_versions, self._sweep_checkpoints, self._sweep_blobs):
+            async for swept in part():
+                yield swept
+
+    # Hot bytes
+
+    async def _sweep_hot(self) -> AsyncIterator[Swept]:
+        why = f"beyond the newest {self._retention.keep_hot} hot versions, and no longer leased"
+        for name in await self._pointers.names():
+            reply = await self._connection.run(scripts.TRIM, name, self._retention.keep_hot, int(self._dry_run))
+            for share in reply[1]:
+                for swept in self._hot(name, share, why):
+                    yield swept
+
+    def _hot(self, name: str, share: Sequence[str | int], why: str) -> Iterable[Swept]:
+        """What leaves Redis with a version; nothing if it has no bytes there, or was counted already."""
+        version, digest, num_bytes, num_sharing = str(share[0]), str(share[1]), int(share[2]), int(share[3])
+        key, gone = f"{name}@{version}", self._hot_gone[digest]
+        if num_bytes == 0 or key in gone:
+            return
+        gone.add(key)
+        left = num_sharing - (len(gone) if self._dry_run else 1)
+        yield Swept("hot", key, 0 if left else num_bytes, why)
+
+    # Versions
+
+    async def _sweep_versions(self) -> AsyncIterator[Swept]:
+        entries: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
+        async for name, _, entry in self._durable.manifest_entries():
+            entries[name].append(entry)
+            self._read.add(entry.key)
+        for name in sorted(entries):
+            listed = entries.pop(name)
+            known = await self._pointers.durable(name)
+            found = [each async for each in _in_parallel(self._read_version, listed) if each]
+            async for swept in self._sweep_withdrawn(name, listed, found, known):
+                yield swept
+            leftovers = [each for each in found if each.version not in known]
+            wanted = sorted((each for each in found if each.version in known), key=lambda each: -each.version)
+            for index, version in enumerate(wanted):
+                why = self._beyond_retention(index, version)
+                retired = await self._retire(version) if why else None
+                if why is None or retired is None:
+                    self._needed.add(version.digest)
+                    continue
+                yield Swept("version", f"{name}@{version.version}", version.entry.size, why)
+                for swept in self._hot(name, retired, why):
+                    yield swept
+            for version in leftovers:
+                if await self._discard(version):
+                    why = "left by a publication or a deletion that was cut off"
+                    yield Swept("version", f"{name}@{version.version}", version.entry.size, why)
+                else:
+                    self._needed.add(version.digest)
+
+    async def _sweep_withdrawn(
+        self, name: str, listed: list[ObjectInfo], found: list[_Version], known: set[int]
+    ) -> AsyncIterator[Swept]:
+        """Forget what a loss of Redis brought back while it was being withdrawn, before the blob goes."""
+        whole = {each.entry.key for each in found} | set(self._unreadable)
+        for entry in listed:
+            version = int(entry.key.rpartition("/")[2].removesuffix(".json"))
+            if entry.key not in whole and version in known:
+                why = "withdrawn from a publisher that was replaced"
+                reply = await self._connection.run(scripts.FORGET, name, version, int(self._dry_run))
+                yield Swept("version", f"{name}@{version}", 0, why)
+                for swept in self._hot(name, reply[1], why) if len(reply) > 1 else ():
+                    yield swept
+
+    async def _read_version(self, entry: ObjectInfo) -> _Version | None:
+        try:
+            manifest = await self._durable.read_manifest(entry.key)
+        except InvalidArgument:
+            self._unreadable.append(entry.key)
+            return None
+        return _version_of(manifest, entry) if manifest else None
+
+    def _beyond_retention(self, index: int, version: _Version) -> str | None:
+        """Why the version may go; `index` counts down from the newest, 0, which is `latest` after a loss of Redis."""
+        if index == 0:
+            return None
+        keep, days = self._retention.keep_last, self._retention.max_age_days
+        if keep is not None and index >= keep:
+            return f"beyond the newest {keep}"
+        if days is not None and version.created_at < self._began - timedelta(days=days):
+            return f"older than {days:g} days"
+        return None
+
+    async def _retire(self, version: _Version) -> Sequence[str | int] | None:
+        """What it had in Redis; None if something still needs it."""
+        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, int(self._dry_run))
+        if reply[0] != "ok":
+            return None
+        if not self._dry_run:
+            await self._delete_manifest(version)
+        return list(reply[1])
+
+    async def _discard(self, version: _Version) -> bool:
+        """Delete a manifest that Redis does not know; False if it may yet become a version."""
+        if version.entry.last_modified >= self._old:
+            return False
+        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, 1)
+        if reply[0] != "unknown":
+            return False
+        if not self._dry_run:
+            await self._delete_manifest(version)
+        return True
+
+    async def _delete_manifest(self, version: _Version) -> None:
+        await self._durable.delete_manifest(version.name, version.version)
+        # A rebuild that read the manifest before it went has made a pointer to it.
+        await self._pointers.forget(version.name, version.version)
+
+    # Blobs
+
+    async def _sweep_blobs(self) -> AsyncIterator[Swept]:
+        if self._unreadable:
+            raise DigestMismatch(
+                f"{len(self._unreadable)} manifests can't be read ({self._unreadable[0]} ...) and what they need is "
+                "not known: no blob was swept. 'foundry store verify' lists them; restore or delete them"
+            )
+        orphans = [
+            (digest, entry.size)
+            async for digest, entry in self._durable.blobs()
+            if digest not in self._needed and entry.last_modified < self._old
+        ]
+        remaining = iter(sorted(orphans))
+        while batch := dict(islice(remaining, _CONDEMNED_AT_A_TIME)):
+            gone = self._would_go(batch) if self._dry_run else self._delete_blobs(batch)
+            async for digest in gone:
+                yield Swept("blob", digest, batch[digest], "no manifest names it")
+
+    async def _would_go(self, digests: Iterable[str]) -> AsyncIterator[str]:
+        for digest, answer in await self._condemn(0, digests):
+            if set(answer.split()) <= self._hot_gone[digest]:
+                yield digest
+
+    async def _delete_blobs(self, digests: Iterable[str]) -> AsyncIterator[str]:
+        # On an error the marks stay until they expire: a deletion may be on its way.
+        sweep = str(uuid.uuid4())
+        await self._condemned.put(sweep, list(digests))
+        deadline = time.monotonic() + DELETING_SECONDS
+        condemned = [digest for digest, answer in await self._condemn(int(MARK_SECONDS * 1000), digests) if not answer]
+        # From here on nobody begins to publish these digests; who did before has left a manifest, or is leased.
+        spared = await self._named_meanwhile()
+
+        async def delete(digest: str) -> str | None:
+            return digest if digest not in spared and await self._delete_blob(digest, deadline) else None
+
+        async for deleted in _in_parallel(delete, condemned):
+            if deleted:
+                yield deleted
+        if condemned:
+            await self._connection.run(scripts.ABSOLVE, *condemned)
+        await self._condemned.delete(sweep)
+
+    async def _condemn(self, mark_ms: int, digests: Iterable[str]) -> list[tuple[str, str]]:
+        """Each digest with what keeps it: '' if it is condemned, or would be where `mark_ms` is 0."""
+        listed = list(digests)
+        reply = await self._connection.run(scripts.CONDEMN, mark_ms, *listed)
+        return list(zip(listed, reply[1], strict=True))
+
+    async def _named_meanwhile(self) -> set[str]:
+        """Digests of manifests that were written since they were listed first."""
+        found = set()
+        async for _, _, entry in self._durable.manifest_entries():
+            if entry.key not in self._read:
+                manifest = await self._durable.read_manifest(entry.key)
+                if manifest:
+                    found.add(manifest.digest)
+        return found
+
+    async def _delete_blob(self, digest: str, deadline: float) -> bool:
+        entry = await self._durable.blob(digest)
+        if entry is None or entry.last_modified >= self._old:
+            return False
+        if time.monotonic() > deadline:
+            raise StoreUnavailable(
+                f"object storage is so slow that blobs can't be deleted safely within {DELETING_SECONDS:.0f} seconds; "
+                "what was printed is gone, run it again later"
+            )
+        try:
+            async with asyncio.timeout(DELETING_SECONDS):
+                await self._durable.delete_blob(digest)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"object storage did not delete the blob of {digest} in time") from error
+        return True
+
+    # Checkpoints
+
+    async def _sweep_checkpoints(self) -> AsyncIterator[Swept]:
+        async for entry in self._checkpoints.of_runs_that_ended(before=self._old):
+            if not self._dry_run:
+                await self._checkpoints.delete(entry)
+            yield Swept("checkpoint", entry.key, entry.size, "its run is over")
+
+
+def _version_of(manifest: Manifest, entry: ObjectInfo) -> _Version:
+    created_at = datetime.fromisoformat(manifest.created_at)
+    return _Version(manifest.name, manifest.version, manifest.digest, created_at, entry)
+
+
+async def _in_parallel(function: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> AsyncIterator[Result]:
+    for begin in range(0, len(items), _PARALLEL):
+        for result in await asyncio.gather(*(function(item) for item in items[begin : begin + _PARALLEL])):
+            yield result

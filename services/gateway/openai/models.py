@@ -1,0 +1,73 @@
+"""/v1/models: the base model, and every cartridge as a model of its own."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from foundry.errors import CartridgeNotFound, InvalidArgument, ModelNotFound
+from services.gateway.resources.listing import for_each
+from services.gateway.rollouts import ServedModel
+from services.gateway.state import Gateway, GatewayDep
+
+router = APIRouter(tags=["OpenAI"])
+_STARTED = int(time.time())
+
+
+class ModelCard(BaseModel):
+    """OpenAI's model object with vLLM's additions: `parent` of a cartridge is the base model, `root` its version.
+
+    `max_model_len` is for prompt and answer; a cartridge's own tokens do not count.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "foundry"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard] = Field(default_factory=list)
+
+
+@router.get("/v1/models")
+async def models(gateway: GatewayDep) -> ModelList:
+    served = gateway.rollouts.model()
+    cards = await for_each(await gateway.store.names(), lambda name: _card(gateway, served, name))
+    return ModelList(data=[_base(served), *cards])
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, gateway: GatewayDep) -> ModelCard:
+    """`model` is the base model or any cartridge reference."""
+    served = gateway.rollouts.model()
+    if model == served.name:
+        return _base(served)
+    try:
+        return await _card(gateway, served, model)
+    except (CartridgeNotFound, InvalidArgument) as error:
+        raise ModelNotFound(f"there is no model {model!r}: {error.message}", field="model") from error
+
+
+def _base(served: ServedModel) -> ModelCard:
+    return ModelCard(id=served.name, created=_STARTED, root=served.name, max_model_len=served.max_sequence_tokens)
+
+
+async def _card(gateway: Gateway, served: ServedModel, reference: str) -> ModelCard:
+    found = await gateway.store.resolve(reference)
+    manifest = await gateway.store.manifest(found.name, found.version)
+    return ModelCard(
+        id=reference,
+        created=int(datetime.fromisoformat(manifest.created_at).timestamp()),
+        root=str(found),
+        parent=served.name,
+        max_model_len=served.max_sequence_tokens,
+    )

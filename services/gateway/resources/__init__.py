@@ -1,0 +1,1 @@
+"""What a store has, as resources: cartridges, documents, runs."""

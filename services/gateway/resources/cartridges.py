@@ -1,0 +1,148 @@
+"""/v1/cartridges: names, versions and tags.
+
+A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/tags/TAG` or `/rollback` mean those parts
+of the name before them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from fastapi import Path as InPath
+from pydantic import BaseModel, ConfigDict
+
+from foundry.errors import CartridgeNotFound
+from foundry.store import Manifest, Reference, check_name, lineage
+from services.gateway.resources.listing import for_each
+from services.gateway.state import Gateway, GatewayDep
+
+router = APIRouter(tags=["cartridges"])
+Json = dict[str, Any]
+Name = Annotated[str, InPath(description="`name` or `tenant/name`.")]
+
+
+class TagRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int
+
+
+class RollbackRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    to: str
+    """Which version: its number, a tag or a digest; the name may stand before it."""
+
+
+@router.get("/v1/cartridges")
+async def cartridges(gateway: GatewayDep) -> Json:
+    """Every name with its newest version and its tags."""
+    data = await for_each(await gateway.store.names(), lambda name: _summary(gateway, name))
+    return {"object": "list", "data": data}
+
+
+@router.get("/v1/cartridges/{name:path}/versions")
+async def versions(name: Name, gateway: GatewayDep) -> Json:
+    """All versions, oldest first."""
+    manifests = await gateway.store.versions(name)
+    if not manifests:
+        raise CartridgeNotFound(f"there is no cartridge {name}", field="name")
+    durable = await gateway.store.durable_versions(name)
+    data = [_version(manifest) | {"durable": manifest.version in durable} for manifest in manifests]
+    return {"object": "list", "data": data}
+
+
+@router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204)
+async def delete_version(name: Name, version: int, gateway: GatewayDep) -> Response:
+    """Refused with 409 for a version that `latest` or a tag means."""
+    await gateway.store.delete(name, version)
+    return Response(status_code=204)
+
+
+@router.put("/v1/cartridges/{name:path}/tags/{tag}")
+async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep) -> Json:
+    """Point a tag at a version, which becomes durable. `previous` is what it meant before."""
+    check_name(name)
+    previous = await gateway.store.tag(name, tag, asked.version)
+    return _tag(name, tag, asked.version, previous=previous)
+
+
+@router.get("/v1/cartridges/{name:path}/tags/{tag}")
+async def get_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+    """What a tag means and, newest first, what it meant before."""
+    record = await gateway.store.tag_record(name, tag)
+    return _tag(name, tag, record.version, history=list(record.history))
+
+
+@router.post("/v1/cartridges/{name:path}/tags/{tag}/rollback")
+async def rollback_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+    """Let a tag mean what it meant before. 409 if there is no version left that it meant before."""
+    version, previous = await gateway.store.rollback_tag(name, tag)
+    return _tag(name, tag, version, previous=previous)
+
+
+@router.delete("/v1/cartridges/{name:path}/tags/{tag}", status_code=204)
+async def delete_tag(name: Name, tag: str, gateway: GatewayDep) -> Response:
+    await gateway.store.untag(name, tag)
+    return Response(status_code=204)
+
+
+@router.post("/v1/cartridges/{name:path}/rollback")
+async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep) -> Json:
+    """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
+    check_name(name)
+    reference = Reference.parse(asked.to if asked.to.startswith(f"{name}@") else f"{name}@{asked.to}", field="to")
+    return _version(await gateway.store.rollback(name, reference))
+
+
+@router.get("/v1/cartridges/{reference:path}")
+async def cartridge(reference: str, gateway: GatewayDep) -> Json:
+    """The version that a reference means now: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`.
+
+    With `lineage` (its parents, the nearest first, the last one without a number where it is not known any more) and
+    where its bytes are.
+    """
+    manifest, summary = await _found(gateway, reference)
+    store, name = gateway.store, manifest.name
+    known, durable, hot = await asyncio.gather(
+        store.versions(name), store.durable_versions(name), store.hot_versions(name)
+    )
+    return summary | {
+        "lineage": [asdict(ancestor) for ancestor in lineage(manifest, known)],
+        "durable": manifest.version in durable,
+        "hot": manifest.version in hot,
+    }
+
+
+@router.delete("/v1/cartridges/{name:path}", status_code=204)
+async def delete_cartridge(name: Name, gateway: GatewayDep) -> Response:
+    """Delete a name with all its versions and tags. Refused with 409 while a run publishes it."""
+    await gateway.store.delete(name)
+    return Response(status_code=204)
+
+
+async def _summary(gateway: Gateway, reference: str) -> Json:
+    return (await _found(gateway, reference))[1]
+
+
+async def _found(gateway: Gateway, reference: str) -> tuple[Manifest, Json]:
+    try:
+        found = await gateway.store.resolve(Reference.parse(reference, field="reference"))
+    except CartridgeNotFound as error:
+        error.field = "reference"
+        raise
+    manifest, tags = await asyncio.gather(
+        gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)
+    )
+    return manifest, {"object": "cartridge", "name": found.name, "tags": tags, "version": _version(manifest)}
+
+
+def _tag(name: str, tag: str, version: int, **more: Any) -> Json:
+    return {"object": "cartridge.tag", "name": name, "tag": tag, "version": version, **more}
+
+
+def _version(manifest: Manifest) -> Json:
+    return {"object": "cartridge.version", **asdict(manifest)}

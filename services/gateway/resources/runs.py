@@ -1,0 +1,206 @@
+"""/v1/runs: queue training runs, watch them, stop them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, Body, Depends, Header
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from foundry.errors import (
+    CartridgeTooLong,
+    DocumentNotFound,
+    FingerprintMismatch,
+    FoundryError,
+    InvalidArgument,
+    Unavailable,
+)
+from foundry.identity import content_digest
+from foundry.store import DocumentPrompts, RunRecord, RunSpec
+from services.gateway.resources import documents
+from services.gateway.rollouts import ServedModel
+from services.gateway.state import Gateway, GatewayDep
+
+log = structlog.get_logger(__name__)
+router = APIRouter(tags=["runs"])
+Json = dict[str, Any]
+
+_EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
+_EXAMPLE = {
+    "name": "handbook",
+    "document": "blake3:…",
+    "num_tokens": 512,
+    "num_steps": 100,
+    "prompts": {"kind": "selfstudy", "num_prompts": 64},
+}
+
+
+@router.post("/v1/runs", status_code=201)
+async def create_run(
+    asked: Annotated[Json, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})], gateway: GatewayDep
+) -> Json:
+    """Queue a run: the keys of a run specification, with `document` (a digest) or `text` (and `title`).
+
+    What can be known now is checked now: every value, the documents, the model, and how long the document is.
+    """
+    spec, text = _specification(asked)
+    _check_resources(spec, gateway)
+    model = _served_model(gateway)
+    if model is not None:
+        _check_model(spec, model)
+    await _check_prompts(spec, gateway)
+    document = text if text is not None else await gateway.store.documents.get(spec.document)
+    if model is not None and gateway.teacher is not None:
+        num_tokens = await gateway.teacher.context_tokens(document, model.fingerprint)
+        if num_tokens is not None and spec.num_tokens > num_tokens:
+            raise CartridgeTooLong(
+                f"a cartridge of {spec.num_tokens} tokens was asked for, but the document has only {num_tokens} "
+                "with its template",
+                field="num_tokens",
+            )
+    if text is not None:
+        await documents.put(gateway, text, asked.get("title") or "")
+    run_id = await gateway.store.runs.create(spec)
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
+
+
+@router.get("/v1/runs")
+async def runs(gateway: GatewayDep) -> Json:
+    """All runs, newest first."""
+    return {"object": "list", "data": [_card(record, gateway) for record in await gateway.store.runs.list()]}
+
+
+@router.get("/v1/runs/{run_id}")
+async def run(run_id: str, gateway: GatewayDep) -> Json:
+    return await _card_of(run_id, gateway)
+
+
+@router.post("/v1/runs/{run_id}/cancel")
+async def cancel_run(run_id: str, gateway: GatewayDep) -> Json:
+    """The worker ends the run after the step in hand; a run that waits ends now."""
+    await gateway.store.runs.request_cancel(run_id)
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
+
+
+@router.post("/v1/runs/{run_id}/pause")
+async def pause_run(run_id: str, gateway: GatewayDep) -> Json:
+    await gateway.store.runs.request_pause(run_id)
+    return await _card_of(run_id, gateway)
+
+
+@router.post("/v1/runs/{run_id}/resume")
+async def resume_run(run_id: str, gateway: GatewayDep) -> Json:
+    await gateway.store.runs.request_resume(run_id)
+    _look_at_jobs(gateway)
+    return await _card_of(run_id, gateway)
+
+
+async def _position(run_id: str, gateway: GatewayDep, last_event_id: Annotated[str | None, Header()] = None) -> str:
+    """Where an event stream begins. A dependency, since the stream's status is sent before its first event."""
+    await gateway.store.runs.get(run_id)
+    if not last_event_id:
+        return "0-0"
+    if not _EVENT_ID.fullmatch(last_event_id):
+        raise InvalidArgument(f"{last_event_id!r} is not an event id", field="last-event-id")
+    return last_event_id
+
+
+@router.get("/v1/runs/{run_id}/events", response_class=EventSourceResponse)
+async def run_events(
+    run_id: str, after: Annotated[str, Depends(_position)], gateway: GatewayDep
+) -> AsyncIterator[ServerSentEvent]:
+    """What happened and happens, as server-sent events with ids; ends after the one of type `finished`.
+
+    A comment is sent every 15 s of silence. A stream that ends earlier is to be asked for again with `Last-Event-ID`.
+    """
+    try:
+        async for event_id, event in gateway.store.runs.events(run_id, after):
+            yield ServerSentEvent(id=event_id, data=event)
+    except FoundryError as error:
+        log.warning("event stream cut short", run_id=run_id, reason=error.reason, error=error.message)
+
+
+def _specification(asked: Json) -> tuple[RunSpec, str | None]:
+    """The run, and its document if that came with it. Raises InvalidArgument, naming the key."""
+    values = dict(asked)
+    text, title = values.pop("text", None), values.pop("title", None)
+    if text is None:
+        if title is not None:
+            raise InvalidArgument("title goes with text: a stored document has its own", field="title")
+        return RunSpec.from_dict(values), None
+    if "document" in values:
+        raise InvalidArgument("give either document or text", field="text")
+    for name, value in (("text", text), ("title", title)):
+        if not isinstance(value, str | None):
+            raise InvalidArgument(f"{name} is not a string", field=name)
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"{name} is not Unicode: {error}", field=name) from error
+    return RunSpec.from_dict(values | {"document": content_digest(text.encode())}), text
+
+
+def _served_model(gateway: Gateway) -> ServedModel | None:
+    try:
+        return gateway.rollouts.model()
+    except Unavailable:
+        # Then the run waits for a rollout server, and its trainer checks.
+        return None
+
+
+def _check_model(spec: RunSpec, model: ServedModel) -> None:
+    if spec.model_fingerprint not in ("", model.fingerprint):
+        raise FingerprintMismatch(
+            f"the run is for model {spec.model_fingerprint}, {model.name} is {model.fingerprint}",
+            field="model_fingerprint",
+        )
+    if spec.max_new_tokens >= model.max_sequence_tokens:
+        raise InvalidArgument(
+            f"max_new_tokens {spec.max_new_tokens} leaves no room for a prompt: the rollout servers of {model.name} "
+            f"take {model.max_sequence_tokens} tokens in all",
+            field="max_new_tokens",
+        )
+
+
+async def _check_prompts(spec: RunSpec, gateway: Gateway) -> None:
+    for name in ("prompts", "heldout"):
+        if isinstance(prompts := getattr(spec, name), DocumentPrompts):
+            try:
+                await gateway.store.documents.info(prompts.digest)
+            except DocumentNotFound as error:
+                error.field = f"{name}.digest"
+                raise
+
+
+def _check_resources(spec: RunSpec, gateway: Gateway) -> None:
+    if spec.resources is None:
+        return
+    if gateway.jobs is None:
+        raise InvalidArgument(
+            "resources are for runs that get a Kubernetes Job each; here workers train them, with what they have",
+            field="resources",
+        )
+    gateway.jobs.check(spec.resources)
+
+
+def _look_at_jobs(gateway: Gateway) -> None:
+    if gateway.jobs is not None:
+        gateway.jobs.wake()
+
+
+async def _card_of(run_id: str, gateway: Gateway) -> Json:
+    return _card(await gateway.store.runs.get(run_id), gateway)
+
+
+def _card(record: RunRecord, gateway: Gateway) -> Json:
+    """`job` names the run's Kubernetes Job, if there is one now."""
+    job = gateway.jobs.name_of(record.run_id) if gateway.jobs is not None else None
+    values = asdict(record) | {"spec": json.loads(record.spec.to_json()), "job": job}
+    return {"object": "run", "id": values.pop("run_id"), **values}

@@ -1,0 +1,79 @@
+"""The gradient of a step's loss in the prefix: packed forwards and backwards over samples, a micro-batch at a time.
+
+Runs with torch and transformers alone, on every rank. The loss is a mean over tokens: of all the step's, wherever they
+are computed, so that the gradients of ranks only have to be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Distilled, Objective, TopK, distill
+from foundry.model.packing import micro_batches, scored_hidden
+from services.trainer.sample import Sample
+
+# The teacher's word on one sample's answer: hidden states [N, E] or a TopK.
+Signal = Tensor | TopK
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of answer tokens, sample after sample: their losses, and the student's logprobs and entropies in nats."""
+
+    loss_N: Tensor
+    chosen_logprob_N: Tensor
+    entropy_N: Tensor
+
+
+def backward(
+    lm: FrozenLM,
+    cartridge: TrainableCartridge,
+    objective: Objective,
+    samples: Sequence[Sample],
+    signals: Sequence[Signal],
+    *,
+    num_tokens: int,
+    micro_batch_tokens: int,
+) -> Scores:
+    """Add to the master's gradient what the samples have in that of the mean loss over `num_tokens` answer tokens."""
+    parts = []
+    for some in micro_batches(samples, micro_batch_tokens):
+        part = distill_samples(lm, cartridge.cast(), objective, samples[some], signals[some])
+        # Each part's loss is the mean over its own tokens; the step's is the mean over all.
+        (part.loss * (part.token_loss_N.shape[0] / num_tokens)).backward()  # type: ignore[no-untyped-call]
+        parts.append(part)
+    return Scores(
+        torch.cat([part.token_loss_N for part in parts]),
+        torch.cat([part.chosen_logprob_N for part in parts]),
+        torch.cat([part.entropy_N for part in parts]),
+    )
+
+
+def distill_samples(
+    lm: FrozenLM, prefix_L2GPD: Tensor, objective: Objective, samples: Sequence[Sample], signals: Sequence[Signal]
+) -> Distilled:
+    """Distil samples behind one prefix KV [L, 2, G, P, D], in one packed forward; gradients reach the prefix.
+
+    Each sample sees the prefix and itself only.
+    """
+    rows = scored_hidden(lm, samples, [prefix_L2GPD] * len(samples))
+    token_ids_N = torch.tensor([token for sample in samples for token in sample.answer_ids], device=lm.device)
+    return distill(objective, torch.cat(rows), join(signals, lm.device), lm.head_VE, token_ids_N)
+
+
+def join(signals: Sequence[Signal], device: torch.device) -> Signal:
+    """One signal on `device`, of all samples."""
+    if isinstance(signals[0], TopK):
+        tops = [signal for signal in signals if isinstance(signal, TopK)]
+        return TopK(
+            torch.cat([top.ids_NK for top in tops]).to(device),
+            torch.cat([top.logprobs_NK for top in tops]).to(device),
+            torch.cat([top.tail_logprob_N for top in tops]).to(device),
+        )
+    return torch.cat([signal for signal in signals if isinstance(signal, Tensor)]).to(device)

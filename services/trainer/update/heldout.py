@@ -1,0 +1,36 @@
+"""How far the cartridge is from the document on questions it never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
+from services.trainer.curriculum import HeldOut
+from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal, distill_samples
+
+# Whatever the run trains on, it is judged by the same exact divergence.
+MEASURE = Objective("forward_kl")
+
+
+class HeldOutSet:
+    """Fixed answers and the teacher's distributions along them: the same tokens before and after training."""
+
+    def __init__(self, items: Sequence[HeldOut]) -> None:
+        self.samples = [Sample(item.turn_ids, item.answer_ids, (), "", 0, truncated=False) for item in items]
+        # Filled once, from the teacher.
+        self.signals: list[Signal] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.answer_ids) for sample in self.samples)
+
+    @torch.no_grad()
+    def kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> float:
+        """Mean KL(teacher || student) per answer token, in nats."""
+        distilled = distill_samples(lm, cartridge.cast(), MEASURE, self.samples, self.signals)
+        return distilled.loss.item()

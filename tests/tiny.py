@@ -6,7 +6,7 @@ The same arguments give the same files, hence the same fingerprint, so a session
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(family: Family = "llama", seed: int = 0, head_dim: int = 16) -> PreTrainedModel:
     """Random weights, biases and norms, wide enough that attention and logits are far from uniform."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": _VOCAB_SIZE,
         "hidden_size": 4 * head_dim,
         "intermediate_size": 128,

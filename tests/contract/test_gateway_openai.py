@@ -291,7 +291,7 @@ def test_completions_behind_a_cartridge_with_several_prompts_and_choices(served:
 
 def test_a_stream_whose_prompts_end_out_of_order(served: Served) -> None:
     prompts = [[40] * 500, [40] * 3]
-    stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)  # type: ignore[call-overload]
+    stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)
     infos = {chunk.choices[0].index: extension(chunk) for chunk in stream}
     assert set(infos) == {0, 1}
     assert all([used["version"] for used in info["cartridges"]] == [2] for info in infos.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from foundry.errors import InvalidArgument, PolicyMismatch, Unavailable
 from foundry.identity import ids_digest
@@ -303,7 +304,10 @@ async def test_another_teacher_takes_over_with_the_same_scores(teachers: Teacher
         return [signal for signal in await trainers.score(SAMPLES, FORWARD) if isinstance(signal, torch.Tensor)]
 
     after = await patience.call("teacher", score)
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(
+        isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+        for one, other in zip(before, after, strict=True)
+    )
     assert sorted(teachers.holding().values()) == [0, 1, 1]
     # Where it went it stays, when the first is back too: there it would have to be computed again.
     teachers.names.numbers = [number for number in teachers.names.numbers if number != home]

@@ -28,10 +28,11 @@ from foundry.model.objectives import Objective, TopK
 from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
 from foundry.rpc.channel import open_channel, typed_errors
-from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.rpc.limits import MAX_MESSAGE_BYTES, PART_BYTES
 from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.teacher import scorer
 from services.teacher import servicer as teacher_servicer
 from services.teacher.scorer import Item, Want
 from services.teacher.servicer import TeacherServicer
@@ -172,14 +173,14 @@ async def test_long_answers_come_in_parts_under_the_message_limit(
     monkeypatch.setattr(teacher_servicer, "PART_BYTES", 3 * 4 * lm.spec.hidden_size)
     parts = await teacher.score(SAMPLES, FORWARD)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))  # type: ignore[arg-type]
-    assert teacher_servicer.PART_BYTES < MAX_MESSAGE_BYTES
+    assert PART_BYTES < MAX_MESSAGE_BYTES
     await teacher.close()
 
 
 async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that moves the scored range by one, or scores other ids, does not get its scores trained on."""
     teacher = await connect(lm, address, DOCUMENTS[0])
-    honest = teacher_servicer.score
+    honest = scorer.score
 
     def shifted(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> object:
         return honest(model, [replace(item, score_from=item.score_from - 1) for item in items], contexts, want)

@@ -95,7 +95,7 @@ class Echo:
         self.prompts: list[str] = []
 
     async def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        self.prompts += [self.tokenizer.decode(prompt.ids) for prompt in prompts]
+        self.prompts += [str(self.tokenizer.decode(list(prompt.ids))) for prompt in prompts]
         return [Answer([1], [0.0], self.text or f'"What is number {prompt.seed}?"\nmore', False) for prompt in prompts]
 
 

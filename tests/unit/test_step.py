@@ -103,7 +103,7 @@ def test_one_lying_server_among_many_is_named(lm: FrozenLM, wrong: str) -> None:
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
-    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", 1.5, 1.25)
+    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", 1.5, 1.25)
     straight, interrupted, resumed = make_step(lm), make_step(lm), make_step(lm)
 
     def train(step: TrainingStep) -> None:
@@ -115,9 +115,11 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
         train(step)
     curriculum = Curriculum([[5, 6], [7]], [HeldOut([8], [9, 10])])
     content = checkpoint.write(progress, curriculum, interrupted)
-    assert checkpoint.read(content, resumed, config="config") == (progress, curriculum)
+    assert checkpoint.read(content, resumed, config="config", template="template") == (progress, curriculum)
     train(straight)
     train(resumed)
     assert torch.equal(straight.cartridge.cast(), resumed.cartridge.cast())
-    with pytest.raises(InvalidArgument, match="configuration"):
-        checkpoint.read(content, make_step(lm), config="another")
+    with pytest.raises(InvalidArgument, match="of configuration config"):
+        checkpoint.read(content, make_step(lm), config="another", template="template")
+    with pytest.raises(InvalidArgument, match="another configuration: its chat template is template"):
+        checkpoint.read(content, make_step(lm), config="config", template="another")

@@ -40,7 +40,7 @@ def clock_prefix(template: str, clock: datetime) -> str:
         raise TemplateUnsupported(f"the chat template can't be read: {error}") from error
     _refuse_randomness(tree)
     calls = [call for call in tree.find_all(nodes.Call) if _is_now(call.node)]
-    formats = [call.args[0].value for call in calls if _is_format(call.args)]
+    formats = [text for call in calls if (text := _format(call)) is not None]
     num_tests = sum(_is_now(test.node) for test in tree.find_all(nodes.Test))
     num_uses = sum(_is_now(name) for name in tree.find_all(nodes.Name))
     if num_uses != len(formats) + num_tests:
@@ -56,8 +56,11 @@ def _is_now(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Name) and node.name == _NOW and node.ctx == "load"
 
 
-def _is_format(arguments: list[nodes.Expr]) -> bool:
-    return len(arguments) == 1 and isinstance(arguments[0], nodes.Const) and isinstance(arguments[0].value, str)
+def _format(call: nodes.Call) -> str | None:
+    match call.args:
+        case [nodes.Const(value=str(text))]:
+            return text
+    return None
 
 
 def _refuse_randomness(tree: nodes.Template) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
     curriculum = Curriculum([[5, 6], [7]], [HeldOut([8], [9, 10])])
     content = checkpoint.write(progress, curriculum, interrupted)
     assert checkpoint.read(content, resumed, config="config", template="template") == (progress, curriculum)
+    # An older release's, which names no template.
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    values = json.loads(header["__metadata__"]["progress"])
+    del values["template"]
+    header["__metadata__"]["progress"] = json.dumps(values)
+    older = json.dumps(header).encode()
+    older = len(older).to_bytes(8, "little") + older + content[8 + length :]
+    assert checkpoint.read(older, make_step(lm), config="config", template="template")[0] == progress
     train(straight)
     train(resumed)
     assert torch.equal(straight.cartridge.cast(), resumed.cartridge.cast())

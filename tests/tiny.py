@@ -5,6 +5,7 @@ The same arguments give the same files, hence the same fingerprint, so a session
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# What templates take for today.
+CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 _TEXT = (
     "The state of the union is a message that the president sends to the congress. "
     "What does the document say about the treaty, the harbour and the price of grain? "

@@ -34,7 +34,7 @@ class Parts:
     @classmethod
     def build(cls, settings: RolloutSettings, info: ModelInfo, engine: Engine, source: CartridgeSource) -> Parts:
         """Raises TemplateUnsupported."""
-        template = ChatTemplate(info.tokenizer)
+        template = ChatTemplate(info.tokenizer, settings.template_clock)
         model_name = settings.model_name or settings.model.resolve().name
         # Running and waiting ones; a call that needs more could never be admitted.
         max_sequences = settings.max_sequences + settings.max_waiting

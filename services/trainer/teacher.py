@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import torch
 
-from foundry.errors import AlignmentError, ContextNotFound
+from foundry.errors import AlignmentError, ContextNotFound, IdentityMismatch
 from foundry.identity import content_digest, ids_checksum
 from foundry.model.objectives import Objective, TopK
 from foundry.rpc import tensors
@@ -45,7 +45,8 @@ class Teacher:
     async def put_context(self) -> None:
         """Have the document's KV computed, or found.
 
-        Raises what the teacher raised, e.g. DocumentTooLong, and AlignmentError if it read another document.
+        Raises what the teacher raised, e.g. DocumentTooLong, IdentityMismatch if its template is another, and
+        AlignmentError if it read another document.
         """
         await self._put_context(await self._choose())
 
@@ -79,9 +80,16 @@ class Teacher:
                 teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
                 timeout=self._timeout_seconds,
             )
-        found = decoded(message, pod.name).context_digest
-        if found != self._context_digest:
-            raise AlignmentError(f"{pod.name} read the document as {found}, it is {self._context_digest}")
+        found = decoded(message, pod.name)
+        if found.identity.template_digest != self._template_digest:
+            raise IdentityMismatch(
+                f"{pod.name} has template {found.identity.template_digest}, this trainer {self._template_digest}: "
+                "give all services the same template_clock"
+            )
+        if found.context_digest != self._context_digest:
+            raise AlignmentError(
+                f"{pod.name} read the document as {found.context_digest}, it is {self._context_digest}"
+            )
 
     async def _score(self, pod: Pod, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
         want = teacher_pb2.Want(hidden=True) if objective.needs_hidden else teacher_pb2.Want(topk=objective.k)

@@ -17,6 +17,7 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.template import ChatTemplate
 from foundry.store import Manifest
 from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
+from tests.tiny import CLOCK
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What does the document say about the treaty?"}]
 BASE = "tiny"
@@ -56,7 +57,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         wait_serving(rollout)
         wait_ready(gateway)
         with openai_client(gateway) as client:
-            yield Served(stack, client, cartridges, manifests, tenant, ChatTemplate(stack.lm.tokenizer))
+            yield Served(stack, client, cartridges, manifests, tenant, ChatTemplate(stack.lm.tokenizer, CLOCK))
 
 
 def chat(served: Served, model: str = BASE, **options: Any) -> ChatCompletion:

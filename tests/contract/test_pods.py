@@ -30,7 +30,7 @@ from services.trainer.sample import Sample
 from services.trainer.teacher import Teacher
 from services.trainer.update.proof import prove
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
-from tests.tiny import build_tiny_model
+from tests.tiny import CLOCK, build_tiny_model
 
 FIRST, SECOND, THIRD = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 PROMPTS = [Prompt([10 + index], seed=index, place=f"prompt {index}") for index in range(6)]
@@ -250,7 +250,7 @@ class Teachers:
         return Pods("teacher", [f"pods.test:{self.port}"], lookup=self.names)
 
     def trainers(self, document: str) -> Teacher:
-        template = ChatTemplate(self.lm.tokenizer)
+        template = ChatTemplate(self.lm.tokenizer, CLOCK)
         context_digest = ids_digest(template.context(document))
         teacher = Teacher(
             self.pods(), self.lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30

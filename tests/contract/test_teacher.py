@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.sample import Sample
 from services.trainer.teacher import Teacher
-from tests.tiny import build_tiny_model
+from tests.tiny import CHATML, CLOCK, build_tiny_model
 
 FORWARD = Objective("forward_kl")
 DOCUMENTS = ("The harbour is open again.", "The treaty was signed in spring, says the president of the congress.")
@@ -93,7 +95,7 @@ SAMPLES = [
 
 
 async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
-    template = ChatTemplate(lm.tokenizer)
+    template = ChatTemplate(lm.tokenizer, CLOCK)
     context_digest = ids_digest(template.context(document)) if document.strip() else ""
     pods = Pods("teacher", [address])
     teacher = Teacher(pods, lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30)
@@ -105,7 +107,7 @@ async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
 def reference_logprobs(directory: Path, lm: FrozenLM, document: str, sample: Sample) -> Tensor:
     """What plain transformers predicts for the answer with the whole document before it."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    context = ChatTemplate(lm.tokenizer).context(document)
+    context = ChatTemplate(lm.tokenizer, CLOCK).context(document)
     logits = model(torch.tensor([[*context, *sample.ids]])).logits[0]
     return logits[len(context) + sample.score_from - 1 : -1].log_softmax(-1)
 
@@ -236,6 +238,32 @@ async def test_a_document_that_was_damaged_on_the_way_is_refused(
     await teacher.close()
 
 
+async def test_a_teacher_of_another_day_is_refused_before_it_scores(
+    lm: FrozenLM, directory: Path, tmp_path: Path
+) -> None:
+    dated = shutil.copytree(directory, tmp_path / "dated")
+    (dated / "chat_template.jinja").write_text("{{ 'On ' + strftime_now('%d %b %Y') + '\\n' }}" + CHATML)
+    dated_lm = FrozenLM.load(dated)
+    async with serving(dated_lm, TeacherSettings(model=dated, reserve_tokens=64)) as address:
+        teacher = await connect(dated_lm, address, DOCUMENTS[0])
+        assert len(await teacher.score(SAMPLES, FORWARD)) == len(SAMPLES)
+        await teacher.close()
+        next_day = ChatTemplate(dated_lm.tokenizer, CLOCK + timedelta(days=1))
+        context_digest = ids_digest(next_day.context(DOCUMENTS[0]))
+        pods = Pods("teacher", [address])
+        other = Teacher(
+            pods, dated_lm.spec.fingerprint, next_day.digest, DOCUMENTS[0], context_digest, timeout_seconds=30
+        )
+        with pytest.raises(IdentityMismatch, match="template_clock"):
+            await other.put_context()
+        await other.close()
+        async with open_channel(address) as channel:
+            stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
+            wanted = [(context_digest, SAMPLES[0])], teacher_pb2.Want(hidden=True)
+            with pytest.raises(IdentityMismatch, match="template"):
+                await score(stub, dated_lm, *wanted, template_digest=next_day.digest)
+
+
 def test_checksum_binds_ids_and_range() -> None:
     ids = random_ids(20, 1)
     right = ids_checksum(ids, 5, 20)
@@ -306,7 +334,7 @@ async def score(
 ) -> list[teacher_pb2.ScoreResponse]:
     request = teacher_pb2.ScoreRequest(
         model_fingerprint=lm.spec.fingerprint,
-        template_digest=template_digest or ChatTemplate(lm.tokenizer).digest,
+        template_digest=template_digest or ChatTemplate(lm.tokenizer, CLOCK).digest,
         items=[
             teacher_pb2.ScoreItem(
                 context_digest=digest, token_ids=common_pb2.TokenIds(ids=sample.ids), score_from=sample.score_from

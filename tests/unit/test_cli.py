@@ -115,10 +115,12 @@ def test_gateway_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_store_settings_that_are_wrong_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_STORE__REDIS_URL", "redis://127.0.0.1:1")
-    assert "FOUNDRY_STORE__OBJECTS_URL: Field required" in refused("gc")
+    assert "FOUNDRY_STORE__OBJECTS_URL: required" in refused("gc")
     monkeypatch.setenv("FOUNDRY_STORE__OBJECTS_URL", "file:///nowhere")
     monkeypatch.setenv("FOUNDRY_STORE__KEEP_DURABLE", "0")
     assert "FOUNDRY_STORE__KEEP_DURABLE: Input should be greater" in refused("store", "verify")
+    monkeypatch.setenv("FOUNDRY_STORE_KEEP_HOT", "2")
+    assert "FOUNDRY_STORE__KEEP_HOT is one" in refused("gc")
 
 
 def test_doctor_is_content_here() -> None:

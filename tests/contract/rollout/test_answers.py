@@ -16,7 +16,7 @@ from foundry.model.template import ChatTemplate
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Rollout, joined, serving
-from tests.tiny import CHATML
+from tests.tiny import CHATML, CLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ async def test_generate_streams_tokens_and_says_what_decoded_them(rollout: Rollo
     assert text == rollout.lm.tokenizer.decode(ids, skip_special_tokens=True)
     identity = chunks[0].identity
     assert identity.model_fingerprint == rollout.lm.spec.fingerprint
-    assert identity.template_digest == ChatTemplate(rollout.lm.tokenizer).digest
+    assert identity.template_digest == ChatTemplate(rollout.lm.tokenizer, CLOCK).digest
     assert list(identity.cartridges) == cartridges
     assert not any(chunk.HasField("identity") for chunk in chunks[1:])
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [rollout_pb2.FINISH_REASON_UNSPECIFIED] * (len(chunks) - 1)
@@ -70,7 +70,7 @@ async def test_conversation_behind_a_cartridge_is_the_turn_only(directory: Path)
     # Like many models: without a system message the template supplies one. Behind a cartridge that would be a second.
     default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
     lm.tokenizer.chat_template = default + CHATML
-    template = ChatTemplate(lm.tokenizer)
+    template = ChatTemplate(lm.tokenizer, CLOCK)
     messages = [{"role": "user", "content": "What is open?"}]
     turn, prompt = template.turn(messages), template.prompt(messages)
     assert prompt[-len(turn) :] == turn

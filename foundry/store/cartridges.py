@@ -36,6 +36,7 @@ from foundry.store.objects.versions import Durable
 from foundry.store.publish import Publisher
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.hot_bytes import HotBytes
+from foundry.store.redis.keys import key
 from foundry.store.redis.pointers import Pointers, Published
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
@@ -114,7 +115,7 @@ class CartridgeStore:
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless Redis answers and its pointers are restored."""
-        await self._connection.read("EXISTS", "foundry:epoch")
+        await self._connection.read("EXISTS", key("epoch"))
 
     async def rebuild(self, *, force: bool = False) -> Rebuilt | None:
         """Restore Redis from object storage if it was emptied, restarted or replaced; None if it was not.

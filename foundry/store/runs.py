@@ -30,8 +30,8 @@ from foundry.store.record import (
     desired_of,
     record_of,
 )
-from foundry.store.redis import run_scripts as scripts
 from foundry.store.redis.connection import Connection, Reply
+from foundry.store.redis.keys import key
 from foundry.store.settings import StoreSettings
 from foundry.store.spec import RunSpec
 from foundry.telemetry.traces import current_traceparent
@@ -60,7 +60,7 @@ class RunStore:
         """Queue a run and return its id, such as `run-k3v7q2xa`."""
         run_id = "run-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
         # Asked first, so that a run is not left in object storage, to start later, for a caller who was refused.
-        await self._connection.read("EXISTS", f"foundry:run:{run_id}")
+        await self._connection.read("EXISTS", key("run", run_id))
         await self._archive.create(
             run_id,
             spec=spec.to_json(),
@@ -69,7 +69,7 @@ class RunStore:
             traceparent=current_traceparent(),
         )
         try:
-            await self._run(scripts.ENQUEUE, run_id, spec.to_json(), spec.name, self._events_length)
+            await self._run("runs/enqueue", run_id, spec.to_json(), spec.name, self._events_length)
         except FoundryError:
             await self._archive.forget(run_id)
             raise
@@ -79,7 +79,7 @@ class RunStore:
         """Raises RunNotFound. Without Redis, what object storage knows."""
         check_run(run_id, field="run_id")
         try:
-            fields = await self._connection.read("HGETALL", f"foundry:run:{run_id}")
+            fields = await self._connection.read("HGETALL", key("run", run_id))
         except StoreUnavailable:
             return archived_record(await self._archive.run(run_id))
         if not fields:
@@ -104,7 +104,7 @@ class RunStore:
         await self._request(run_id, "resume")
 
     async def _request(self, run_id: str, wish: str) -> Reply:
-        reply = await self._run(scripts.REQUEST, check_run(run_id, field="run_id"), wish, self._events_length)
+        reply = await self._run("runs/request", check_run(run_id, field="run_id"), wish, self._events_length)
         if reply[0] == "over" and not (wish == "cancel" and reply[1] == RunState.CANCELLED):
             raise Conflict(f"run {run_id} has {reply[1]} already", field="run_id")
         if reply[0] == "conflict":
@@ -135,7 +135,7 @@ class RunStore:
                 yield event_id, event
 
     async def _read_events(self, run_id: str, after: str, *, block: bool) -> list[tuple[str, dict[str, Any]]]:
-        entries = await self._connection.read_stream(f"foundry:run-events:{run_id}", after, block=block)
+        entries = await self._connection.read_stream(key("run-events", run_id), after, block=block)
         return [(event_id, json.loads(fields["event"])) for event_id, fields in entries]
 
     # For workers
@@ -144,7 +144,7 @@ class RunStore:
         """Take up a run: one whose worker went silent, else the longest queued; None if none in `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
         while True:
-            reply = await self._run(scripts.CLAIM, worker, _ms(lease_seconds), self._events_length)
+            reply = await self._run("runs/claim", worker, _ms(lease_seconds), self._events_length)
             if reply[0] == "ok":
                 if claimed := await self._begin(reply):
                     return claimed
@@ -154,7 +154,7 @@ class RunStore:
                 return None
             if int(reply[1]) >= 0:
                 wait = min(wait, int(reply[1]) / 1000)
-            await self._connection.wait_for_token("foundry:runs:bell", wait)
+            await self._connection.wait_for_token(key("runs", "bell"), wait)
 
     async def claim_run(
         self, run_id: str, worker: str, lease_seconds: float, *, timeout_seconds: float = 0.0
@@ -166,7 +166,7 @@ class RunStore:
         deadline = time.monotonic() + timeout_seconds
         while True:
             reply = await self._run(
-                scripts.CLAIM_RUN, check_run(run_id, field="run_id"), worker, _ms(lease_seconds), self._events_length
+                "runs/claim_run", check_run(run_id, field="run_id"), worker, _ms(lease_seconds), self._events_length
             )
             if reply[0] == "over":
                 raise RunOver(f"run {run_id} has {reply[1]} already", field="run_id")
@@ -212,7 +212,7 @@ class RunStore:
         if state.over or state is RunState.QUEUED:
             raise InvalidArgument(f"a worker can't be {state}", field="state")
         reply = await self._held(
-            scripts.HEARTBEAT, run_id, attempt, _ms(lease_seconds), state, waiting_for, self._events_length
+            "runs/heartbeat", run_id, attempt, _ms(lease_seconds), state, waiting_for, self._events_length
         )
         return desired_of(reply[1])
 
@@ -226,12 +226,12 @@ class RunStore:
             raise InvalidArgument(f"the event is not JSON: {error}", field="event") from error
         if len(text) > MAX_EVENT_BYTES:
             raise InvalidArgument(f"the event has {len(text)} bytes, at most {MAX_EVENT_BYTES} are kept", field="event")
-        return str((await self._held(scripts.REPORT, run_id, attempt, text, self._events_length))[1])
+        return str((await self._held("runs/report", run_id, attempt, text, self._events_length))[1])
 
     async def requeue(self, run_id: str, attempt: int, *, result: Mapping[str, Any] | None = None) -> None:
         """Give a run back unfinished, so that another worker takes it at once; one that is to be cancelled ends so,
         with `result`. Raises Fenced."""
-        if (await self._held(scripts.REQUEUE, run_id, attempt, self._events_length))[0] == "cancel":
+        if (await self._held("runs/requeue", run_id, attempt, self._events_length))[0] == "cancel":
             await self.finish(run_id, attempt, RunState.CANCELLED, result=result)
 
     async def finish(
@@ -249,7 +249,7 @@ class RunStore:
         values = dict(result) if result is not None else None
         event = {"type": "finished", "state": state, "error": error, "result": values}
         await self._held(
-            scripts.FINISH,
+            "runs/finish",
             run_id,
             attempt,
             state,
@@ -265,7 +265,7 @@ class RunStore:
 
     async def save_checkpoint(self, run_id: str, attempt: int, step: int, parts: Iterable[Buffer]) -> str:
         """Keep the trainer's state and return its digest; on an error the previous stands. Raises Fenced, StoreFull."""
-        await self._held(scripts.CHECK, run_id, attempt)
+        await self._held("runs/check", run_id, attempt)
         return await self._checkpoints.save(run_id, attempt, step, parts)
 
     async def load_checkpoint(self, run_id: str) -> tuple[int, bytes] | None:
@@ -280,12 +280,12 @@ class RunStore:
 
     async def active(self) -> ActiveRuns:
         """All runs that are not over, but for paused ones that nobody holds. Does not know them without Redis."""
-        _, held, waiting = await self._run(scripts.ACTIVE)
+        _, held, waiting = await self._run("runs/active")
         return ActiveRuns(frozenset(held), frozenset(waiting))
 
     async def explain_queued(self, run_id: str, waiting_for: str) -> None:
         """Say what a run in the queue waits for; without effect once a worker has it."""
-        await self._run(scripts.EXPLAIN_QUEUED, check_run(run_id, field="run_id"), waiting_for, self._events_length)
+        await self._run("runs/explain_queued", check_run(run_id, field="run_id"), waiting_for, self._events_length)
 
     # For rebuild
 
@@ -295,7 +295,7 @@ class RunStore:
         for run in runs:
             final = run.final
             await self._connection.run_restoring(
-                scripts.RESTORE,
+                "runs/restore",
                 server_run,
                 run.run_id,
                 run.spec,
@@ -331,7 +331,7 @@ class RunStore:
     async def list(self) -> list[RunRecord]:
         """All runs, newest first. Without Redis, what object storage knows."""
         try:
-            run_ids = await self._connection.read("ZREVRANGE", "foundry:runs", 0, -1)
+            run_ids = await self._connection.read("ZREVRANGE", key("runs"), 0, -1)
         except StoreUnavailable:
             return [archived_record(run) for run in reversed(await self._archive.runs())]
         return [await self.get(run_id) for run_id in run_ids]

@@ -29,7 +29,6 @@ from foundry.store.manifest import Manifest
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import ObjectInfo
 from foundry.store.objects.versions import Durable
-from foundry.store.redis import gc_scripts as scripts
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import Pointers
 from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, Condemned
@@ -111,7 +110,7 @@ class Sweeper:
     async def _sweep_hot(self) -> AsyncIterator[Swept]:
         why = f"beyond the newest {self._retention.keep_hot} hot versions, and no longer leased"
         for name in await self._pointers.names():
-            reply = await self._connection.run(scripts.TRIM, name, self._retention.keep_hot, int(self._dry_run))
+            reply = await self._connection.run("gc/trim", name, self._retention.keep_hot, int(self._dry_run))
             for share in reply[1]:
                 for swept in self._hot(name, share, why):
                     yield swept
@@ -166,7 +165,7 @@ class Sweeper:
             version = int(entry.key.rpartition("/")[2].removesuffix(".json"))
             if entry.key not in whole and version in known:
                 why = "withdrawn from a publisher that was replaced"
-                reply = await self._connection.run(scripts.FORGET, name, version, int(self._dry_run))
+                reply = await self._connection.run("pointers/forget", name, version, int(self._dry_run))
                 yield Swept("version", f"{name}@{version}", 0, why)
                 for swept in self._hot(name, reply[1], why) if len(reply) > 1 else ():
                     yield swept
@@ -192,7 +191,7 @@ class Sweeper:
 
     async def _retire(self, version: _Version) -> Sequence[str | int] | None:
         """What it had in Redis; None if something still needs it."""
-        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, int(self._dry_run))
+        reply = await self._connection.run("gc/retire", version.name, version.version, int(self._dry_run))
         if reply[0] != "ok":
             return None
         if not self._dry_run:
@@ -203,7 +202,7 @@ class Sweeper:
         """Delete a manifest that Redis does not know; False if it may yet become a version."""
         if version.entry.last_modified >= self._old:
             return False
-        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, 1)
+        reply = await self._connection.run("gc/retire", version.name, version.version, 1)
         if reply[0] != "unknown":
             return False
         if not self._dry_run:
@@ -255,13 +254,13 @@ class Sweeper:
             if deleted:
                 yield deleted
         if condemned:
-            await self._connection.run(scripts.ABSOLVE, *condemned)
+            await self._connection.run("gc/unmark", *condemned)
         await self._condemned.delete(sweep)
 
     async def _condemn(self, mark_ms: int, digests: Iterable[str]) -> list[tuple[str, str]]:
         """Each digest with what keeps it: '' if it is condemned, or would be where `mark_ms` is 0."""
         listed = list(digests)
-        reply = await self._connection.run(scripts.CONDEMN, mark_ms, *listed)
+        reply = await self._connection.run("gc/mark", mark_ms, *listed)
         return list(zip(listed, reply[1], strict=True))
 
     async def _named_meanwhile(self) -> set[str]:

@@ -10,38 +10,9 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.hot_bytes import header_of
 from foundry.store.redis.pointers import Pointers
-from foundry.store.redis.scripts import LIBRARY
 
 # Names in one step of Redis, which does nothing else meanwhile.
 _NAMES_AT_A_TIME = 100
-
-# name... -> ok, durable versions, hot versions, [digest, what is said of its bytes] of each digest among them
-_COUNT = (
-    LIBRARY
-    + """
-local durable, hot, seen, kept = 0, 0, {}, {}
-for _, name in ipairs(ARGV) do
-  durable = durable + call('SCARD', key('durable', name))
-  for _, version in ipairs(call('ZRANGE', key('hot', name), 0, -1)) do
-    local value = call('HGET', key('versions', name), version)
-    local digest = value and digest_of(value)
-    local meta = digest and call('GET', key('bytes', digest))
-    if meta then
-      hot = hot + 1
-      if not seen[digest] then table.insert(kept, {digest, meta}) end
-      seen[digest] = true
-    end
-  end
-end
-return {'ok', durable, hot, kept}
-"""
-)
-
-_SERVER = """
-local memory = redis.call('INFO', 'memory')
-return {'ok', string.match(memory, 'used_memory:(%d+)'), string.match(memory, 'maxmemory:(%d+)'),
-        redis.call('ZCARD', 'foundry:runs:queue'), redis.call('ZCARD', 'foundry:runs:leases')}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +37,13 @@ async def take_census(connection: Connection, pointers: Pointers, durable: Durab
     hot_bytes: dict[str, int] = {}
     hot_versions = durable_versions = 0
     for begin in range(0, len(names), _NAMES_AT_A_TIME):
-        _, num_durable, num_hot, kept = await connection.run(_COUNT, *names[begin : begin + _NAMES_AT_A_TIME])
+        _, num_durable, num_hot, kept = await connection.run("usage/count", *names[begin : begin + _NAMES_AT_A_TIME])
         durable_versions, hot_versions = durable_versions + num_durable, hot_versions + num_hot
         for digest, meta in kept:
             # What is damaged is met, and told, by whoever reads it.
             with suppress(DigestMismatch):
                 hot_bytes[digest] = header_of(digest, meta).num_bytes
-    _, used_bytes, max_bytes, queued, held = await connection.run(_SERVER)
+    _, used_bytes, max_bytes, queued, held = await connection.run("usage/server")
     return Census(
         names=len(names),
         hot_versions=hot_versions,

@@ -194,6 +194,10 @@ class Durable:
         keys = await self._objects.keys_here(f"cartridges/{name}")
         return await self._read_manifests(key for key in keys if _MANIFEST_KEY.fullmatch(key))
 
+    async def whole_versions(self, name: str) -> set[int]:
+        """Numbers of manifests that can be read."""
+        return {manifest.version for manifest in await self.manifests(name)}
+
     async def manifest_entries(self) -> AsyncIterator[tuple[str, int, ObjectInfo]]:
         """(name, version, object) of every manifest and tombstone, unread and in no order."""
         async for entry in self._objects.scan("cartridges"):
@@ -263,6 +267,9 @@ class Durable:
         except InvalidArgument as error:
             log.error("tag_unreadable", key=key, error=error.message)
             return None, etag
+
+    async def tag_record(self, name: str, tag: str) -> TagRecord | None:
+        return (await self.tag(name, tag))[0]
 
     async def tags(self, name: str) -> dict[str, int]:
         return {tag: record.version for tag, record in (await self.tag_records(name)).items()}

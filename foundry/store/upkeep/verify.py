@@ -110,7 +110,7 @@ class Verifier:
 
     async def _has_manifest(self, name: str, version: int) -> bool:
         """Asked again: it may have been published since the listing."""
-        return version in {manifest.version for manifest in await self._durable.manifests(name)}
+        return version in await self._durable.whole_versions(name)
 
     def _is_old(self, entry: ObjectInfo) -> bool:
         return entry.last_modified < self._old

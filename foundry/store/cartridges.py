@@ -36,10 +36,10 @@ from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.tags import TagRecord
 from foundry.store.upkeep import rebuild
-from foundry.store.upkeep.gc import Retention, Sweeper, Swept
-from foundry.store.upkeep.marks import Condemned, while_condemned
+from foundry.store.upkeep.gc import Collected, Collector, Retention
+from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
-from foundry.store.upkeep.usage import Census, take_census
+from foundry.store.upkeep.usage import Usage, take_usage
 from foundry.store.upkeep.verify import Checked, Verifier
 
 log = structlog.get_logger(__name__)
@@ -61,7 +61,7 @@ class CartridgeStore:
         self._connection.on_empty = self.rebuild
         self._pointers = Pointers(self._connection)
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
-        self._condemned = Condemned(self.objects)
+        self._marks = GcMarks(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
         self._resolver = Resolver(self._pointers, self._durable)
         self._fetcher = Fetcher(self._pointers, self._durable, self._hot)
@@ -113,7 +113,7 @@ class CartridgeStore:
             await rebuild.drop_epoch(self._connection)
         if self._rebuild is None or self._rebuild.done():
             self._rebuild = asyncio.create_task(
-                rebuild.rebuild(self._connection, self._durable, self._condemned, self.runs)
+                rebuild.rebuild(self._connection, self._durable, self._marks, self.runs)
             )
         return await asyncio.shield(self._rebuild)
 
@@ -283,7 +283,7 @@ class CartridgeStore:
                 await self._durable.put_tag(name, tag, record, etag)
 
     async def delete(self, name: str, version: int | None = None) -> None:
-        """Delete a version, or the name with all its versions and tags. Blobs are left to the sweeper.
+        """Delete a version, or the name with all its versions and tags. Blobs are left to `gc`.
 
         Raises CartridgeNotFound; Conflict for a version that `latest` or a tag means and for a name that a run holds.
         """
@@ -308,9 +308,9 @@ class CartridgeStore:
     # Leases
 
     async def lease(self, digest: str, holder: str, seconds: float) -> None:
-        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it.
+        """Keep the bytes of `digest` from being collected for `seconds`; asking again extends it.
 
-        Waits while the sweeper deletes the blob of that digest, which nothing needed until now.
+        Waits while the collector deletes the blob of that digest, which nothing needed until now.
         """
         if seconds <= 0:
             raise InvalidArgument(f"a lease must be longer than 0 seconds, not {seconds}", field="seconds")
@@ -319,7 +319,7 @@ class CartridgeStore:
         async def ask() -> bool | None:
             return await self._pointers.lease(digest, holder, seconds) or None
 
-        await while_condemned(digest, ask)
+        await while_marked(digest, ask)
 
     async def unlease(self, digest: str, holder: str) -> None:
         await self._pointers.unlease(check_digest(digest), holder)
@@ -340,13 +340,13 @@ class CartridgeStore:
 
     # Upkeep
 
-    async def census(self) -> Census:
+    async def usage(self) -> Usage:
         """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and one listing."""
-        return await take_census(self._connection, self._pointers, self._durable)
+        return await take_usage(self._connection, self._pointers, self._durable)
 
     async def gc(
         self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False
-    ) -> AsyncIterator[Swept]:
+    ) -> AsyncIterator[Collected]:
         """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
 
         Needs Redis. May be stopped at any point and run again. Raises DigestMismatch, after the rest is done, if a
@@ -359,17 +359,17 @@ class CartridgeStore:
             grace_seconds=settings.sweep_grace_seconds,
             keep_hot=settings.keep_hot,
         )
-        sweeper = Sweeper(
+        collector = Collector(
             self._connection,
             self._pointers,
             self._durable,
-            self._condemned,
+            self._marks,
             Checkpoints(self.objects),
             retention,
             dry_run=dry_run,
         )
-        async for swept in sweeper.sweep():
-            yield swept
+        async for collected in collector.collect():
+            yield collected
 
     async def verify(self) -> AsyncIterator[Checked]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""

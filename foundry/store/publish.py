@@ -17,7 +17,7 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.hot_bytes import HotBytes, chunks
 from foundry.store.redis.pointers import Commit, LimitReached, Pointers, Reservation
 from foundry.store.settings import StoreSettings
-from foundry.store.upkeep.marks import while_condemned
+from foundry.store.upkeep.marks import while_marked
 
 _ATTEMPTS = 3
 _tracer = trace.get_tracer(__name__)
@@ -106,7 +106,7 @@ class Publisher:
                 reservation = await self._pointers.reserve(draft, digest, durable=durable)
             return reservation
 
-        return await while_condemned(digest, ask)
+        return await while_marked(digest, ask)
 
 
 def _digest(stored: CartridgeBytes) -> str:

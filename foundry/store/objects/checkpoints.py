@@ -45,7 +45,7 @@ class Checkpoints:
         await self._objects.put(f"{stem}.safetensors", parts)
         content = {"digest": digest, "num_bytes": sum(memoryview(part).nbytes for part in parts)}
         await self._objects.put(f"{stem}.json", [json.dumps(content).encode()])
-        await self._sweep(run_id, newest=stem)
+        await self._prune(run_id, newest=stem)
         return digest
 
     async def load(self, run_id: str) -> tuple[int, bytes] | None:
@@ -99,7 +99,7 @@ class Checkpoints:
             raise DigestMismatch(f"checkpoint {stem} hashes to {found}, expected {expected}")
         return content
 
-    async def _sweep(self, run_id: str, *, newest: str) -> None:
+    async def _prune(self, run_id: str, *, newest: str) -> None:
         keys = await self._objects.keys_here(f"runs/{run_id}/checkpoints")
         stems = sorted({match["stem"] for key in keys if key.endswith(".json") and (match := _KEY.fullmatch(key))})
         # Only what is older than ours: a successor's files may be half written yet.

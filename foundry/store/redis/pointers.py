@@ -84,7 +84,7 @@ class Pointers:
         _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
 
     async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached | None:
-        """The same run, step and digest get the same number again; None while the sweeper deletes the blob.
+        """The same run, step and digest get the same number again; None while the collector deletes the blob.
 
         Raises Fenced unless the caller is the owner.
         """
@@ -213,7 +213,7 @@ class Pointers:
         return bool(reply[0] == "ok")
 
     async def lease(self, digest: str, holder: str, seconds: float) -> bool:
-        """False while the sweeper deletes the blob."""
+        """False while the collector deletes the blob."""
         reply = await self._connection.run("pointers/lease", digest, holder, int(seconds * 1000))
         return bool(reply[0] == "ok")
 

@@ -18,7 +18,7 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import versions_value
 from foundry.store.runs import RunStore
-from foundry.store.upkeep.marks import MARK_SECONDS, Condemned
+from foundry.store.upkeep.marks import MARK_SECONDS, GcMarks
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ async def drop_epoch(connection: Connection) -> None:
     await connection.run_restoring("rebuild/drop_epoch")
 
 
-async def rebuild(connection: Connection, durable: Durable, condemned: Condemned, runs: RunStore) -> Rebuilt | None:
+async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs: RunStore) -> Rebuilt | None:
     """Restore pointers, counters, tags and unfinished runs. None if there was nothing to restore.
 
     Versions that were only hot are lost with Redis; their numbers are not used again. A durable version whose owner
@@ -47,8 +47,8 @@ async def rebuild(connection: Connection, durable: Durable, condemned: Condemned
     """
     while (begin := await connection.run_restoring("rebuild/begin"))[0] != "restored":
         _, server_run, known = begin
-        # What is condemned later is condemned in the Redis that is being restored.
-        if digests := await condemned.digests():
+        # What is marked later is marked in the Redis that is being restored.
+        if digests := await marks.digests():
             await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *digests)
         blobs = {digest async for digest in durable.blob_digests()}
         limits = await durable.limits()

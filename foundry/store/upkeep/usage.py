@@ -16,7 +16,7 @@ _NAMES_AT_A_TIME = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class Usage:
     """Counts, and sizes in bytes. Versions of equal bytes share them."""
 
     names: int
@@ -31,7 +31,7 @@ class Census:
     held_runs: int
 
 
-async def take_census(connection: Connection, pointers: Pointers, durable: Durable) -> Census:
+async def take_usage(connection: Connection, pointers: Pointers, durable: Durable) -> Usage:
     """Raises StoreUnavailable. What is published or removed meanwhile may be counted or not."""
     names = await pointers.names()
     hot_bytes: dict[str, int] = {}
@@ -44,7 +44,7 @@ async def take_census(connection: Connection, pointers: Pointers, durable: Durab
             with suppress(DigestMismatch):
                 hot_bytes[digest] = header_of(digest, meta).num_bytes
     _, used_bytes, max_bytes, queued, held = await connection.run("usage/server")
-    return Census(
+    return Usage(
         names=len(names),
         hot_versions=hot_versions,
         hot_bytes=sum(hot_bytes.values()),

@@ -42,7 +42,7 @@ class Verifier:
         self._versions: dict[str, set[int]] = {}
 
     async def verify(self) -> AsyncIterator[Checked]:
-        """Raises StoreUnavailable. What is published or swept meanwhile is not held against the store."""
+        """Raises StoreUnavailable. What is published or collected meanwhile is not held against the store."""
         for part in (self._manifests, self._blobs, self._orphans, self._tags_and_pointers, self._hot_bytes):
             async for checked in part():
                 yield checked

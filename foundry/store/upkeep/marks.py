@@ -1,7 +1,5 @@
 """Which blobs a garbage collector is deleting, written where a loss of Redis can't undo it.
 
-    condemned/<batch>.json      {digests}; stands from before Redis is marked until the last blob is gone
-
 Redis holds the marks that publishers meet (`foundry:condemned:<digest>`); a rebuild restores them from here, so that
 nobody puts a blob that a collector, which has not noticed the loss, then deletes.
 """
@@ -15,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 from foundry.errors import NotFound, StoreUnavailable
+from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
 
@@ -35,15 +34,15 @@ class GcMarks:
         self._objects = objects
 
     async def put(self, batch: str, digests: list[str]) -> None:
-        await self._objects.put(_key(batch), [seal({"digests": digests}).encode()])
+        await self._objects.put(layout.mark(batch), [seal({"digests": digests}).encode()])
 
     async def delete(self, batch: str) -> None:
-        await self._objects.delete(_key(batch))
+        await self._objects.delete(layout.mark(batch))
 
     async def digests(self) -> list[str]:
         """All that may be being deleted. Raises InvalidArgument if a record is damaged: delete it once no `gc` runs."""
         found: set[str] = set()
-        for key in await self._objects.keys_here("condemned"):
+        for key in await self._objects.keys_here(layout.MARKS):
             try:
                 found.update(unseal(bytes(await self._objects.get(key)), key)["digests"])
             except NotFound:
@@ -53,7 +52,7 @@ class GcMarks:
     async def forget_dead(self) -> None:
         """Delete what collectors left that died: every mark of theirs has expired."""
         before = datetime.now(UTC) - timedelta(seconds=2 * MARK_SECONDS)
-        async for entry in self._objects.scan("condemned"):
+        async for entry in self._objects.scan(layout.MARKS):
             if entry.last_modified < before:
                 await self._objects.delete(entry.key)
 
@@ -70,7 +69,3 @@ async def while_marked(digest: str, ask: Callable[[], Awaitable[Answer | None]])
             )
         await asyncio.sleep(_POLL_SECONDS)
     return answer
-
-
-def _key(batch: str) -> str:
-    return f"condemned/{batch}.json"

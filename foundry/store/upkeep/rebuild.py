@@ -50,7 +50,7 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
         # What is marked later is marked in the Redis that is being restored.
         if digests := await marks.digests():
             await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *digests)
-        blobs = {digest async for digest in durable.blob_digests()}
+        blobs = {digest async for digest, _ in durable.blobs()}
         limits = await durable.limits()
         names = sorted({*known, *await durable.names(), *limits})
         num_versions = 0

@@ -344,7 +344,7 @@ class CartridgeStore:
         """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and one listing."""
         return await take_usage(self._connection, self._pointers, self._durable)
 
-    async def gc(
+    def gc(
         self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False
     ) -> AsyncIterator[Collected]:
         """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
@@ -359,7 +359,7 @@ class CartridgeStore:
             grace_seconds=settings.sweep_grace_seconds,
             keep_hot=settings.keep_hot,
         )
-        collector = Collector(
+        return Collector(
             self._connection,
             self._pointers,
             self._durable,
@@ -367,16 +367,12 @@ class CartridgeStore:
             Checkpoints(self.objects),
             retention,
             dry_run=dry_run,
-        )
-        async for collected in collector.collect():
-            yield collected
+        ).collect()
 
-    async def verify(self) -> AsyncIterator[Checked]:
+    def verify(self) -> AsyncIterator[Checked]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
         grace_seconds = self.settings.sweep_grace_seconds
-        verifier = Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds)
-        async for checked in verifier.verify():
-            yield checked
+        return Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds).verify()
 
 
 async def _or_durable(pointers: Awaitable[T], durable: Callable[[], Awaitable[T]]) -> T:

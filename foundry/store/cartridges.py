@@ -64,7 +64,7 @@ class CartridgeStore:
         self._marks = GcMarks(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
         self._resolver = Resolver(self._pointers, self._durable)
-        self._fetcher = Fetcher(self._pointers, self._durable, self._hot)
+        self._fetcher = Fetcher(self._pointers, self._durable.blobs, self._hot)
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
@@ -233,7 +233,7 @@ class CartridgeStore:
         """Write a version's blob and manifest; with no bytes at hand those that the store has."""
         # Trimming would otherwise forget the version while it is copied.
         async with self.leased(manifest.digest, f"make-durable-{uuid.uuid4()}", _LEASE_WHILE_COPYING_SECONDS):
-            await self._durable.put_blob(manifest.digest, stored or await self.fetch(manifest.digest))
+            await self._durable.blobs.put(manifest.digest, stored or await self.fetch(manifest.digest))
             await self._durable.put_manifest(manifest)
             if not await self._pointers.mark_durable(manifest.name, manifest.version):
                 await self._durable.delete_manifest(manifest.name, manifest.version)

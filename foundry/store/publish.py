@@ -79,7 +79,7 @@ class Publisher:
         )
         if durable:
             with metrics.STAGE_SECONDS.labels("publish", "durable").time():
-                await self._durable.put_blob(digest, stored)
+                await self._durable.blobs.put(digest, stored)
                 manifest = await self._durable.put_manifest(manifest)
         with metrics.STAGE_SECONDS.labels("publish", "commit").time():
             outcome = await self._pointers.commit(

@@ -151,7 +151,7 @@ async def test_young_blobs_stay(store: CartridgeStore) -> None:
 
 async def test_blobs_that_are_leased_reserved_or_hot_are_not_marked(collecting: CartridgeStore) -> None:
     for content in (1, 2, 3, 4):
-        await collecting._durable.put_blob(cartridge(content).digest(), cartridge(content))
+        await collecting._durable.blobs.put(cartridge(content).digest(), cartridge(content))
     await collecting.lease(cartridge(1).digest(), "publisher", 60)
     await collecting._publisher._reserve(draft(step=2), cartridge(2).digest(), durable=True)
     await publish(collecting, 3, durable=False)
@@ -163,16 +163,16 @@ async def test_publishing_waits_while_its_blob_is_being_deleted(
     collecting: CartridgeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = cartridge(7).digest()
-    await collecting._durable.put_blob(digest, cartridge(7))
+    await collecting._durable.blobs.put(digest, cartridge(7))
     deleting, resume = asyncio.Event(), asyncio.Event()
-    delete_blob = collecting._durable.delete_blob
+    delete = collecting._durable.blobs.delete
 
     async def slow(digest: str) -> None:
         deleting.set()
         await resume.wait()
-        await delete_blob(digest)
+        await delete(digest)
 
-    monkeypatch.setattr(collecting._durable, "delete_blob", slow)
+    monkeypatch.setattr(collecting._durable.blobs, "delete", slow)
 
     async def collect() -> list[Collected]:
         return [each async for each in collecting.gc()]
@@ -204,7 +204,7 @@ async def test_a_blob_whose_manifest_came_meanwhile_stays(
     collecting: CartridgeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = cartridge(7).digest()
-    await collecting._durable.put_blob(digest, cartridge(7))
+    await collecting._durable.blobs.put(digest, cartridge(7))
     put = collecting._marks.put
     manifests = []
 
@@ -256,7 +256,7 @@ async def test_publishers_of_the_same_bytes_and_a_collector_at_once(collecting: 
 async def test_no_blob_goes_while_a_manifest_is_unreadable(collecting: CartridgeStore) -> None:
     manifest = await publish(collecting, 0)
     await publish(collecting, 1)
-    await collecting._durable.put_blob(cartridge(7).digest(), cartridge(7))
+    await collecting._durable.blobs.put(cartridge(7).digest(), cartridge(7))
     await collecting.objects.put("cartridges/report/0000000001.json", [b'{"name": "rep'])
     with pytest.raises(DigestMismatch, match=r"report/0000000001\.json"):
         assert [each async for each in collecting.gc()] == []

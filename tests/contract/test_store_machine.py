@@ -232,7 +232,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert (await self.store.resolve(name)).version == state.latest
         redis = self.store._connection.redis
         for content, digest in DIGESTS.items():
-            assert await self.store._durable.has_blob(digest) == (content in self.model.blobs)
+            assert await self.store._durable.blobs.exists(digest) == (content in self.model.blobs)
             if content in self.model.hot_contents():
                 # Bytes of a version must not expire.
                 assert await redis.ttl(f"foundry:bytes:{digest}:0") == -1

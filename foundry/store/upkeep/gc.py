@@ -224,7 +224,7 @@ class Collector:
             )
         orphans = [
             (digest, entry.size)
-            async for digest, entry in self._durable.blobs()
+            async for digest, entry in self._durable.blobs.entries()
             if digest not in self._needed and entry.last_modified < self._old
         ]
         remaining = iter(sorted(orphans))
@@ -274,7 +274,7 @@ class Collector:
         return found
 
     async def _delete_blob(self, digest: str, deadline: float) -> bool:
-        entry = await self._durable.blob(digest)
+        entry = await self._durable.blobs.entry(digest)
         if entry is None or entry.last_modified >= self._old:
             return False
         if time.monotonic() > deadline:
@@ -284,7 +284,7 @@ class Collector:
             )
         try:
             async with asyncio.timeout(DELETING_SECONDS):
-                await self._durable.delete_blob(digest)
+                await self._durable.blobs.delete(digest)
         except TimeoutError as error:
             raise StoreUnavailable(f"object storage did not delete the blob of {digest} in time") from error
         return True

@@ -50,7 +50,7 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
         # What is marked later is marked in the Redis that is being restored.
         if digests := await marks.digests():
             await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *digests)
-        blobs = {digest async for digest, _ in durable.blobs()}
+        blobs = {digest async for digest, _ in durable.blobs.entries()}
         limits = await durable.limits()
         names = sorted({*known, *await durable.names(), *limits})
         num_versions = 0
@@ -74,7 +74,7 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
 
 async def _has_blob(manifest: Manifest, durable: Durable, blobs: set[str]) -> bool:
     # Asked again, because it may have been written since the listing.
-    if manifest.digest in blobs or await durable.has_blob(manifest.digest):
+    if manifest.digest in blobs or await durable.blobs.exists(manifest.digest):
         return True
     log.error("version_without_blob", cartridge=str(manifest.id), digest=manifest.digest)
     return False

@@ -49,7 +49,7 @@ async def take_usage(connection: Connection, pointers: Pointers, durable: Durabl
         hot_versions=hot_versions,
         hot_bytes=sum(hot_bytes.values()),
         durable_versions=durable_versions,
-        durable_bytes=sum([entry.size async for _, entry in durable.blobs()]),
+        durable_bytes=sum([entry.size async for _, entry in durable.blobs.entries()]),
         redis_used_bytes=int(used_bytes),
         redis_max_bytes=int(max_bytes),
         queued_runs=queued,

@@ -64,7 +64,7 @@ class Verifier:
     async def _blobs(self) -> AsyncIterator[Checked]:
         for digest, manifest_key in sorted(self._needed.items()):
             try:
-                num_bytes = await self._durable.check_blob(digest)
+                num_bytes = await self._durable.blobs.check(digest)
             except DigestMismatch as error:
                 yield Checked("corrupt", "blob", digest, 0, error.message)
                 continue
@@ -74,7 +74,7 @@ class Verifier:
                 yield Checked("missing", "blob", digest, 0, f"{manifest_key} names it")
 
     async def _orphans(self) -> AsyncIterator[Checked]:
-        async for digest, entry in self._durable.blobs():
+        async for digest, entry in self._durable.blobs.entries():
             if digest not in self._needed and self._is_old(entry):
                 yield Checked("orphaned", "blob", digest, 0, f"no manifest names its {entry.size} bytes")
 

@@ -45,9 +45,8 @@ def random_cartridge(lm: FrozenLM, seed: int, num_tokens: int = NUM_TOKENS) -> C
     header = lm.spec.header(num_tokens, 1, lm.dtype)
     memory = torch.frombuffer(allocate(header.num_bytes), dtype=lm.dtype)
     generator = torch.Generator().manual_seed(seed)
-    shape = (header.num_layers, 2, header.num_kv_heads, num_tokens, header.head_dim)
     memory.copy_(torch.randn(memory.shape, generator=generator) * 0.1)
-    return Cartridge(header, memory.view(shape))
+    return Cartridge(header, memory.view(header.shape))
 
 
 def request(digest: str, seed: int, num_new: int) -> SequenceRequest:

@@ -78,7 +78,7 @@ def finish(engine: VllmEngine, requests: Mapping[int, SequenceRequest]) -> dict[
 
 def random_cartridge(spec: ModelSpec, seed: int) -> Cartridge:
     generator = torch.Generator().manual_seed(seed)
-    shape = (spec.num_layers, 2, spec.num_kv_heads, NUM_TOKENS, spec.head_dim)
+    shape = spec.kv_shape(NUM_TOKENS)
     return in_memory(spec, torch.randn(shape, generator=generator) * 0.1)
 
 

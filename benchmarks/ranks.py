@@ -54,7 +54,7 @@ class Bench:
         self.signals: list[Signal] = [
             torch.randn(len(sample.answer_ids), spec.hidden_size).to(lm.dtype) for sample in self.samples
         ]
-        shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        shape = spec.kv_shape(num_tokens)
         self._kv_L2GPD = (torch.randn(shape) * 0.1).to(lm.device, lm.dtype)
 
     def step(self, leader: Leader | None, micro_batch_tokens: int = MICRO_BATCH_TOKENS) -> TrainingStep:

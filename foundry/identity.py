@@ -7,6 +7,7 @@ BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) is imported at first use: t
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,9 +66,14 @@ class CartridgeHeader:
             )
 
     @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """[L, 2, G, P, D] of all its keys and values."""
+        return (self.num_layers, 2, self.num_kv_heads, self.num_tokens, self.head_dim)
+
+    @property
     def layer_bytes(self) -> int:
         """Bytes of one layer's key and value."""
-        return 2 * self.num_kv_heads * self.num_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
@@ -82,7 +88,6 @@ class CartridgeHeader:
 
         The library sorts tensors by name; ours stand in layer order: the file's data section is the hashed bytes.
         """
-        shape = [self.num_kv_heads, self.num_tokens, self.head_dim]
         half = self.layer_bytes // 2
         entries: dict[str, Any] = {"__metadata__": {"foundry": self.canonical().decode()}}
         for layer in range(self.num_layers):
@@ -90,7 +95,7 @@ class CartridgeHeader:
                 begin = layer * self.layer_bytes + part * half
                 entries[f"layers.{layer}.{name}"] = {
                     "dtype": _SAFETENSORS_DTYPES[self.dtype],
-                    "shape": shape,
+                    "shape": self.shape[2:],
                     "data_offsets": [begin, begin + half],
                 }
         text = json.dumps(entries, separators=(",", ":")).encode()
@@ -143,15 +148,30 @@ class CartridgeBytes:
 
 
 def prologue_bytes(content: Buffer) -> int:
-    """How long a cartridge file's prologue is, by its first 8 bytes. Raises InvalidArgument if it can't be one."""
+    """Where a safetensors file's tensor bytes begin, by its first 8 bytes. Raises InvalidArgument if that can't be."""
     if len(content) < 8:
-        raise InvalidArgument("cartridge file is cut short: it has no safetensors header")
+        raise InvalidArgument("the file is cut short: it has no safetensors header")
     length: int = 8 + struct.unpack("<Q", memoryview(content)[:8])[0]
     if length > MAX_PROLOGUE_BYTES:
-        raise InvalidArgument(
-            f"cartridge file claims a header of {length} bytes, at most {MAX_PROLOGUE_BYTES} are read"
-        )
+        raise InvalidArgument(f"the file claims a header of {length} bytes, at most {MAX_PROLOGUE_BYTES} are read")
     return length
+
+
+def read_safetensors_header(content: Buffer) -> dict[str, Any]:
+    """A safetensors file's header: `__metadata__`, and dtype, shape and data_offsets of each tensor by its name.
+
+    `content` may end after the header. Raises InvalidArgument.
+    """
+    length = prologue_bytes(content)
+    if length > len(content):
+        raise InvalidArgument("the file is cut short: its safetensors header is incomplete")
+    try:
+        entries = json.loads(bytes(memoryview(content)[8:length]))
+    except ValueError as error:
+        raise InvalidArgument(f"the file's safetensors header is no JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise InvalidArgument("the file's safetensors header is no JSON object")
+    return entries
 
 
 def read_prologue(content: Buffer) -> tuple[CartridgeHeader, int]:
@@ -159,16 +179,13 @@ def read_prologue(content: Buffer) -> tuple[CartridgeHeader, int]:
 
     Raises InvalidArgument.
     """
-    length = prologue_bytes(content)
-    if length > len(content):
-        raise InvalidArgument("cartridge file is cut short: its safetensors header is incomplete")
-    prologue = bytes(memoryview(content)[:length])
+    entries = read_safetensors_header(content)
     try:
-        entries = json.loads(prologue[8:])
         header = CartridgeHeader.from_dict(json.loads(entries["__metadata__"]["foundry"]))
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
-    if prologue != header.file_prologue():
+    length = prologue_bytes(content)
+    if bytes(memoryview(content)[:length]) != header.file_prologue():
         raise InvalidArgument("cartridge file lists its tensors in another order or shape than its header says")
     return header, length
 

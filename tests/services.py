@@ -225,7 +225,7 @@ class Stack:
         """Random keys and values, large enough to change every answer."""
         spec = self.lm.spec
         generator = torch.Generator().manual_seed(seed)
-        shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        shape = spec.kv_shape(num_tokens)
         return Cartridge(spec.header(num_tokens, 1, torch.float32), torch.randn(shape, generator=generator))
 
     def greedy(self, prompt_ids: Sequence[int], cartridges: Sequence[Cartridge], num_tokens: int) -> list[int]:

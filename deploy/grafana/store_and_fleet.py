@@ -77,7 +77,7 @@ def _sync() -> Panels:
         series(
             "Leases",
             "short",
-            "Is what is in use kept from the sweeper? Leases on versions, by process.",
+            "Is what is in use kept from garbage collection? Leases on versions, by process.",
             query(chosen("foundry_store_leases"), PROCESS),
         ),
         figure(

@@ -16,7 +16,7 @@ from foundry.cli.terminal import Json, note, print_json
 from foundry.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
-    from foundry.store import CartridgeStore, StoreSettings, Swept
+    from foundry.store import CartridgeStore, Collected, StoreSettings
 
 _VARIABLES = "FOUNDRY_STORE__"
 
@@ -45,26 +45,26 @@ def gc(
 
 
 async def _gc(dry_run: bool, keep_last: int | None, max_age_days: float | None, as_json: bool) -> None:
-    swept: list[Swept] = []
+    collected: list[Collected] = []
     async with _connected() as store:
         await store.ping()
         try:
             async for each in store.gc(keep_last=keep_last, max_age_days=max_age_days, dry_run=dry_run):
-                swept.append(each)
+                collected.append(each)
                 if not as_json:
                     print(f"{each.kind:10}  {each.num_bytes:>12}  {each.key}  ({each.why})", flush=True)
         finally:
             # Also after an error: what went is gone.
             if as_json:
-                total = {"things": len(swept), "num_bytes": sum(each.num_bytes for each in swept)}
-                print_json({"dry_run": dry_run, "swept": [asdict(each) for each in swept], "total": total})
+                total = {"things": len(collected), "num_bytes": sum(each.num_bytes for each in collected)}
+                print_json({"dry_run": dry_run, "swept": [asdict(each) for each in collected], "total": total})
             else:
-                note(f"{'Would sweep' if dry_run else 'Swept'}: {_summary(swept)}.")
+                note(f"{'Would sweep' if dry_run else 'Swept'}: {_summary(collected)}.")
 
 
-def _summary(swept: Sequence[Swept]) -> str:
-    num_things = Counter(each.kind for each in swept)
-    num_bytes = {kind: sum(each.num_bytes for each in swept if each.kind == kind) for kind in num_things}
+def _summary(collected: Sequence[Collected]) -> str:
+    num_things = Counter(each.kind for each in collected)
+    num_bytes = {kind: sum(each.num_bytes for each in collected if each.kind == kind) for kind in num_things}
     return ", ".join(f"{num_things[kind]} {kind} ({num_bytes[kind]} bytes)" for kind in num_bytes) or "nothing"
 
 

@@ -26,11 +26,10 @@ class Cartridge:
 
     def __post_init__(self) -> None:
         header = self.header
-        shape = (header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
-        if tuple(self.kv_L2GPD.shape) != shape or self.kv_L2GPD.dtype != getattr(torch, header.dtype):
+        if tuple(self.kv_L2GPD.shape) != header.shape or self.kv_L2GPD.dtype != getattr(torch, header.dtype):
             raise ShapeMismatch(
                 f"cartridge tensor is {self.kv_L2GPD.dtype} {tuple(self.kv_L2GPD.shape)}, "
-                f"its header says {header.dtype} {shape}"
+                f"its header says {header.dtype} {header.shape}"
             )
 
     def to_bytes(self) -> CartridgeBytes:
@@ -44,7 +43,7 @@ class Cartridge:
         header = stored.header
         data = memoryview(stored.data)
         flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=getattr(torch, header.dtype))
-        kv = flat.view(header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
+        kv = flat.view(header.shape)
         return cls(header, kv.to(device))
 
 

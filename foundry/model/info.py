@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ class ModelSpec:
             dtype=str(dtype).removeprefix("torch."),
             rope=dict(self.rope),
         )
+
+    def kv_shape(self, num_tokens: int) -> tuple[int, int, int, int, int]:
+        """[L, 2, G, P, D] of the KV of so many tokens."""
+        return (self.num_layers, 2, self.num_kv_heads, num_tokens, self.head_dim)
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return math.prod(self.kv_shape(1)) * dtype.itemsize
 
     def check(self, header: CartridgeHeader) -> None:
         """Raises ShapeMismatch unless a cartridge with this header fits the model, naming every difference."""

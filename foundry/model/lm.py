@@ -83,10 +83,7 @@ class FrozenLM:
     @torch.no_grad()
     def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
         """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""
-        spec = self.spec
-        kv_L2GPD = torch.empty(
-            spec.num_layers, 2, spec.num_kv_heads, len(ids), spec.head_dim, dtype=self.dtype, device=self.device
-        )
+        kv_L2GPD = torch.empty(self.spec.kv_shape(len(ids)), dtype=self.dtype, device=self.device)
         for begin in range(0, len(ids), chunk_tokens):
             chunk = ids[begin : begin + chunk_tokens]
             plan = PrefillAttention(kv_L2GPD, begin, len(chunk))

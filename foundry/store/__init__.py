@@ -13,7 +13,7 @@ from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.spec import OBJECTIVES, DocumentPrompts, Prompts, Resources, RunSpec, SelfStudyPrompts
 from foundry.store.tags import TagRecord
-from foundry.store.upkeep.gc import Swept
+from foundry.store.upkeep.gc import Collected
 
 __all__ = [
     "OBJECTIVES",
@@ -23,6 +23,7 @@ __all__ = [
     "CartridgeStore",
     "Checkpoints",
     "ClaimedRun",
+    "Collected",
     "Desired",
     "DocumentInfo",
     "DocumentPrompts",
@@ -40,7 +41,6 @@ __all__ = [
     "RunStore",
     "SelfStudyPrompts",
     "StoreSettings",
-    "Swept",
     "TagRecord",
     "check_name",
     "check_tag",

@@ -7,22 +7,14 @@ is reachable it knows every version; when it is not, object storage answers for 
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import structlog
 
-from foundry.errors import (
-    CartridgeNotFound,
-    Conflict,
-    Fenced,
-    InvalidArgument,
-    StoreRefused,
-    StoreUnavailable,
-)
+from foundry.errors import CartridgeNotFound, InvalidArgument, StoreRefused, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import metrics
 from foundry.store.credentials import RedisAccess, S3Access
@@ -36,21 +28,25 @@ from foundry.store.objects.versions import Durable
 from foundry.store.publish import Publisher
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.hot_bytes import HotBytes
+from foundry.store.redis.keys import key
 from foundry.store.redis.pointers import Pointers, Published
+from foundry.store.resolve import Resolver
+from foundry.store.rollback import rollback
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.tags import TagRecord
 from foundry.store.upkeep import rebuild
-from foundry.store.upkeep.gc import Retention, Sweeper, Swept
-from foundry.store.upkeep.marks import Condemned, while_condemned
+from foundry.store.upkeep.gc import Collected, Collector, Retention
+from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
-from foundry.store.upkeep.usage import Census, take_census
+from foundry.store.upkeep.usage import Usage, take_usage
 from foundry.store.upkeep.verify import Checked, Verifier
 
 log = structlog.get_logger(__name__)
 
-_LAST_KNOWN_REFERENCES = 1024
 _LEASE_WHILE_COPYING_SECONDS = 600.0
+
+T = TypeVar("T")
 
 
 class CartridgeStore:
@@ -65,14 +61,13 @@ class CartridgeStore:
         self._connection.on_empty = self.rebuild
         self._pointers = Pointers(self._connection)
         self._durable = Durable(self.objects, max_cartridge_bytes=settings.max_cartridge_bytes)
-        self._condemned = Condemned(self.objects)
+        self._marks = GcMarks(self.objects)
         self._hot = HotBytes(self._connection, max_cartridge_bytes=settings.max_cartridge_bytes)
-        self._fetcher = Fetcher(self._pointers, self._durable, self._hot)
+        self._resolver = Resolver(self._pointers, self._durable)
+        self._fetcher = Fetcher(self._pointers, self._durable.blobs, self._hot)
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.runs = RunStore(self._connection, self.objects, settings)
-        # Reference -> what it meant and when (monotonic seconds). Used only while Redis is gone.
-        self._last_known: OrderedDict[Reference, tuple[CartridgeId, float]] = OrderedDict()
         self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 
     @classmethod
@@ -83,26 +78,19 @@ class CartridgeStore:
         Redis or the object storage does not take our credentials, which waiting would not change.
         """
         store = cls(settings)
-        try:
-            await store._meet()
-        except StoreRefused:
-            await store.close()
-            raise
+        meetings: tuple[tuple[Callable[[], Awaitable[object]], str], ...] = (
+            (store.objects.check, "store_opened_without_object_storage"),
+            (store.rebuild, "store_opened_without_redis"),
+        )
+        for meet, without_it in meetings:
+            try:
+                await meet()
+            except StoreRefused:
+                await store.close()
+                raise
+            except StoreUnavailable as error:
+                log.warning(without_it, error=error.message)
         return store
-
-    async def _meet(self) -> None:
-        try:
-            await self.objects.check()
-        except StoreRefused:
-            raise
-        except StoreUnavailable as error:
-            log.warning("store_opened_without_object_storage", error=error.message)
-        try:
-            await self.rebuild()
-        except StoreRefused:
-            raise
-        except StoreUnavailable as error:
-            log.warning("store_opened_without_redis", error=error.message)
 
     async def close(self) -> None:
         if self._rebuild is not None:
@@ -114,7 +102,7 @@ class CartridgeStore:
 
     async def ping(self) -> None:
         """Raises StoreUnavailable unless Redis answers and its pointers are restored."""
-        await self._connection.read("EXISTS", "foundry:epoch")
+        await self._connection.read("EXISTS", key("epoch"))
 
     async def rebuild(self, *, force: bool = False) -> Rebuilt | None:
         """Restore Redis from object storage if it was emptied, restarted or replaced; None if it was not.
@@ -125,7 +113,7 @@ class CartridgeStore:
             await rebuild.drop_epoch(self._connection)
         if self._rebuild is None or self._rebuild.done():
             self._rebuild = asyncio.create_task(
-                rebuild.rebuild(self._connection, self._durable, self._condemned, self.runs)
+                rebuild.rebuild(self._connection, self._durable, self._marks, self.runs)
             )
         return await asyncio.shield(self._rebuild)
 
@@ -170,36 +158,7 @@ class CartridgeStore:
         """
         if isinstance(reference, str):
             reference = Reference.parse(reference)
-        try:
-            found = await self._pointers.lookup(reference)
-        except StoreUnavailable as unavailable:
-            found = await self._resolve_without_redis(reference, unavailable)
-        else:
-            self._remember(reference, found)
-        return found
-
-    async def _resolve_without_redis(self, reference: Reference, unavailable: StoreUnavailable) -> CartridgeId:
-        if (known := self._last_known.get(reference)) is not None:
-            found, since = known
-            if not reference.immutable:
-                age = time.monotonic() - since
-                log.warning(
-                    "resolved_from_memory", reference=str(reference), found=str(found), age_seconds=round(age, 1)
-                )
-            return found
-        try:
-            found = await self._durable.resolve(reference)
-        except CartridgeNotFound:
-            # It may have been hot.
-            raise unavailable from None
-        log.warning("resolved_from_object_storage", reference=str(reference), found=str(found))
-        return found
-
-    def _remember(self, reference: Reference, found: CartridgeId) -> None:
-        self._last_known[reference] = (found, time.monotonic())
-        self._last_known.move_to_end(reference)
-        if len(self._last_known) > _LAST_KNOWN_REFERENCES:
-            self._last_known.popitem(last=False)
+        return await self._resolver.resolve(reference)
 
     async def header(self, digest: str) -> CartridgeHeader:
         """What the copy of `digest` says it is, unverified: how much room its bytes need, without moving them.
@@ -218,27 +177,17 @@ class CartridgeStore:
     async def manifest(self, name: str, version: int) -> Manifest:
         """Raises CartridgeNotFound."""
         check_version(version)
-        try:
-            return await self._pointers.manifest(check_name(name), version)
-        except StoreUnavailable as unavailable:
-            try:
-                return await self._durable.manifest(name, version)
-            except CartridgeNotFound:
-                raise unavailable from None  # it may have been hot
+        return await _or_durable(
+            self._pointers.manifest(check_name(name), version), lambda: self._durable.manifest(name, version)
+        )
 
     async def versions(self, name: str) -> list[Manifest]:
         """All versions, oldest first; without Redis only the durable ones."""
-        try:
-            return await self._pointers.manifests(check_name(name))
-        except StoreUnavailable:
-            return await self._durable.manifests(name)
+        return await _or_durable(self._pointers.manifests(check_name(name)), lambda: self._durable.manifests(name))
 
     async def durable_versions(self, name: str) -> set[int]:
         """The versions that would survive a loss of Redis."""
-        try:
-            return await self._pointers.durable(check_name(name))
-        except StoreUnavailable:
-            return {manifest.version for manifest in await self._durable.manifests(name)}
+        return await _or_durable(self._pointers.durable(check_name(name)), lambda: self._durable.whole_versions(name))
 
     async def hot_versions(self, name: str) -> set[int]:
         """The versions whose bytes are in Redis; none without Redis."""
@@ -249,24 +198,17 @@ class CartridgeStore:
 
     async def names(self) -> list[str]:
         """All cartridge names; without Redis only those with a durable version."""
-        try:
-            return await self._pointers.names()
-        except StoreUnavailable:
-            return await self._durable.names()
+        return await _or_durable(self._pointers.names(), self._durable.names)
 
     async def tags(self, name: str) -> dict[str, int]:
         """Tag to version, without `latest`."""
-        try:
-            return await self._pointers.tags(check_name(name))
-        except StoreUnavailable:
-            return await self._durable.tags(name)
+        return await _or_durable(self._pointers.tags(check_name(name)), lambda: self._durable.tags(name))
 
     async def tag_record(self, name: str, tag: str) -> TagRecord:
         """What a tag means and meant before. Raises CartridgeNotFound."""
-        try:
-            record = await self._pointers.tag_record(check_name(name), check_tag(tag))
-        except StoreUnavailable:
-            record, _ = await self._durable.tag(name, tag)
+        record = await _or_durable(
+            self._pointers.tag_record(check_name(name), check_tag(tag)), lambda: self._durable.tag_record(name, tag)
+        )
         if record is None:
             raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
         return record
@@ -291,7 +233,7 @@ class CartridgeStore:
         """Write a version's blob and manifest; with no bytes at hand those that the store has."""
         # Trimming would otherwise forget the version while it is copied.
         async with self.leased(manifest.digest, f"make-durable-{uuid.uuid4()}", _LEASE_WHILE_COPYING_SECONDS):
-            await self._durable.put_blob(manifest.digest, stored or await self.fetch(manifest.digest))
+            await self._durable.blobs.put(manifest.digest, stored or await self.fetch(manifest.digest))
             await self._durable.put_manifest(manifest)
             if not await self._pointers.mark_durable(manifest.name, manifest.version):
                 await self._durable.delete_manifest(manifest.name, manifest.version)
@@ -320,34 +262,7 @@ class CartridgeStore:
 
         Raises CartridgeNotFound, and Conflict while a run holds the name or if latest has those bytes already.
         """
-        if to.name != check_name(name):
-            raise InvalidArgument(f"{to} is no version of {name}", field="to")
-        run = f"rollback-{uuid.uuid4().hex[:8]}"
-        # With an end, because nobody takes over from a process that dies in it.
-        await self.acquire(name, run, 1, hold_seconds=_LEASE_WHILE_COPYING_SECONDS)
-        try:
-            old, latest = await self.resolve(to), await self.resolve(name)
-            if old.digest == latest.digest:
-                raise Conflict(f"{latest} has the bytes of {to} already", field="to")
-            async with self.leased(old.digest, run, _LEASE_WHILE_COPYING_SECONDS):
-                manifest = await self.manifest(name, old.version)
-                draft = ManifestDraft(
-                    name=name,
-                    run=run,
-                    attempt=1,
-                    step=manifest.step,
-                    parent=latest.digest,
-                    document=manifest.document,
-                    init=f"rollback of {old}",
-                    objective=manifest.objective,
-                    tokens_seen=manifest.tokens_seen,
-                    metrics=manifest.metrics,
-                )
-                return await self.publish(await self.fetch(old.digest), draft, durable=True)
-        finally:
-            # Not released, it ends by itself; taken over, it is over.
-            with suppress(Fenced, StoreUnavailable):
-                await self.release(name, run, 1)
+        return await rollback(self, name, to)
 
     async def untag(self, name: str, tag: str) -> None:
         """Raises CartridgeNotFound if there is no such tag."""
@@ -368,7 +283,7 @@ class CartridgeStore:
                 await self._durable.put_tag(name, tag, record, etag)
 
     async def delete(self, name: str, version: int | None = None) -> None:
-        """Delete a version, or the name with all its versions and tags. Blobs are left to the sweeper.
+        """Delete a version, or the name with all its versions and tags. Blobs are left to `gc`.
 
         Raises CartridgeNotFound; Conflict for a version that `latest` or a tag means and for a name that a run holds.
         """
@@ -388,15 +303,14 @@ class CartridgeStore:
             await self._pointers.forget(name, version)
         if not known:
             raise CartridgeNotFound(f"there is no cartridge {name}" + (f"@{version}" if version else ""), field="name")
-        for reference in [known for known in self._last_known if known.name == name]:
-            del self._last_known[reference]
+        self._resolver.forget(name)
 
     # Leases
 
     async def lease(self, digest: str, holder: str, seconds: float) -> None:
-        """Keep the bytes of `digest` from being swept for `seconds`; asking again extends it.
+        """Keep the bytes of `digest` from being collected for `seconds`; asking again extends it.
 
-        Waits while the sweeper deletes the blob of that digest, which nothing needed until now.
+        Waits while the collector deletes the blob of that digest, which nothing needed until now.
         """
         if seconds <= 0:
             raise InvalidArgument(f"a lease must be longer than 0 seconds, not {seconds}", field="seconds")
@@ -405,7 +319,7 @@ class CartridgeStore:
         async def ask() -> bool | None:
             return await self._pointers.lease(digest, holder, seconds) or None
 
-        await while_condemned(digest, ask)
+        await while_marked(digest, ask)
 
     async def unlease(self, digest: str, holder: str) -> None:
         await self._pointers.unlease(check_digest(digest), holder)
@@ -426,13 +340,13 @@ class CartridgeStore:
 
     # Upkeep
 
-    async def census(self) -> Census:
+    async def usage(self) -> Usage:
         """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and one listing."""
-        return await take_census(self._connection, self._pointers, self._durable)
+        return await take_usage(self._connection, self._pointers, self._durable)
 
-    async def gc(
+    def gc(
         self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False
-    ) -> AsyncIterator[Swept]:
+    ) -> AsyncIterator[Collected]:
         """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
 
         Needs Redis. May be stopped at any point and run again. Raises DigestMismatch, after the rest is done, if a
@@ -445,21 +359,29 @@ class CartridgeStore:
             grace_seconds=settings.sweep_grace_seconds,
             keep_hot=settings.keep_hot,
         )
-        sweeper = Sweeper(
+        return Collector(
             self._connection,
             self._pointers,
             self._durable,
-            self._condemned,
+            self._marks,
             Checkpoints(self.objects),
             retention,
             dry_run=dry_run,
-        )
-        async for swept in sweeper.sweep():
-            yield swept
+        ).collect()
 
-    async def verify(self) -> AsyncIterator[Checked]:
+    def verify(self) -> AsyncIterator[Checked]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
         grace_seconds = self.settings.sweep_grace_seconds
-        verifier = Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds)
-        async for checked in verifier.verify():
-            yield checked
+        return Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds).verify()
+
+
+async def _or_durable(pointers: Awaitable[T], durable: Callable[[], Awaitable[T]]) -> T:
+    """What Redis says; while it is away, what object storage says, or StoreUnavailable for what that does not know."""
+    try:
+        return await pointers
+    except StoreUnavailable as unavailable:
+        try:
+            return await durable()
+        except CartridgeNotFound:
+            # It may have been hot.
+            raise unavailable from None

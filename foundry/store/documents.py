@@ -1,8 +1,4 @@
-"""Documents, named by their content: texts that cartridges stand in for, and files of prompts.
-
-documents/<hex>.txt     the bytes
-documents/<hex>.json    {title, num_bytes, created_at}, written last: without it there is no document
-"""
+"""Documents, named by their content: texts that cartridges stand in for, and files of prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +16,8 @@ from foundry.errors import (
     InvalidArgument,
     NotFound,
 )
-from foundry.identity import check_digest, content_digest
+from foundry.identity import content_digest
+from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
 
@@ -55,21 +52,21 @@ class DocumentStore:
             )
         digest = content_digest(content)
         # Also over a text that stands: it is the same, unless it is damaged, and then this repairs it.
-        await self._objects.put(_text_key(digest), [content])
+        await self._objects.put(layout.document(digest), [content])
         created_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         info = DocumentInfo(digest, title, len(content), created_at)
         record = seal(asdict(info)).encode()
-        if not await self._objects.put_if_absent(_info_key(digest), record):
+        if not await self._objects.put_if_absent(layout.document_info(digest), record):
             try:
                 await self.info(digest)
             except DigestMismatch:
-                await self._objects.put(_info_key(digest), [record])
+                await self._objects.put(layout.document_info(digest), [record])
         return digest
 
     async def get(self, digest: str) -> str:
         """Raises DocumentNotFound, DigestMismatch."""
         try:
-            content = bytes(await self._objects.get(_text_key(digest)))
+            content = bytes(await self._objects.get(layout.document(digest)))
         except NotFound as error:
             raise DocumentNotFound(f"there is no document {digest}", field="document") from error
         if (found := content_digest(content)) != digest:
@@ -78,7 +75,7 @@ class DocumentStore:
 
     async def info(self, digest: str) -> DocumentInfo:
         """Raises DocumentNotFound, DigestMismatch if the record is damaged: putting the document again mends it."""
-        key = _info_key(digest)
+        key = layout.document_info(digest)
         try:
             return _info(key, await self._objects.get(key))
         except NotFound as error:
@@ -86,15 +83,15 @@ class DocumentStore:
 
     async def delete(self, digest: str) -> None:
         """Raises DocumentNotFound. Runs and cartridges that name the document keep its digest."""
-        if not await self._objects.exists(_info_key(digest)):
+        if not await self._objects.exists(layout.document_info(digest)):
             raise DocumentNotFound(f"there is no document {digest}", field="document")
-        await self._objects.delete(_info_key(digest))
-        await self._objects.delete(_text_key(digest))
+        await self._objects.delete(layout.document_info(digest))
+        await self._objects.delete(layout.document(digest))
 
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:
         """All documents whose record is whole, oldest first."""
-        keys = [key for key in await self._objects.keys_here("documents") if key.endswith(".json")]
+        keys = [key for key in await self._objects.keys_here(layout.DOCUMENTS) if key.endswith(".json")]
         contents = await asyncio.gather(*(self._objects.get(key) for key in keys))
         infos = []
         for key, content in zip(keys, contents, strict=True):
@@ -123,11 +120,3 @@ def _readable(document: str | bytes) -> bytes:
     if not text.strip():
         raise DocumentUnreadable("the document is empty", field="document")
     return content
-
-
-def _text_key(digest: str) -> str:
-    return f"documents/{check_digest(digest, field='document').removeprefix('blake3:')}.txt"
-
-
-def _info_key(digest: str) -> str:
-    return f"documents/{check_digest(digest, field='document').removeprefix('blake3:')}.json"

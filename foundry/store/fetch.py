@@ -11,7 +11,7 @@ from opentelemetry import trace
 from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import metrics
-from foundry.store.objects.versions import Durable
+from foundry.store.objects.blobs import Blobs
 from foundry.store.redis.hot_bytes import HotBytes
 from foundry.store.redis.pointers import Pointers
 
@@ -22,8 +22,8 @@ _tracer = trace.get_tracer(__name__)
 class Fetcher:
     """See `CartridgeStore.fetch` and `CartridgeStore.header`."""
 
-    def __init__(self, pointers: Pointers, durable: Durable, hot: HotBytes) -> None:
-        self._pointers, self._durable, self._hot = pointers, durable, hot
+    def __init__(self, pointers: Pointers, blobs: Blobs, hot: HotBytes) -> None:
+        self._pointers, self._blobs, self._hot = pointers, blobs, hot
         self._transfers: dict[str, asyncio.Task[CartridgeBytes]] = {}
 
     async def header(self, digest: str) -> CartridgeHeader:
@@ -33,7 +33,7 @@ class Fetcher:
                 return hot
         except (StoreUnavailable, DigestMismatch) as error:
             failure = error
-        if (blob := await self._durable.header(digest)) is not None:
+        if (blob := await self._blobs.header(digest)) is not None:
             return blob
         raise failure or _not_found(digest)
 
@@ -74,7 +74,7 @@ class Fetcher:
             with suppress(StoreUnavailable):
                 await self._pointers.drop_bytes(digest)
         try:
-            blob = await self._durable.get_blob(digest)
+            blob = await self._blobs.get(digest)
         except DigestMismatch:
             metrics.MISMATCHES.labels("durable").inc()
             raise

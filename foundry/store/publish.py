@@ -17,7 +17,7 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.hot_bytes import HotBytes, chunks
 from foundry.store.redis.pointers import Commit, LimitReached, Pointers, Reservation
 from foundry.store.settings import StoreSettings
-from foundry.store.upkeep.marks import while_condemned
+from foundry.store.upkeep.marks import while_marked
 
 _ATTEMPTS = 3
 _tracer = trace.get_tracer(__name__)
@@ -79,7 +79,7 @@ class Publisher:
         )
         if durable:
             with metrics.STAGE_SECONDS.labels("publish", "durable").time():
-                await self._durable.put_blob(digest, stored)
+                await self._durable.blobs.put(digest, stored)
                 manifest = await self._durable.put_manifest(manifest)
         with metrics.STAGE_SECONDS.labels("publish", "commit").time():
             outcome = await self._pointers.commit(
@@ -106,7 +106,7 @@ class Publisher:
                 reservation = await self._pointers.reserve(draft, digest, durable=durable)
             return reservation
 
-        return await while_condemned(digest, ask)
+        return await while_marked(digest, ask)
 
 
 def _digest(stored: CartridgeBytes) -> str:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from foundry.errors import InvalidArgument
 from foundry.store.sealed import seal, unseal
 
+# Versions that a tag meant before and can go back to.
+MAX_TAG_HISTORY = 32
+
 
 @dataclass(frozen=True, slots=True)
 class TagRecord:

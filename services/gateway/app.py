@@ -12,8 +12,7 @@ from fastapi import FastAPI
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from foundry.telemetry.traces import flush_traces
-from services.gateway import errors, metrics
-from services.gateway import usage as census
+from services.gateway import errors, metrics, usage
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.openai import chat, completions, models
@@ -74,7 +73,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             else None
         )
         jobs = None
-        watching = asyncio.create_task(census.watch(store, settings.census_seconds))
+        watching = asyncio.create_task(usage.watch(store, settings.census_seconds))
         try:
             await rollouts.start()
             if settings.jobs is not None:

@@ -31,8 +31,7 @@ class Contexts:
             metrics.CONTEXT_REQUESTS.labels("hit").inc()
             return digest, True
         metrics.CONTEXT_REQUESTS.labels("miss").inc()
-        spec = self._lm.spec
-        num_bytes = spec.num_layers * 2 * spec.num_kv_heads * len(ids) * spec.head_dim * self._lm.dtype.itemsize
+        num_bytes = len(ids) * self._lm.spec.kv_bytes_per_token(self._lm.dtype)
         if num_bytes > self._budget_bytes:
             raise ResourceExhausted(
                 f"the context's KV takes {num_bytes} bytes, the teacher's budget is {self._budget_bytes}: "

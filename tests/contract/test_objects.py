@@ -177,7 +177,7 @@ async def test_no_increment_of_other_processes_is_lost(objects: Objects, storage
 async def test_a_stopped_holder_of_the_lock_is_reported(
     objects: Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foundry.store.objects.objects._LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("foundry.store.objects.directory._LOCK_SECONDS", 0.05)
     await objects.put("key", [b"one"])
     _, etag = await objects.get_with_etag("key")
     with (tmp_path / "objects/.lock").open("wb") as held:

@@ -105,7 +105,8 @@ async def test_the_documented_rights_are_enough_over_tls(
 
 def test_the_documented_rights_are_those_that_are_used() -> None:
     """No more and no less: each command in the sources is in the documented line, and the other way round."""
-    sources = "".join(path.read_text() for path in Path(store_package.__file__).parent.rglob("*.py"))
+    package = Path(store_package.__file__).parent
+    sources = "".join(path.read_text() for path in (*package.rglob("*.py"), *package.rglob("*.lua")))
     called = {word.lower() for word in re.findall(r"(?:call\(|\.read\(\s*)['\"]([A-Z]+)['\"]", sources)}
     # By the client's methods, by values of many megabytes, and by the client itself.
     called |= {"get", "set", "xread", "blpop", "evalsha", "script|load", "client|setinfo", "select"}
@@ -115,10 +116,10 @@ def test_the_documented_rights_are_those_that_are_used() -> None:
 
 async def test_keys_of_others_are_out_of_reach(valkey: Valkey, admin: Redis, tmp_path: Path) -> None:
     await admin.set("somebody:else", "1")
-    connection = Connection(RedisAccess.of(settings(tmp_path, redis_url=valkey.url)), timeout_seconds=1)
+    store = await CartridgeStore.open(settings(tmp_path, redis_url=valkey.url))
     with pytest.raises(StoreRefused, match="ACL"):
-        await connection.run_restoring("return {'ok', redis.call('GET', 'somebody:else')}")
-    await connection.close()
+        await store._connection.read("GET", "somebody:else")
+    await store.close()
 
 
 @pytest.mark.parametrize(

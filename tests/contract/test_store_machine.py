@@ -172,20 +172,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(keep_last=st.sampled_from([None, 1, 2]))
     def gc(self, keep_last: int | None) -> None:
-        async def sweep(*, dry_run: bool) -> list[tuple[str, str, int]]:
+        async def collect(*, dry_run: bool) -> list[tuple[str, str, int]]:
             gone = self.store.gc(keep_last=keep_last, dry_run=dry_run)
             return [(each.kind, each.key, each.num_bytes) async for each in gone]
 
-        announced = self.run(sweep(dry_run=True))
-        swept = self.run(sweep(dry_run=False))
-        assert announced == swept
+        announced = self.run(collect(dry_run=True))
+        collected = self.run(collect(dry_run=False))
+        assert announced == collected
         contents = {digest: str(content) for content, digest in DIGESTS.items()}
-        assert {(kind, contents.get(key, key)) for kind, key, _ in swept} == self.model.gc(keep_last)
-        assert len(swept) == len(set(swept))
+        assert {(kind, contents.get(key, key)) for kind, key, _ in collected} == self.model.gc(keep_last)
+        assert len(collected) == len(set(collected))
 
     @rule(keep_last=st.sampled_from([1, 2]), content=st.none() | contents)
     def end_runs_and_gc(self, keep_last: int, content: int | None) -> None:
-        """What a sweep is for: names that nobody holds, with versions that somebody may still use."""
+        """What a collection is for: names that nobody holds, with versions that somebody may still use."""
         for name, state in self.model.names.items():
             if state.owner is not None and not state.released:
                 self.release(name, *state.owner)
@@ -235,7 +235,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert (await self.store.resolve(name)).version == state.latest
         redis = self.store._connection.redis
         for content, digest in DIGESTS.items():
-            assert await self.store._durable.has_blob(digest) == (content in self.model.blobs)
+            assert await self.store._durable.blobs.exists(digest) == (content in self.model.blobs)
             if content in self.model.hot_contents():
                 # Bytes of a version must not expire.
                 assert await redis.ttl(f"foundry:bytes:{digest}:0") == -1

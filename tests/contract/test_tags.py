@@ -10,7 +10,7 @@ import pytest
 
 from foundry.errors import CartridgeNotFound, Conflict, InvalidArgument, StoreUnavailable
 from foundry.store import CartridgeStore, Manifest, Reference, StoreSettings
-from foundry.store.redis.scripts import MAX_TAG_HISTORY
+from foundry.store.tags import MAX_TAG_HISTORY
 from tests.store_data import cartridge, draft
 from tests.valkey import Valkey
 

@@ -105,7 +105,7 @@ async def test_a_transfer_that_moves_nothing_is_unavailable(
 async def test_a_blob_is_read_in_ranges(store: CartridgeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = layered(5, 6 * MIB)
     digest = stored.digest()
-    await store._durable.put_blob(digest, stored)
+    await store._durable.blobs.put(digest, stored)
     ranges: list[int] = []
     get_range = store.objects.get_range
 

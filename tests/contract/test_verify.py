@@ -80,7 +80,7 @@ async def test_manifests_tags_and_pointers_that_are_wrong_are_found(filled: Cart
 
 
 async def test_orphans_are_found_when_they_are_old(filled: CartridgeStore, tmp_path: Path) -> None:
-    await filled._durable.put_blob(cartridge(9).digest(), cartridge(9))
+    await filled._durable.blobs.put(cartridge(9).digest(), cartridge(9))
     assert await wrong(filled) == []
     os.utime(tmp_path / f"objects/blobs/blake3/{cartridge(9).digest()[7:]}.safetensors", (0, 0))
     assert await wrong(filled) == [("orphaned", "blob", cartridge(9).digest())]

@@ -4,7 +4,7 @@ Each part of the argument is a switch in `Protocol`; the tests turn them off one
 
 state.py         steps and safeguards, actors, and what Redis and object storage hold
 publisher.py     the publisher's steps
-sweeper.py       the sweeper's steps
+collector.py       the collector's steps
 surroundings.py  readers, taggers, the loss of Redis and its rebuilding, time
 explorer.py      every interleaving, and the promises in each state
 """

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tests.store_protocol.collector import COLLECT
 from tests.store_protocol.publisher import PUBLISH
 from tests.store_protocol.state import DEAD, TOMBSTONE, Protocol, State, with_publisher
 from tests.store_protocol.surroundings import read, rebuild, tag, time_passes, without_redis
-from tests.store_protocol.sweeper import SWEEP
 
 
 class Violation(NamedTuple):
@@ -51,13 +51,13 @@ def steps(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
                     f"publisher {publisher.attempt} dies",
                     with_publisher(state._replace(crashes_left=state.crashes_left - 1), index, dead),
                 )
-    if state.sweeper.step >= 0:
-        step = protocol.sweep[state.sweeper.step]
-        if (after := SWEEP[step](protocol, state)) is not None:
-            yield f"sweeper: {step}", after
+    if state.collector.step >= 0:
+        step = protocol.collect[state.collector.step]
+        if (after := COLLECT[step](protocol, state)) is not None:
+            yield f"collector: {step}", after
         if state.crashes_left:
-            dead_sweeper = state.sweeper._replace(step=DEAD)
-            yield "sweeper dies", state._replace(sweeper=dead_sweeper, crashes_left=state.crashes_left - 1)
+            dead_collector = state.collector._replace(step=DEAD)
+            yield "collector dies", state._replace(collector=dead_collector, crashes_left=state.crashes_left - 1)
     yield from read(protocol, state)
     yield from tag(state)
     yield from rebuild(protocol, state)
@@ -81,7 +81,7 @@ def broken_promise(state: State) -> str:
     if not state.committed <= shown:
         return "a durable version is lost"
     if state.tag and state.tag not in {version.number for version in state.visible}:
-        return "a tagged version is swept"
+        return "a tagged version is collected"
     if state.visible and state.latest not in {version.number for version in state.visible}:
         return "latest means nothing"
     return ""

@@ -23,7 +23,7 @@ class Protocol:
         "put_manifest",
         "commit",
     )
-    sweep: tuple[str, ...] = (
+    collect: tuple[str, ...] = (
         "retire",
         "delete_manifest",
         "forget_retired",
@@ -31,11 +31,11 @@ class Protocol:
         "forget_withdrawn",
         "list_blobs",
         "record",
-        "condemn",
+        "mark",
         "recheck",
         "head",
         "delete",
-        "absolve",
+        "unmark",
     )
     reserve_is_fenced: bool = True
     commit_is_fenced: bool = True
@@ -71,8 +71,8 @@ class Publisher(NamedTuple):
     lost_reservation: bool = False
 
 
-class Sweeper(NamedTuple):
-    """`step` indexes Protocol.sweep; `retiring` is the number beyond retention, 0 for none."""
+class Collector(NamedTuple):
+    """`step` indexes Protocol.collect; `retiring` is the number beyond retention, 0 for none."""
 
     step: int = DONE
     retiring: int = 0
@@ -103,7 +103,7 @@ class State(NamedTuple):
     staged: frozenset[int] = frozenset()
     leases: frozenset[str] = frozenset()
     marks: frozenset[str] = frozenset()
-    # Object storage. `old` blobs are beyond the grace period, `recorded` are the digests that a sweeper may delete.
+    # Object storage. `old` blobs are beyond the grace period, `recorded` are the digests that a collector may delete.
     stored_limit: int = 0
     blobs: frozenset[str] = frozenset()
     old: frozenset[str] = frozenset()
@@ -112,7 +112,7 @@ class State(NamedTuple):
     recorded: frozenset[str] = frozenset()
     # Actors
     publishers: tuple[Publisher, ...] = ()
-    sweeper: Sweeper = Sweeper()
+    collector: Collector = Collector()
     reader: Reader = Reader()
     # 0: to be set, 1: set in Redis
     tagger: int = DONE

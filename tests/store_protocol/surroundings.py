@@ -19,7 +19,7 @@ def read(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
             leases = state.leases | {reader.found.digest}
             yield "reader: lease", state._replace(leases=leases, reader=reader._replace(step=2))
     elif reader.step == 2 and reader.found is not None:
-        # By digest, so nothing but these bytes or NOT_FOUND comes back; the latter only if the version was swept.
+        # By digest, so nothing but these bytes or NOT_FOUND comes back; the latter only if the version was collected.
         readable = reader.found.digest in state.hot | state.blobs
         broken = "" if readable or reader.found not in state.visible else "a visible version has no bytes"
         yield (
@@ -97,12 +97,12 @@ def _shown_again(state: State, visible: frozenset[Version]) -> str:
 
 def time_passes(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
     """Marks of the dead end, bytes that no commit took go, blobs age."""
-    if state.sweeper.step < 0 and (state.marks or state.recorded):
+    if state.collector.step < 0 and (state.marks or state.recorded):
         yield "marks of the dead end", state._replace(marks=frozenset(), recorded=frozenset())
     if state.staged:
         yield "staged bytes expire", state._replace(staged=frozenset())
-    # Old means: beyond the grace period when the sweep begins.
-    starting = state.sweeper.step >= 0 and protocol.sweep[state.sweeper.step] in ("retire", "list_manifests")
+    # Old means: beyond the grace period when the collection begins.
+    starting = state.collector.step >= 0 and protocol.collect[state.collector.step] in ("retire", "list_manifests")
     if starting and (young := state.blobs - state.old):
         in_flight = {
             publisher.digest

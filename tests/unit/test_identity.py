@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from foundry.errors import CartridgeTooLong, DigestMismatch, InvalidArgument, ModelNotFound, ShapeMismatch
-from foundry.identity import CartridgeBytes, CartridgeHeader, digest_of
+from foundry.identity import CartridgeBytes, CartridgeHeader, digest_of, read_safetensors_header
 from foundry.model.cartridge import Cartridge, TrainableCartridge
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.initialise import cut_context
@@ -118,6 +118,22 @@ def test_files_that_are_not_cartridges_are_refused() -> None:
     text += b" " * (length - len(text))
     with pytest.raises(InvalidArgument, match="another order"):
         CartridgeBytes.from_file(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\2\0\0", "cut short"),
+        (struct.pack("<Q", 9) + b"{}", "incomplete"),
+        (struct.pack("<Q", 2**40) + b"{}", "at most"),
+        (struct.pack("<Q", 2) + b"{]", "no JSON"),
+        (struct.pack("<Q", 2) + b"\xff\xff", "no JSON"),
+        (struct.pack("<Q", 2) + b"[]", "no JSON object"),
+    ],
+)
+def test_senseless_safetensors_headers_are_refused(content: bytes, why: str) -> None:
+    with pytest.raises(InvalidArgument, match=why):
+        read_safetensors_header(content)
 
 
 @pytest.mark.parametrize(

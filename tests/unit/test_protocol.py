@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.store_protocol.explorer import explore
-from tests.store_protocol.state import DEAD, DONE, Protocol, Publisher, Reader, State, Sweeper, Version
+from tests.store_protocol.state import DEAD, DONE, Collector, Protocol, Publisher, Reader, State, Version
 
 PROTOCOL = Protocol()
-SWEEP_BLOBS = Sweeper(step=PROTOCOL.sweep.index("list_manifests"))
+GC_BLOBS = Collector(step=PROTOCOL.collect.index("list_manifests"))
 ACCIDENTS: dict[str, Any] = {"crashes_left": 1, "losses_left": 1}
 
 FIRST, SECOND = Publisher(1, "a", durable=True), Publisher(2, "b", durable=True)
@@ -21,9 +21,14 @@ TAKEOVER = State(publishers=(FIRST, SECOND), **ACCIDENTS)
 HOT_TAKEOVER = State(
     publishers=(FIRST._replace(durable=False), SECOND._replace(durable=False)), reader=Reader(0), **ACCIDENTS
 )
-# A publisher's bytes have been in storage for long, and a sweeper is about to delete them.
+# A publisher's bytes have been in storage for long, and a collector is about to delete them.
 ORPHAN = State(
-    publishers=(FIRST,), sweeper=SWEEP_BLOBS, blobs=frozenset("a"), old=frozenset("a"), reader=Reader(0), **ACCIDENTS
+    publishers=(FIRST,),
+    collector=GC_BLOBS,
+    blobs=frozenset("a"),
+    old=frozenset("a"),
+    reader=Reader(0),
+    **ACCIDENTS,
 )
 # Two durable versions, the older of which is beyond retention; its bytes are published again meanwhile.
 _BOTH = frozenset({(1, "a"), (2, "b")})
@@ -41,7 +46,7 @@ RETENTION = State(
     manifests=_BOTH,
     meanings=_BOTH,
     committed=_BOTH,
-    sweeper=Sweeper(0, retiring=1),
+    collector=Collector(0, retiring=1),
     publishers=(FIRST,),
     **ACCIDENTS,
 )
@@ -55,7 +60,7 @@ ONLY_VERSION = RETENTION._replace(
     meanings=frozenset({(1, "a")}),
     committed=frozenset({(1, "a")}),
 )
-# The first attempt died between manifest and commit; the second and a sweeper meet that.
+# The first attempt died between manifest and commit; the second and a collector meet that.
 LEFT_BEHIND = State(
     owner=1,
     counter=1,
@@ -69,7 +74,7 @@ LEFT_BEHIND = State(
     staged=frozenset({1}),
     manifests=frozenset({(1, "a")}),
     publishers=(FIRST._replace(step=DEAD, number=1), SECOND),
-    sweeper=SWEEP_BLOBS,
+    collector=GC_BLOBS,
     **ACCIDENTS,
 )
 SCENARIOS = {
@@ -83,7 +88,7 @@ SCENARIOS = {
     "left behind": LEFT_BEHIND,
 }
 # All actors at once: a minute or two.
-EVERYBODY = TAKEOVER._replace(sweeper=SWEEP_BLOBS, blobs=frozenset("a"), old=frozenset("a"), limit=2, stored_limit=2)
+EVERYBODY = TAKEOVER._replace(collector=GC_BLOBS, blobs=frozenset("a"), old=frozenset("a"), limit=2, stored_limit=2)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -145,42 +150,48 @@ TWICE = "a number is handed out twice"
         pytest.param(TAKEOVER, {"tombstones": False}, FENCED, id="no tombstones"),
         pytest.param(TAKEOVER, {"limits_are_durable": False}, TWICE, id="limits in Redis only"),
         pytest.param(TAKEOVER, {"rebuild_begins_at_the_limit": False}, TWICE, id="rebuild begins at latest"),
-        pytest.param(ORPHAN, {"sweep": _without(PROTOCOL.sweep, "condemn")}, NO_BLOB, id="no mark"),
+        pytest.param(ORPHAN, {"collect": _without(PROTOCOL.collect, "mark")}, NO_BLOB, id="no mark"),
         pytest.param(
-            READ_WHILE_RETIRED, {"leases_ask_for_marks": False}, "leased bytes are swept", id="leases ignore marks"
+            READ_WHILE_RETIRED, {"leases_ask_for_marks": False}, "leased bytes are collected", id="leases ignore marks"
         ),
         pytest.param(ORPHAN, {"reservations_ask_for_marks": False}, NO_BLOB, id="reservations ignore marks"),
         pytest.param(
-            READ_WHILE_RETIRED, {"marks_ask_for_leases": False}, "leased bytes are swept", id="marks ignore leases"
+            READ_WHILE_RETIRED, {"marks_ask_for_leases": False}, "leased bytes are collected", id="marks ignore leases"
         ),
         pytest.param(ORPHAN, {"marks_ask_for_reservations": False}, NO_BLOB, id="marks ignore reservations"),
         pytest.param(ORPHAN, {"marks_are_durable": False}, NO_BYTES, id="marks in Redis only"),
         # Either alone is enough while a blob is put again with each publication; both are kept.
         pytest.param(
-            ORPHAN, {"sweep": _without(PROTOCOL.sweep, "recheck", "head")}, NO_BYTES, id="no second look after the mark"
+            ORPHAN,
+            {"collect": _without(PROTOCOL.collect, "recheck", "head")},
+            NO_BYTES,
+            id="no second look after the mark",
         ),
         pytest.param(
             ORPHAN,
-            {"sweep": _before(PROTOCOL.sweep, "list_blobs", "list_manifests")},
+            {"collect": _before(PROTOCOL.collect, "list_blobs", "list_manifests")},
             NO_BYTES,
             id="blobs listed before manifests",
         ),
         pytest.param(
-            RETENTION, {"sweep": _without(PROTOCOL.sweep, "forget_retired")}, NO_BYTES, id="Redis not asked again"
+            RETENTION, {"collect": _without(PROTOCOL.collect, "forget_retired")}, NO_BYTES, id="Redis not asked again"
         ),
         pytest.param(
             RETENTION,
-            {"sweep": _before(PROTOCOL.sweep, "delete_manifest", "retire")},
+            {"collect": _before(PROTOCOL.collect, "delete_manifest", "retire")},
             LOST,
             id="manifest deleted before Redis agreed",
         ),
         pytest.param(
-            LEFT_BEHIND, {"sweep": _without(PROTOCOL.sweep, "forget_withdrawn")}, NO_BYTES, id="withdrawn not forgotten"
+            LEFT_BEHIND,
+            {"collect": _without(PROTOCOL.collect, "forget_withdrawn")},
+            NO_BYTES,
+            id="withdrawn not forgotten",
         ),
         pytest.param(
-            TAGGED_WHILE_RETIRED, {"retiring_asks_for_tags": False}, "a tagged version is swept", id="tags ignored"
+            TAGGED_WHILE_RETIRED, {"retiring_asks_for_tags": False}, "a tagged version is collected", id="tags ignored"
         ),
-        pytest.param(ONLY_VERSION, {"retiring_asks_for_latest": False}, "latest is swept", id="latest ignored"),
+        pytest.param(ONLY_VERSION, {"retiring_asks_for_latest": False}, "latest is collected", id="latest ignored"),
     ],
 )
 def test_without_a_part_of_it_a_promise_is_broken(start: State, changes: dict[str, object], broken: str) -> None:
@@ -196,9 +207,9 @@ def test_what_is_not_promised_is_so_because_it_does_not_hold() -> None:
     assert two_losses.violation.promise == FENCED
     tag_and_loss = explore(PROTOCOL, TAGGED_WHILE_RETIRED._replace(crashes_left=0, losses_left=1))
     assert tag_and_loss.violation is not None
-    assert "swept" in tag_and_loss.violation.promise
+    assert "collected" in tag_and_loss.violation.promise
 
 
 def test_the_scenarios_begin_where_they_say() -> None:
-    assert TAKEOVER.sweeper.step == DONE
-    assert PROTOCOL.sweep[ORPHAN.sweeper.step] == "list_manifests"
+    assert TAKEOVER.collector.step == DONE
+    assert PROTOCOL.collect[ORPHAN.collector.step] == "list_manifests"

@@ -40,7 +40,7 @@ ONE = 2 * 2 * 2 * P * 4 * 4
 def stored(
     seed: int, num_tokens: int = P, dtype: torch.dtype = torch.float32, spec: ModelSpec = SPEC
 ) -> CartridgeBytes:
-    shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+    shape = spec.kv_shape(num_tokens)
     kv = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return Cartridge(spec.header(num_tokens, 1, dtype), kv).to_bytes()
 

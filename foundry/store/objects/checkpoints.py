@@ -1,8 +1,5 @@
 """Checkpoints of runs: the trainer's state, in object storage only.
 
-    runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
-    runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json           {digest, num_bytes}, written last
-
 A checkpoint without its json is half written and does not exist. Nothing is ever overwritten, and a later attempt sorts
 after an earlier one, so a worker that was replaced can't put its state over its successor's.
 """
@@ -11,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
@@ -21,13 +17,13 @@ from blake3 import blake3
 
 from foundry.errors import DigestMismatch, NotFound
 from foundry.identity import Buffer, content_digest
+from foundry.store.objects import layout
 from foundry.store.objects.objects import ObjectInfo, Objects
 
 log = structlog.get_logger(__name__)
 
 # The newest, and the one before it in case the newest is damaged.
 _KEPT = 2
-_KEY = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
 
 
 class Checkpoints:
@@ -41,11 +37,11 @@ class Checkpoints:
         """
         parts = list(parts)
         digest = await asyncio.to_thread(_digest, parts)
-        stem = f"runs/{run_id}/checkpoints/{attempt:06d}-{step:010d}"
+        stem = layout.checkpoint(run_id, attempt, step)
         await self._objects.put(f"{stem}.safetensors", parts)
         content = {"digest": digest, "num_bytes": sum(memoryview(part).nbytes for part in parts)}
         await self._objects.put(f"{stem}.json", [json.dumps(content).encode()])
-        await self._sweep(run_id, newest=stem)
+        await self._prune(run_id, newest=stem)
         return digest
 
     async def load(self, run_id: str) -> tuple[int, bytes] | None:
@@ -53,10 +49,10 @@ class Checkpoints:
 
         Raises DigestMismatch if there are checkpoints but all are damaged.
         """
-        keys = await self._objects.keys_here(f"runs/{run_id}/checkpoints")
+        keys = await self._objects.keys_here(layout.checkpoints(run_id))
         failure: DigestMismatch | None = None
         for key in sorted((key for key in keys if key.endswith(".json")), reverse=True):
-            match = _KEY.fullmatch(key)
+            match = layout.CHECKPOINT.fullmatch(key)
             if match is None:
                 continue
             try:
@@ -72,11 +68,11 @@ class Checkpoints:
         """The files of all runs whose result was written before a time; of a checkpoint the json comes first."""
         over: set[str] = set()
         files: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
-        async for entry in self._objects.scan("runs"):
+        async for entry in self._objects.scan(layout.RUNS):
             run = entry.key.split("/")[1]
-            if entry.key == f"runs/{run}/result.json" and entry.last_modified < before:
+            if entry.key == layout.run_record(run, "result.json") and entry.last_modified < before:
                 over.add(run)
-            elif _KEY.fullmatch(entry.key):
+            elif layout.CHECKPOINT.fullmatch(entry.key):
                 files[run].append(entry)
         for run in sorted(over & files.keys()):
             for entry in sorted(files[run], key=lambda entry: entry.key):
@@ -99,12 +95,14 @@ class Checkpoints:
             raise DigestMismatch(f"checkpoint {stem} hashes to {found}, expected {expected}")
         return content
 
-    async def _sweep(self, run_id: str, *, newest: str) -> None:
-        keys = await self._objects.keys_here(f"runs/{run_id}/checkpoints")
-        stems = sorted({match["stem"] for key in keys if key.endswith(".json") and (match := _KEY.fullmatch(key))})
+    async def _prune(self, run_id: str, *, newest: str) -> None:
+        keys = await self._objects.keys_here(layout.checkpoints(run_id))
+        stems = sorted(
+            {match["stem"] for key in keys if key.endswith(".json") and (match := layout.CHECKPOINT.fullmatch(key))}
+        )
         # Only what is older than ours: a successor's files may be half written yet.
         kept = set([stem for stem in stems if stem <= newest][-_KEPT:])
-        for stem in sorted({match["stem"] for key in keys if (match := _KEY.fullmatch(key))}):
+        for stem in sorted({match["stem"] for key in keys if (match := layout.CHECKPOINT.fullmatch(key))}):
             if stem < newest and stem not in kept:
                 # The json first: without it the rest is no checkpoint.
                 await self._objects.delete(f"{stem}.json")

@@ -5,16 +5,13 @@ local files beside their place and links them in).
 
 Compare-and-set is the storage's own for s3, gs and az (If-Match on the ETag or generation). Directories have none:
 there all writers of one store take turns by a lock (flock) on the file `.lock` in its root. A process that dies gives
-the lock back; one that is stopped while it holds it makes the others fail after _LOCK_SECONDS.
+the lock back; one that is stopped while it holds it makes the others fail after ten seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import fcntl
-import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,15 +25,15 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
-    PermissionDeniedError,
     PreconditionError,
-    UnauthenticatedError,
 )
 from obstore.store import ObjectStore, from_url
 
-from foundry.errors import FoundryError, InvalidArgument, NotFound, StoreFull, StoreRefused, StoreUnavailable
+from foundry.errors import InvalidArgument, NotFound, StoreRefused, StoreUnavailable
 from foundry.identity import Buffer
 from foundry.store.credentials import S3Access
+from foundry.store.objects.directory import LOCK, fsync, locked, make_directory
+from foundry.store.objects.refusals import NO_BUCKET, text_of, typed
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -45,28 +42,7 @@ if TYPE_CHECKING:
 _ONE_REQUEST_BYTES = 5 * 2**20
 _LIST_PAGE = 1000
 _READS_OF_DAMAGED = 3
-_LOCK = ".lock"
-_LOCK_SECONDS = 10.0
 _LET_GO_SECONDS = 0.1
-
-# EFBIG, ENOSPC and EDQUOT arrive as text only; the names are those of S3 servers with quotas.
-_FULL = re.compile(r"(os error|\[Errno) (27|28|122)\b|QuotaExceeded|InsufficientStorage|507 Insufficient Storage")
-_EXPIRED = re.compile(r"\b(ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|RequestExpired)\b")
-_NO_BUCKET = re.compile(
-    r"\b(NoSuchBucket|InvalidBucketName|ContainerNotFound|ContainerBeingDeleted)\b|bucket does not exist"
-)
-# Where obstore has no type for it: answers to a list or a delete, other stores' spellings, EACCES and EROFS.
-_REFUSED = re.compile(
-    r"\b(AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|AuthorizationHeaderMalformed"
-    r"|401 Unauthorized|403 Forbidden|AuthenticationFailed|AuthorizationFailure|InvalidAuthenticationInfo)\b"
-    r"|\(os error (13|30)\)"
-)
-# Hands out a machine's own credentials, and is asked where none were given. Failing may pass; having none will not.
-_METADATA = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
-_ANSWER = re.compile(r"<Code>(?P<code>[^<]*)</Code>.*?<Message>(?P<message>[^<]*)</Message>", re.DOTALL)
-# Signed addresses carry what signs them.
-_SIGNATURE = re.compile(r"(?i)([?&](?:sig|x-amz-[a-z-]+|x-goog-[a-z-]+|[a-z_]*token)=)[^&\s)]+")
-
 
 T = TypeVar("T")
 
@@ -112,7 +88,7 @@ class Objects:
         try:
             if url.startswith("file://"):
                 root = Path(unquote(urlsplit(url).path))
-                _make_directory(root)
+                make_directory(root)
                 return cls(from_url(url), url, root)
             if url.startswith("memory://"):
                 return cls(from_url(url), url, None)
@@ -122,7 +98,7 @@ class Objects:
             return cls(from_url(url, **options), url, None)
         except (BaseError, ValueError, TypeError) as error:
             raise InvalidArgument(
-                f"object storage {url} can't be opened: {_text_of(error)}", field="objects_url"
+                f"object storage {url} can't be opened: {text_of(error)}", field="objects_url"
             ) from None
 
     # Writing
@@ -167,7 +143,7 @@ class Objects:
             except PreconditionError:
                 return False
             except FileNotFoundError as error:
-                if _NO_BUCKET.search(str(error)):
+                if NO_BUCKET.search(str(error)):
                     raise
                 return False
         return True
@@ -178,7 +154,7 @@ class Objects:
             try:
                 await obstore.delete_async(self._store, key)
             except FileNotFoundError as error:
-                if _NO_BUCKET.search(str(error)):
+                if NO_BUCKET.search(str(error)):
                     raise
 
     # Reading
@@ -250,7 +226,7 @@ class Objects:
                 except StopAsyncIteration:
                     return
             for entry in page:
-                if entry["path"] != _LOCK:
+                if entry["path"] != LOCK:
                     yield _info(entry)
 
     async def keys(self, directory: str) -> list[str]:
@@ -261,7 +237,7 @@ class Objects:
         """Sorted keys directly in `directory`."""
         with self._typed_errors(directory):
             found = await obstore.list_with_delimiter_async(self._store, directory)
-        return sorted(entry["path"] for entry in found["objects"] if entry["path"] != _LOCK)
+        return sorted(entry["path"] for entry in found["objects"] if entry["path"] != LOCK)
 
     async def check(self) -> None:
         """Raises what any other call would raise: asks for a key that is never written."""
@@ -272,7 +248,7 @@ class Objects:
         if self._root is None:
             return
         with self._typed_errors(key), suppress(FileNotFoundError):  # deleted again by somebody else
-            await asyncio.to_thread(_fsync, self._root / key)
+            await asyncio.to_thread(fsync, self._root / key)
 
     @contextmanager
     def _typed_errors(self, key: str, *, writing: bool = False) -> Iterator[None]:
@@ -280,32 +256,8 @@ class Objects:
             yield
         except (BaseError, OSError) as error:
             # Not `from error`: its text may hold a signed address, and would stand in every traceback.
-            raise self._typed(key, error, writing=writing) from None
-
-    def _typed(self, key: str, error: Exception, *, writing: bool) -> FoundryError:
-        what = f"object storage {self._url}"
-        text = _text_of(error)
-        if _FULL.search(text):
-            return StoreFull(f"{what} is full, {key} was not written: {text}")
-        # What is missing when something is written can only be the bucket.
-        if _NO_BUCKET.search(text) or (isinstance(error, FileNotFoundError) and writing and self._root is None):
-            return StoreRefused(f"{what} has no such bucket: make it, or check store.objects_url ({text})")
-        if isinstance(error, FileNotFoundError):
-            return NotFound(f"{what} has no {key}")
-        if _EXPIRED.search(text):
-            return StoreRefused(f"{what} refused {key}: the credentials have expired, or a clock is wrong ({text})")
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(text):
-            if self._root is not None:
-                return StoreRefused(f"{what} refused {key}: check who may read and write the directory ({text})")
-            return StoreRefused(
-                f"{what} refused {key}: check its credentials (store.objects_* settings, else AWS_*, GOOGLE_* or "
-                f"AZURE_* variables) and that they may read, write, list and delete there ({text})"
-            )
-        if _METADATA.search(text):
-            if "404 Not Found" in text:
-                return StoreRefused(f"{what}: no credentials were given, and this machine has none of its own ({text})")
-            return StoreUnavailable(f"{what}: no credentials were given, and the machine's own can't be had: {text}")
-        return StoreUnavailable(f"{what} failed at {key}: {text}")
+            what = f"object storage {self._url}"
+            raise typed(what, key, error, writing=writing, directory=self._root is not None) from None
 
 
 def _let_go() -> None:
@@ -313,14 +265,6 @@ def _let_go() -> None:
     the interpreter has gone meanwhile (0.12.1: 3 of 25 processes that ended right after a call)."""
     atexit.unregister(_let_go)
     time.sleep(_LET_GO_SECONDS)
-
-
-def _text_of(error: Exception) -> str:
-    """What the storage said, without the page of debug output that obstore appends and without signatures."""
-    text = str(error).split("\n\nDebug source", 1)[0]
-    if answer := _ANSWER.search(text):
-        text = f"{text[: text.find('<')].strip()} {answer['code']}: {answer['message']}"
-    return _SIGNATURE.sub(r"\1**********", text)
 
 
 def _etag(meta: ObjectMeta) -> ETag:
@@ -331,20 +275,8 @@ def _info(meta: ObjectMeta) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["last_modified"], _etag(meta))
 
 
-# Directories
-
-
-def _make_directory(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        raise StoreRefused(f"can't make the object store's directory {root}: {error}") from error
-    except OSError as error:
-        raise StoreUnavailable(f"can't make the object store's directory {root}: {error}") from error
-
-
 def _put_file_if_match(store: ObjectStore, root: Path, key: str, content: bytes, etag: ETag) -> bool:
-    with _locked(root / _LOCK):
+    with locked(root / LOCK):
         try:
             standing = obstore.head(store, key)
         except FileNotFoundError:
@@ -352,38 +284,5 @@ def _put_file_if_match(store: ObjectStore, root: Path, key: str, content: bytes,
         if _etag(standing) != etag:
             return False
         obstore.put(store, key, content)
-        _fsync(root / key)
+        fsync(root / key)
     return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock on `path`. A file, because over NFS a directory can't be locked; never deleted, because a writer
-    might wait for the one that is gone."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        # Not a wait without end: its thread could not be cancelled.
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreUnavailable(
-                        f"another process has held {path} for {_LOCK_SECONDS:.0f} s: is it stopped?"
-                    ) from None
-                time.sleep(0.005)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _fsync(path: Path) -> None:
-    """What was reported as stored survives a power cut: the bytes first, then the directory entry."""
-    for target in (path, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,30 +1,22 @@
-"""Durable truth about runs. All but `desired.json` is written once, so that no late writer can undo a newer one.
-
-runs/<id>/run.json                 {spec, name, created_ms}, and the traceparent of the request if that was traced
-runs/<id>/attempts/<n:06d>         one for each time a worker took the run up
-runs/<id>/desired.json             {"desired": "pause" | "cancel" | ""}, the last that was asked for
-runs/<id>/events.jsonl             {id, event} a line, written when the run ends
-runs/<id>/result.json              {state, error, result, finished_ms}: the run is over
-"""
+"""Durable truth about runs. All but `desired.json` is written once, so that no late writer can undo a newer one."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import structlog
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound, RunNotFound
+from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
 
 log = structlog.get_logger(__name__)
 
 _MAX_READS = 16
-_RUN_KEY = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +48,32 @@ class RunArchive:
     async def create(self, run_id: str, *, spec: str, name: str, created_ms: int, traceparent: str = "") -> None:
         values = {"spec": spec, "name": name, "created_ms": created_ms}
         content = seal(values | {"traceparent": traceparent} if traceparent else values)
-        await self._objects.put_if_absent(f"runs/{run_id}/run.json", content.encode())
+        await self._objects.put_if_absent(layout.run_record(run_id, "run.json"), content.encode())
 
     async def traceparent(self, run_id: str) -> str:
         """Of the request that made the run; "" if it was not traced. Raises NotFound, DigestMismatch."""
-        return str((await self._record(f"runs/{run_id}/run.json")).get("traceparent", ""))
+        return str((await self._record(layout.run_record(run_id, "run.json"))).get("traceparent", ""))
 
     async def forget(self, run_id: str) -> None:
         """Undo `create`."""
-        await self._objects.delete(f"runs/{run_id}/run.json")
+        await self._objects.delete(layout.run_record(run_id, "run.json"))
 
     async def begin_attempt(self, run_id: str, attempt: int) -> bool:
         """False if it had begun before."""
-        return await self._objects.put_if_absent(f"runs/{run_id}/attempts/{attempt:06d}", b"")
+        return await self._objects.put_if_absent(layout.attempt(run_id, attempt), b"")
 
     async def desire(self, run_id: str, desired: str) -> None:
-        await self._objects.put(f"runs/{run_id}/desired.json", [seal({"desired": desired}).encode()])
+        await self._objects.put(layout.run_record(run_id, "desired.json"), [seal({"desired": desired}).encode()])
 
     async def finish(self, run_id: str, final: FinalState, events: list[tuple[str, dict[str, Any]]]) -> None:
         lines = "".join(json.dumps({"id": event_id, "event": event}) + "\n" for event_id, event in events)
-        await self._objects.put_if_absent(f"runs/{run_id}/events.jsonl", lines.encode())
-        await self._objects.put_if_absent(f"runs/{run_id}/result.json", seal(asdict(final)).encode())
+        await self._objects.put_if_absent(layout.run_record(run_id, "events.jsonl"), lines.encode())
+        await self._objects.put_if_absent(layout.run_record(run_id, "result.json"), seal(asdict(final)).encode())
 
     async def events(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
         """What happened in a run that is over; nothing for any other. Raises DigestMismatch if it is damaged."""
         try:
-            lines = bytes(await self._objects.get(f"runs/{run_id}/events.jsonl")).decode().splitlines()
+            lines = bytes(await self._objects.get(layout.run_record(run_id, "events.jsonl"))).decode().splitlines()
         except NotFound:
             return []
         try:
@@ -92,15 +84,15 @@ class RunArchive:
     async def runs(self) -> list[ArchivedRun]:
         """All runs that can be read, oldest first: a damaged one must not take the others with it."""
         # One listing tells which of the small objects exist.
-        keys = set(await self._objects.keys("runs"))
-        found = [match["run"] for key in keys if (match := _RUN_KEY.fullmatch(key))]
+        keys = set(await self._objects.keys(layout.RUNS))
+        found = [match["run"] for key in keys if (match := layout.RUN.fullmatch(key))]
         runs = await asyncio.gather(*(self._read_if_whole(run_id, keys) for run_id in found))
         return sorted((run for run in runs if run), key=lambda run: (run.created_ms, run.run_id))
 
     async def run(self, run_id: str) -> ArchivedRun:
         """Raises RunNotFound, DigestMismatch if what is kept of it is damaged."""
-        keys = set(await self._objects.keys(f"runs/{run_id}"))
-        if f"runs/{run_id}/run.json" not in keys:
+        keys = set(await self._objects.keys(layout.run(run_id)))
+        if layout.run_record(run_id, "run.json") not in keys:
             raise RunNotFound(f"there is no run {run_id}", field="run_id")
         return await self._read(run_id, keys)
 
@@ -114,15 +106,13 @@ class RunArchive:
         return None
 
     async def _read(self, run_id: str, keys: set[str]) -> ArchivedRun:
-        prefix = f"runs/{run_id}"
-        begun = await self._record(f"{prefix}/run.json")
-        desired = ""
-        if f"{prefix}/desired.json" in keys:
-            desired = (await self._record(f"{prefix}/desired.json"))["desired"]
-        final = None
-        if f"{prefix}/result.json" in keys:
-            final = FinalState(**await self._record(f"{prefix}/result.json"))
-        attempts = [int(key.rsplit("/", 1)[1]) for key in keys if key.startswith(f"{prefix}/attempts/")]
+        begun = await self._record(layout.run_record(run_id, "run.json"))
+        desired, final = "", None
+        if (key := layout.run_record(run_id, "desired.json")) in keys:
+            desired = (await self._record(key))["desired"]
+        if (key := layout.run_record(run_id, "result.json")) in keys:
+            final = FinalState(**await self._record(key))
+        attempts = [int(key.rpartition("/")[2]) for key in keys if key.startswith(layout.attempts(run_id))]
         return ArchivedRun(
             run_id=run_id,
             spec=begun["spec"],

@@ -1,28 +1,19 @@
-"""Durable truth about cartridges: what object storage holds, where, and how it is read and written.
-
-    blobs/blake3/<hex>.safetensors              tensors, by content
-    cartridges/<name>/<version:010d>.json       a manifest; or a tombstone where a publisher was replaced
-    cartridges/<name>/tags/<tag>.json           {"version": n, "history": [older...], "moved_ms": t}
-    counters/<name>/<limit:016d>                numbers up to the highest limit may have been handed out
-
-The limits outlive everything else, so that no number is used twice even if Redis and all versions are gone.
-"""
+"""Durable truth about cartridges: how the manifests, tags and limits in object storage are read and written."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 
 import structlog
 
-from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound, ShapeMismatch
-from foundry.identity import CartridgeBytes, CartridgeHeader, Digester, prologue_bytes, read_prologue
-from foundry.store import metrics
-from foundry.store.incoming import Incoming
+from foundry.errors import CartridgeNotFound, Conflict, Fenced, InvalidArgument, NotFound
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.objects import layout
+from foundry.store.objects.blobs import Blobs
 from foundry.store.objects.objects import ETag, ObjectInfo, Objects
 from foundry.store.tags import TagRecord
 
@@ -31,131 +22,14 @@ log = structlog.get_logger(__name__)
 # Numbers handed out per write of a limit: what a loss of Redis may skip.
 LIMIT_STEP = 100
 _MAX_READS = 16
-# What a cartridge file's prologue rarely exceeds.
-_PROLOGUE_GUESS_BYTES = 2**16
-# Large enough that a request's own cost does not show, small enough that a repeated one does not hurt.
-_RANGE_BYTES = 2**23
-_RANGES_AT_ONCE = 4
 _TOMBSTONE = {"withdrawn": True}
-_BLOB_KEY = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
-_MANIFEST_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
-_TAG_KEY = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
-_LIMIT_KEY = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
 
 
 class Durable:
     def __init__(self, objects: Objects, *, max_cartridge_bytes: int) -> None:
+        self.blobs = Blobs(objects, max_cartridge_bytes=max_cartridge_bytes)
         self._objects = objects
-        self._max_cartridge_bytes = max_cartridge_bytes
         self._reads = asyncio.Semaphore(_MAX_READS)
-
-    # Bytes
-
-    async def put_blob(self, digest: str, stored: CartridgeBytes) -> None:
-        # Also over a blob that stands: the bytes are the same, unless it is corrupt, and then this repairs it.
-        await self._objects.put(_blob_key(digest), stored.file_parts())
-        metrics.BYTES.labels("sent", "durable").inc(stored.header.num_bytes)
-
-    async def get_blob(self, digest: str) -> CartridgeBytes | None:
-        """The bytes, verified; None if there are none. Raises DigestMismatch if they are not what `digest` names.
-
-        Read in ranges of whole layers, several at once, each repeated by itself when it is cut.
-        """
-        key = _blob_key(digest)
-        try:
-            header, begin = await self._read_prologue(key)
-            with Incoming(header) as incoming:
-                with metrics.STAGE_SECONDS.labels("fetch", "receive").time():
-                    await self._fill(incoming, key, begin)
-                metrics.BYTES.labels("received", "durable").inc(header.num_bytes)
-                return await asyncio.to_thread(incoming.finish, digest)
-        except NotFound:
-            return None
-        except (InvalidArgument, ShapeMismatch) as error:
-            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
-
-    async def check_blob(self, digest: str) -> int | None:
-        """Bytes of the blob, hashed range by range; None if there is none. Raises DigestMismatch."""
-        key = _blob_key(digest)
-        try:
-            header, begin = await self._read_prologue(key)
-            digester = Digester(header)
-            for at in range(begin, begin + header.num_bytes, _RANGE_BYTES):
-                end = min(at + _RANGE_BYTES, begin + header.num_bytes)
-                await asyncio.to_thread(digester.update, await self._objects.get_range(key, at, end))
-        except NotFound:
-            return None
-        except (InvalidArgument, ShapeMismatch) as error:
-            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
-        if (found := digester.digest()) != digest:
-            raise DigestMismatch(f"the blob of {digest} is corrupt: it hashes to {found}")
-        return header.num_bytes
-
-    async def has_blob(self, digest: str) -> bool:
-        return await self._objects.exists(_blob_key(digest))
-
-    async def blob_digests(self) -> AsyncIterator[str]:
-        async for digest, _ in self.blobs():
-            yield digest
-
-    async def blobs(self) -> AsyncIterator[tuple[str, ObjectInfo]]:
-        """All blobs, with the digests that they are named by, in no order."""
-        async for entry in self._objects.scan("blobs"):
-            if match := _BLOB_KEY.fullmatch(entry.key):
-                yield f"blake3:{match['hex']}", entry
-
-    async def blob(self, digest: str) -> ObjectInfo | None:
-        try:
-            return await self._objects.head(_blob_key(digest))
-        except NotFound:
-            return None
-
-    async def delete_blob(self, digest: str) -> None:
-        await self._objects.delete(_blob_key(digest))
-
-    async def header(self, digest: str) -> CartridgeHeader | None:
-        """What the blob's beginning says it is; None if there is none. Raises DigestMismatch if senseless."""
-        try:
-            return (await self._read_prologue(_blob_key(digest)))[0]
-        except NotFound:
-            return None
-        except (InvalidArgument, ShapeMismatch) as error:
-            raise DigestMismatch(f"the blob of {digest} is corrupt: {error}") from error
-
-    async def _read_prologue(self, key: str) -> tuple[CartridgeHeader, int]:
-        size = (await self._objects.head(key)).size
-        content = await self._objects.get_range(key, 0, min(size, _PROLOGUE_GUESS_BYTES))
-        if (length := prologue_bytes(content)) > len(content):
-            content = await self._objects.get_range(key, 0, min(size, length))
-        header, begin = read_prologue(content)
-        if header.num_bytes > self._max_cartridge_bytes:
-            raise InvalidArgument(f"it claims {header.num_bytes} bytes, at most {self._max_cartridge_bytes} are read")
-        if size != begin + header.num_bytes:
-            raise ShapeMismatch(f"the file has {size} bytes, its header says {begin + header.num_bytes}")
-        return header, begin
-
-    async def _fill(self, incoming: Incoming, key: str, begin: int) -> None:
-        layers = max(1, _RANGE_BYTES // incoming.header.layer_bytes)
-        step, size = layers * incoming.header.layer_bytes, incoming.header.num_bytes
-        reads = asyncio.Semaphore(_RANGES_AT_ONCE)
-
-        async def read(at: int) -> None:
-            end = min(at + step, size)
-            async with reads:
-                part = await self._objects.get_range(key, begin + at, begin + end)
-            if part.nbytes != end - at:
-                raise ShapeMismatch(f"{part.nbytes} bytes came where {end - at} were asked for")
-            incoming.memory[at:end] = part
-
-        tasks = [asyncio.create_task(read(at)) for at in range(0, size, step)]
-        try:
-            for index, task in enumerate(tasks):
-                await task
-                incoming.landed(min((index + 1) * step, size))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     # Manifests
 
@@ -164,7 +38,7 @@ class Durable:
 
         Raises Conflict if another digest has the number, Fenced if the number was withdrawn from this publisher.
         """
-        key = _manifest_key(manifest.name, manifest.version)
+        key = layout.manifest(manifest.name, manifest.version)
         if await self._objects.put_if_absent(key, manifest.to_json().encode()):
             return manifest
         standing = await self._manifest(key)
@@ -178,39 +52,38 @@ class Durable:
 
     async def withdraw(self, name: str, version: int) -> None:
         """Put a tombstone where a replaced publisher left a manifest, or would yet write one."""
-        await self._objects.put(_manifest_key(name, version), [json.dumps(_TOMBSTONE).encode()])
+        await self._objects.put(layout.manifest(name, version), [json.dumps(_TOMBSTONE).encode()])
 
     async def manifest(self, name: str, version: int) -> Manifest:
-        try:
-            key = _manifest_key(name, version)
-            found = await self._manifest(key)
-        except NotFound:
-            found = None
-        if found is None:
-            raise CartridgeNotFound(f"there is no durable cartridge {name}@{version}", field="version")
-        return found
+        with suppress(NotFound):
+            if (found := await self._manifest(layout.manifest(name, version))) is not None:
+                return found
+        raise CartridgeNotFound(f"there is no durable cartridge {name}@{version}", field="version")
 
     async def manifests(self, name: str) -> list[Manifest]:
-        keys = await self._objects.keys_here(f"cartridges/{name}")
-        return await self._read_manifests(key for key in keys if _MANIFEST_KEY.fullmatch(key))
+        keys = await self._objects.keys_here(layout.versions(name))
+        return await self._read_manifests(key for key in keys if layout.MANIFEST.fullmatch(key))
+
+    async def whole_versions(self, name: str) -> set[int]:
+        """Numbers of manifests that can be read."""
+        return {manifest.version for manifest in await self.manifests(name)}
 
     async def manifest_entries(self) -> AsyncIterator[tuple[str, int, ObjectInfo]]:
         """(name, version, object) of every manifest and tombstone, unread and in no order."""
-        async for entry in self._objects.scan("cartridges"):
-            if match := _MANIFEST_KEY.fullmatch(entry.key):
+        async for entry in self._objects.scan(layout.CARTRIDGES):
+            if match := layout.MANIFEST.fullmatch(entry.key):
                 yield match["name"], int(match["version"]), entry
 
     async def read_manifest(self, key: str) -> Manifest | None:
         """None if it is a tombstone or was deleted. Raises InvalidArgument if it is neither that nor a manifest."""
         async with self._reads:
-            try:
+            with suppress(NotFound):
                 return await self._manifest(key)
-            except NotFound:
-                return None
+            return None
 
     async def delete_manifest(self, name: str, version: int) -> bool:
         """False if there was none."""
-        key = _manifest_key(name, version)
+        key = layout.manifest(name, version)
         # Asked first, because s3 deletes what does not exist without a word.
         if not await self._objects.exists(key):
             return False
@@ -242,17 +115,17 @@ class Durable:
 
     async def put_tag(self, name: str, tag: str, record: TagRecord, over: ETag | None) -> bool:
         """Write what a tag means, over the record that `over` names or over none. False if another one stands there."""
-        key, content = _tag_key(name, tag), record.to_json().encode()
+        key, content = layout.tag(name, tag), record.to_json().encode()
         if over is None:
             return await self._objects.put_if_absent(key, content)
         return await self._objects.put_if_match(key, content, over)
 
     async def delete_tag(self, name: str, tag: str) -> None:
-        await self._objects.delete(_tag_key(name, tag))
+        await self._objects.delete(layout.tag(name, tag))
 
     async def tag(self, name: str, tag: str) -> tuple[TagRecord | None, ETag | None]:
         """The record and its ETag; an unreadable one is as none, but is written over. (None, None) if there is none."""
-        key = _tag_key(name, tag)
+        key = layout.tag(name, tag)
         async with self._reads:
             try:
                 content, etag = await self._objects.get_with_etag(key)
@@ -264,12 +137,15 @@ class Durable:
             log.error("tag_unreadable", key=key, error=error.message)
             return None, etag
 
+    async def tag_record(self, name: str, tag: str) -> TagRecord | None:
+        return (await self.tag(name, tag))[0]
+
     async def tags(self, name: str) -> dict[str, int]:
         return {tag: record.version for tag, record in (await self.tag_records(name)).items()}
 
     async def tag_records(self, name: str) -> dict[str, TagRecord]:
-        keys = await self._objects.keys_here(f"cartridges/{name}/tags")
-        found = [match["tag"] for key in keys if (match := _TAG_KEY.fullmatch(key)) and match["name"] == name]
+        keys = await self._objects.keys_here(layout.tags(name))
+        found = [match["tag"] for key in keys if (match := layout.TAG.fullmatch(key)) and match["name"] == name]
         records = await asyncio.gather(*(self.tag(name, tag) for tag in found))
         return {tag: record for tag, (record, _) in zip(found, records, strict=True) if record is not None}
 
@@ -277,14 +153,14 @@ class Durable:
 
     async def names(self) -> list[str]:
         """Names that have at least one durable version or a tombstone."""
-        keys = await self._objects.keys("cartridges")
-        return sorted({match["name"] for key in keys if (match := _MANIFEST_KEY.fullmatch(key))})
+        keys = await self._objects.keys(layout.CARTRIDGES)
+        return sorted({match["name"] for key in keys if (match := layout.MANIFEST.fullmatch(key))})
 
     async def delete_name(self, name: str, versions: Iterable[int]) -> bool:
         """Delete these versions and all tags; False if there were none. Limits stay."""
         # Tags first: a tag must not outlive its version.
-        tags = [key for key in await self._objects.keys_here(f"cartridges/{name}/tags") if _TAG_KEY.fullmatch(key)]
-        manifests = [_manifest_key(name, version) for version in versions]
+        tags = [key for key in await self._objects.keys_here(layout.tags(name)) if layout.TAG.fullmatch(key)]
+        manifests = [layout.manifest(name, version) for version in versions]
         for key in [*tags, *manifests]:
             await self._objects.delete(key)
         return bool(manifests)
@@ -294,23 +170,23 @@ class Durable:
     async def raise_limit(self, name: str, counter: int) -> int:
         """Allow numbers beyond `counter`. Each limit is an object of its own: a late writer can't lower it."""
         limit = (counter // LIMIT_STEP + 1) * LIMIT_STEP
-        await self._objects.put_if_absent(_limit_key(name, limit), b"")
+        await self._objects.put_if_absent(layout.limit(name, limit), b"")
         if counter >= LIMIT_STEP:
-            await self._objects.delete(_limit_key(name, limit - LIMIT_STEP))
+            await self._objects.delete(layout.limit(name, limit - LIMIT_STEP))
         return limit
 
     async def limits(self) -> dict[str, int]:
         """The highest limit of every name that ever was."""
         limits: dict[str, int] = {}
-        for key in await self._objects.keys("counters"):
-            if match := _LIMIT_KEY.fullmatch(key):
+        for key in await self._objects.keys(layout.COUNTERS):
+            if match := layout.LIMIT.fullmatch(key):
                 limits[match["name"]] = max(limits.get(match["name"], 0), int(match["limit"]))
         return limits
 
     async def versions(self, name: str) -> list[int]:
         """Numbers of manifests and tombstones, ascending."""
-        keys = await self._objects.keys_here(f"cartridges/{name}")
-        return sorted(int(match["version"]) for key in keys if (match := _MANIFEST_KEY.fullmatch(key)))
+        keys = await self._objects.keys_here(layout.versions(name))
+        return sorted(int(match["version"]) for key in keys if (match := layout.MANIFEST.fullmatch(key)))
 
     async def _manifest(self, key: str) -> Manifest | None:
         return await self._objects.parsed(key, lambda content: _manifest_at(key, content))
@@ -333,22 +209,6 @@ def _manifest_at(key: str, content: bytes) -> Manifest | None:
     if content == json.dumps(_TOMBSTONE).encode():
         return None
     manifest = Manifest.from_json(content)
-    if key != _manifest_key(manifest.name, manifest.version):
+    if key != layout.manifest(manifest.name, manifest.version):
         raise InvalidArgument(f"{key} holds the manifest of {manifest.id}")
     return manifest
-
-
-def _blob_key(digest: str) -> str:
-    return f"blobs/blake3/{digest.removeprefix('blake3:')}.safetensors"
-
-
-def _manifest_key(name: str, version: int) -> str:
-    return f"cartridges/{name}/{version:010d}.json"
-
-
-def _tag_key(name: str, tag: str) -> str:
-    return f"cartridges/{name}/tags/{tag}.json"
-
-
-def _limit_key(name: str, limit: int) -> str:
-    return f"counters/{name}/{limit:016d}"

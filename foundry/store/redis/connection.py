@@ -41,39 +41,7 @@ from redis.retry import Retry as BlockingRetry
 from foundry.errors import FoundryError, StoreFull, StoreRefused, StoreUnavailable
 from foundry.store import metrics
 from foundry.store.credentials import RedisAccess
-
-# Redis hands scripts nothing else that tells one life of a server from the next.
-_EPOCH = """
-local server_run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-local restored = redis.call('GET', 'foundry:epoch') == server_run
-"""
-_CHECKED = _EPOCH + "if not restored then return {'empty'} end\n"
-# Items of a reply become text one by one, as `_text` has it. The last argument is the checksum of those before it, of
-# which the last makes the call unique.
-_SEALED = """
-local function text(item)
-  if type(item) == 'table' then
-    local items = {}
-    for i = 1, #item do
-      -- Where a reply ends to Redis.
-      if item[i] == nil then break end
-      items[i] = text(item[i])
-    end
-    return '[' .. table.concat(items, ',') .. ']'
-  end
-  if type(item) == 'number' then return string.format('%%d', item) end
-  return item and #item .. ':' .. item or '-'
-end
-local sum = table.remove(ARGV)
-if redis.sha1hex(text(ARGV)) ~= sum then return {'damaged'} end
-table.remove(ARGV)
-local function script()
-%s
-end
-local reply = script()
-return {reply, redis.sha1hex(sum .. text(reply))}
-"""
-_READ = "return {'ok', redis.call(unpack(ARGV))}"
+from foundry.store.redis import scripts
 
 _CONNECTIONS = 64
 _WAITING_CONNECTIONS = 10_000
@@ -108,8 +76,6 @@ class Connection:
         # Whoever waits for an event holds a connection meanwhile, and must not take it from those who work.
         self._waiting = Redis.from_pool(ConnectionPool(max_connections=_WAITING_CONNECTIONS, **pooled))
         self.on_empty: Callable[[], Awaitable[object]] = _nothing_restores
-        # The script as it is sent, by itself and whether it is checked.
-        self._scripts: dict[tuple[str, bool], str] = {}
 
     async def close(self) -> None:
         await self.redis.aclose()
@@ -127,7 +93,7 @@ class Connection:
         return connection
 
     async def run(self, script: str, *args: str | int) -> Reply:
-        """Run a script on restored pointers. The reply's first item is its status, a str; bytes are decoded."""
+        """Run `lua/<script>.lua` on restored pointers. The reply begins with its status, a str; bytes are decoded."""
         for _ in range(2):
             reply = await self._eval(script, args, checked=True)
             if reply[0] != "empty":
@@ -141,7 +107,7 @@ class Connection:
 
     async def read(self, command: str, *args: str | int) -> Any:
         """One reading command on restored pointers."""
-        return (await self.run(_READ, command, *args))[1]
+        return (await self.run("read", command, *args))[1]
 
     async def read_stream(self, key: str, after: str, *, block: bool) -> list[tuple[str, dict[str, str]]]:
         """Entries of a stream after the id `after`; a blocking read waits a while for the first one."""
@@ -164,13 +130,10 @@ class Connection:
             await self._waiting.blpop([key], timeout=max(0.01, min(seconds, self.timeout_seconds / 2)))
 
     async def _eval(self, script: str, args: tuple[str | int, ...], *, checked: bool) -> Reply:
-        text = self._scripts.get((script, checked))
-        if text is None:
-            text = self._scripts[script, checked] = _SEALED % ((_CHECKED if checked else _EPOCH) + script)
         arguments = [*(str(arg).encode() for arg in args), os.urandom(8).hex().encode()]
         asked = _sha1(_text(arguments))
         with redis_errors(), metrics.REDIS_SECONDS.time():
-            reply = await self._call(text, [*arguments, asked])
+            reply = await self._call(scripts.text(script, checked=checked), [*arguments, asked])
         metrics.REDIS.answered()
         # A reply of another shape is damaged too: whatever it was, its checksum isn't there.
         if not (isinstance(reply, list) and len(reply) == 2 and reply[1] == _sha1(asked + _text(reply[0]))):

@@ -1,8 +1,4 @@
-"""Hot bytes: the tensors of the newest versions, in Redis, layer by layer in chunks well under 4 MiB.
-
-    bytes:<digest>              JSON {header, chunks}
-    bytes:<digest>:<i>          chunk i: the next at most 2 MiB of a layer, layers in order
-    staged:<token>:<i>          the same on the way in, under a name of the upload's own
+"""Hot bytes: the tensors of the newest versions, in Redis, layer by layer in chunks well under 4 MiB (redis/keys.py).
 
 An upload goes to its own keys and is moved under the digest by the commit, so bytes under a digest are always whole,
 publishers never write into each other's, and the digest may be computed while they are sent. What no commit takes
@@ -24,6 +20,7 @@ from foundry.store import metrics
 from foundry.store.incoming import Incoming
 from foundry.store.redis import transfer as bulk
 from foundry.store.redis.connection import Connection, redis_errors
+from foundry.store.redis.keys import key
 
 CHUNK_BYTES = 2 * 2**20
 # An upload must be committed by then; what is left of publishers that died takes memory no longer.
@@ -47,7 +44,7 @@ class HotBytes:
     async def stage(self, token: str, stored: CartridgeBytes) -> None:
         """Upload under the keys of `token`. Raises StoreUnavailable or StoreFull."""
         view = memoryview(stored.data).cast("B")
-        pieces = [(_staged_key(token, i), view[begin:end]) for i, (begin, end) in enumerate(chunks(stored.header))]
+        pieces = [(key("staged", token, i), view[begin:end]) for i, (begin, end) in enumerate(chunks(stored.header))]
         with metrics.STAGE_SECONDS.labels("publish", "send").time():
             await self._in_thread(
                 lambda: bulk.send(self._connection.open_blocking, pieces, expire_seconds=STAGED_SECONDS)
@@ -57,11 +54,11 @@ class HotBytes:
     async def header(self, digest: str) -> CartridgeHeader | None:
         """What the bytes are said to be; None if there are none. Raises DigestMismatch if senseless."""
         with redis_errors():
-            text = await self._connection.redis.get(_key(digest))
+            text = await self._connection.redis.get(key("bytes", digest))
         if text is None:
             return None
         if not isinstance(text, bytes):
-            raise StoreUnavailable(f"Redis answered {text!r} when asked for {_key(digest)}")
+            raise StoreUnavailable(f"Redis answered {text!r} when asked for {key('bytes', digest)}")
         header = header_of(digest, text)
         if header.num_bytes > self._max_cartridge_bytes:
             raise DigestMismatch(f"the hot copy of {digest} claims {header.num_bytes} bytes, more than is ever stored")
@@ -80,7 +77,7 @@ class HotBytes:
     def _receive(self, digest: str, header: CartridgeHeader) -> CartridgeBytes:
         with Incoming(header) as incoming:
             bounds = chunks(header)
-            pieces = [(_chunk_key(digest, i), incoming.memory[begin:end]) for i, (begin, end) in enumerate(bounds)]
+            pieces = [(key("bytes", digest, i), incoming.memory[begin:end]) for i, (begin, end) in enumerate(bounds)]
             with metrics.STAGE_SECONDS.labels("fetch", "receive").time():
                 for num_filled in bulk.receive(self._connection.open_blocking, pieces):
                     incoming.landed(bounds[num_filled - 1][1])
@@ -111,15 +108,3 @@ def chunks(header: CartridgeHeader) -> list[tuple[int, int]]:
 def meta(header: CartridgeHeader) -> str:
     """The value of `bytes:<digest>`; scripts read the number of chunks off its end."""
     return json.dumps({"header": asdict(header), "chunks": len(chunks(header))})
-
-
-def _key(digest: str) -> str:
-    return f"foundry:bytes:{digest}"
-
-
-def _chunk_key(digest: str, index: int) -> str:
-    return f"foundry:bytes:{digest}:{index}"
-
-
-def _staged_key(token: str, index: int) -> str:
-    return f"foundry:staged:{token}:{index}"

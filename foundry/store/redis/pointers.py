@@ -13,10 +13,9 @@ from foundry.errors import CartridgeNotFound, Conflict, Fenced
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import LATEST, CartridgeId, Reference
 from foundry.store.redis import hot_bytes as hot
-from foundry.store.redis import scripts
 from foundry.store.redis.connection import Connection, Reply
-from foundry.store.redis.gc_scripts import FORGET
-from foundry.store.tags import TagRecord
+from foundry.store.redis.keys import key
+from foundry.store.tags import MAX_TAG_HISTORY, TagRecord
 from foundry.telemetry.traces import current_traceparent
 
 
@@ -65,7 +64,7 @@ class Pointers:
         After `hold_seconds` another may become it; without them only when the owner released the name.
         """
         hold_ms = "" if hold_seconds is None else int(hold_seconds * 1000)
-        reply = await self._connection.run(scripts.ACQUIRE, name, run, attempt, hold_ms)
+        reply = await self._connection.run("pointers/acquire", name, run, attempt, hold_ms)
         _refuse_fenced(reply, name, run, attempt)
         if reply[0] == "conflict":
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
@@ -73,34 +72,34 @@ class Pointers:
 
     async def forget(self, name: str, version: int) -> None:
         """Drop the reservation and whatever points to a version whose manifest was withdrawn or deleted."""
-        await self._connection.run(FORGET, name, version, 0)
+        await self._connection.run("pointers/forget", name, version, 0)
 
     async def release(self, name: str, run: str, attempt: int) -> None:
-        reply = await self._connection.run(scripts.RELEASE, name, run, attempt)
+        reply = await self._connection.run("pointers/release", name, run, attempt)
         _refuse_fenced(reply, name, run, attempt)
 
     async def check_owner(self, draft: ManifestDraft) -> None:
         """Raises Fenced unless the caller is the owner."""
-        reply = await self._connection.run(scripts.CHECK_OWNER, draft.name, draft.run, draft.attempt)
+        reply = await self._connection.run("pointers/check_owner", draft.name, draft.run, draft.attempt)
         _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
 
     async def reserve(self, draft: ManifestDraft, digest: str, *, durable: bool) -> Reservation | LimitReached | None:
-        """The same run, step and digest get the same number again; None while the sweeper deletes the blob.
+        """The same run, step and digest get the same number again; None while the collector deletes the blob.
 
         Raises Fenced unless the caller is the owner.
         """
         reply = await self._connection.run(
-            scripts.RESERVE, draft.name, draft.run, draft.attempt, draft.step, digest, int(durable)
+            "pointers/reserve", draft.name, draft.run, draft.attempt, draft.step, digest, int(durable)
         )
         _refuse_fenced(reply, draft.name, draft.run, draft.attempt)
-        if reply[0] == "condemned":
+        if reply[0] == "marked":
             return None
         if reply[0] == "limit":
             return LimitReached(int(reply[1]))
         return Reservation(int(reply[1]), _manifest(reply[2]) if reply[0] == "committed" else None)
 
     async def raise_limit(self, name: str, limit: int) -> None:
-        await self._connection.run(scripts.RAISE_LIMIT, name, limit)
+        await self._connection.run("pointers/raise_limit", name, limit)
 
     async def commit(
         self, manifest: Manifest, token: str, *, durable: bool, keep_hot: int, event_stream_length: int
@@ -111,7 +110,7 @@ class Pointers:
         Raises Fenced unless the caller is the owner.
         """
         reply = await self._connection.run(
-            scripts.COMMIT,
+            "pointers/commit",
             manifest.name,
             manifest.run,
             manifest.attempt,
@@ -137,48 +136,48 @@ class Pointers:
             kind = "digest"
         else:
             kind = "latest" if selector == LATEST else "tag"
-        reply = await self._connection.run(scripts.LOOKUP, reference.name, kind, selector)
+        reply = await self._connection.run("pointers/lookup", reference.name, kind, selector)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {reference}", field="model")
         return CartridgeId(reference.name, int(reply[1]), reply[2])
 
     async def names(self) -> list[str]:
-        return sorted(await self._connection.read("SMEMBERS", "foundry:names"))
+        return sorted(await self._connection.read("SMEMBERS", key("names")))
 
     async def manifest(self, name: str, version: int) -> Manifest:
-        value = await self._connection.read("HGET", f"foundry:versions:{name}", version)
+        value = await self._connection.read("HGET", key("versions", name), version)
         if value is None:
             raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
         return _manifest(value)
 
     async def manifests(self, name: str) -> list[Manifest]:
-        values = await self._connection.read("HVALS", f"foundry:versions:{name}")
+        values = await self._connection.read("HVALS", key("versions", name))
         return sorted((_manifest(value) for value in values), key=lambda manifest: manifest.version)
 
     async def durable(self, name: str) -> set[int]:
-        return {int(version) for version in await self._connection.read("SMEMBERS", f"foundry:durable:{name}")}
+        return {int(version) for version in await self._connection.read("SMEMBERS", key("durable", name))}
 
     async def tags(self, name: str) -> dict[str, int]:
-        flat = await self._connection.read("HGETALL", f"foundry:tags:{name}")
+        flat = await self._connection.read("HGETALL", key("tags", name))
         return {tag: int(version) for tag, version in zip(flat[::2], flat[1::2], strict=True)}
 
     async def hot(self, name: str) -> set[int]:
-        return {int(version) for version in await self._connection.read("ZRANGE", f"foundry:hot:{name}", 0, -1)}
+        return {int(version) for version in await self._connection.read("ZRANGE", key("hot", name), 0, -1)}
 
     async def mark_durable(self, name: str, version: int) -> bool:
         """False if the version is gone."""
-        return bool((await self._connection.run(scripts.MARK_DURABLE, name, version))[0] == "ok")
+        return bool((await self._connection.run("pointers/mark_durable", name, version))[0] == "ok")
 
     async def tag(self, name: str, tag: str, version: int) -> int | None:
         """What the tag meant before."""
-        reply = await self._connection.run(scripts.TAG, name, tag, version)
+        reply = await self._connection.run("pointers/tag", name, tag, version, MAX_TAG_HISTORY)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
         return int(reply[1]) if reply[1] else None
 
     async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
         """What the tag means now and what it meant until now. Raises Conflict if there is no version to go back to."""
-        reply = await self._connection.run(scripts.ROLLBACK_TAG, name, tag)
+        reply = await self._connection.run("pointers/rollback_tag", name, tag, MAX_TAG_HISTORY)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
         if reply[0] == "first":
@@ -189,68 +188,68 @@ class Pointers:
         return int(reply[1]), int(reply[2])
 
     async def tag_record(self, name: str, tag: str) -> TagRecord | None:
-        reply = await self._connection.run(scripts.TAG_RECORD, name, tag)
+        reply = await self._connection.run("pointers/tag_record", name, tag)
         if reply[0] == "missing":
             return None
         moved_ms, *history = (int(word) for word in reply[2].split())
         return TagRecord(int(reply[1]), tuple(history), moved_ms)
 
     async def untag(self, name: str, tag: str) -> None:
-        if (await self._connection.run(scripts.UNTAG, name, tag))[0] == "missing":
+        if (await self._connection.run("pointers/untag", name, tag))[0] == "missing":
             raise CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
 
     async def delete_version(self, name: str, version: int) -> bool:
         """False if Redis has no such version. Raises Conflict while something points to it."""
-        reply = await self._connection.run(scripts.DELETE_VERSION, name, version)
+        reply = await self._connection.run("pointers/delete_version", name, version)
         if reply[0] == "conflict":
             raise Conflict(f"{name}@{version} is what {name}@{reply[1]} means: move that first", field="version")
         return bool(reply[0] == "ok")
 
     async def delete_name(self, name: str) -> bool:
         """False if Redis has no such name. Raises Conflict while a run trains it."""
-        reply = await self._connection.run(scripts.DELETE_NAME, name)
+        reply = await self._connection.run("pointers/delete_name", name)
         if reply[0] == "conflict":
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}: cancel that first", field="name")
         return bool(reply[0] == "ok")
 
     async def lease(self, digest: str, holder: str, seconds: float) -> bool:
-        """False while the sweeper deletes the blob."""
-        reply = await self._connection.run(scripts.LEASE, digest, holder, int(seconds * 1000))
+        """False while the collector deletes the blob."""
+        reply = await self._connection.run("pointers/lease", digest, holder, int(seconds * 1000))
         return bool(reply[0] == "ok")
 
     async def unlease(self, digest: str, holder: str) -> None:
-        await self._connection.run(scripts.UNLEASE, digest, holder)
+        await self._connection.run("pointers/unlease", digest, holder)
 
     async def leases(self, digest: str) -> list[str]:
-        return list((await self._connection.run(scripts.LEASES, digest))[1])
+        return list((await self._connection.run("pointers/leases", digest))[1])
 
     async def drop_bytes(self, digest: str) -> None:
-        await self._connection.run(scripts.DROP_BYTES, digest)
+        await self._connection.run("pointers/drop_bytes", digest)
 
     async def drop_staged(self, token: str, num_chunks: int) -> None:
-        await self._connection.run(scripts.DROP_STAGED, token, num_chunks)
+        await self._connection.run("pointers/drop_staged", token, num_chunks)
 
     async def hot_digests(self) -> AsyncIterator[str]:
         """Digests whose bytes some version keeps in Redis; one may come twice."""
         cursor = "0"
         while True:
-            cursor, keys = await self._connection.read("SCAN", cursor, "MATCH", "foundry:refs:*", "COUNT", 1000)
-            for key in keys:
-                yield key.removeprefix("foundry:refs:")
+            cursor, keys = await self._connection.read("SCAN", cursor, "MATCH", key("refs", "*"), "COUNT", 1000)
+            for each in keys:
+                yield each.removeprefix(key("refs", ""))
             if cursor == "0":
                 return
 
     async def hot_versions(self, digest: str) -> list[str]:
         """`name@version` of the versions that keep these bytes in Redis."""
-        return sorted(await self._connection.read("SMEMBERS", f"foundry:refs:{digest}"))
+        return sorted(await self._connection.read("SMEMBERS", key("refs", digest)))
 
     async def events(self, after: str) -> AsyncIterator[Published]:
         if after == "$":
             # Pinned now: "$" in every read would skip what is published between two reads.
-            newest = await self._connection.read("XREVRANGE", "foundry:events", "+", "-", "COUNT", 1)
+            newest = await self._connection.read("XREVRANGE", key("events"), "+", "-", "COUNT", 1)
             after = newest[0][0] if newest else "0-0"
         while True:
-            for event_id, fields in await self._connection.read_stream("foundry:events", after, block=True):
+            for event_id, fields in await self._connection.read_stream(key("events"), after, block=True):
                 after = event_id
                 cartridge = CartridgeId(fields["name"], int(fields["version"]), fields["digest"])
                 traceparent = fields.get("traceparent", "")

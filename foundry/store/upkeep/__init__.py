@@ -1,1 +1,1 @@
-"""Sweeping, verifying and restoring what the store holds."""
+"""Collecting the garbage of what the store holds, verifying and restoring it."""

@@ -1,4 +1,4 @@
-"""The sweeper: what nothing needs any more leaves Redis and object storage.
+"""The garbage collector: what nothing needs any more leaves Redis and object storage.
 
     hot         bytes in Redis beyond `keep_hot`, whose trimming a lease had put off
     version     durable versions beyond retention, and manifests that publishers left who were replaced or died
@@ -29,14 +29,13 @@ from foundry.store.manifest import Manifest
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import ObjectInfo
 from foundry.store.objects.versions import Durable
-from foundry.store.redis import gc_scripts as scripts
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import Pointers
-from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, Condemned
+from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, GcMarks
 
 _PARALLEL = 16
 # Blobs that are marked at a time: few enough that their deletion ends well before the marks do.
-_CONDEMNED_AT_A_TIME = 500
+_MARKED_AT_A_TIME = 500
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +52,7 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
+class Collected:
     """One thing that went, or would go. `num_bytes` is 0 for bytes that another version still needs."""
 
     kind: Literal["hot", "version", "blob", "checkpoint"]
@@ -71,22 +70,22 @@ class _Version:
     entry: ObjectInfo
 
 
-class Sweeper:
-    """One sweep. With `dry_run` nothing is changed, and what a real sweep would take is yielded."""
+class Collector:
+    """One collection. With `dry_run` nothing is changed, and what a real one would take is yielded."""
 
     def __init__(
         self,
         connection: Connection,
         pointers: Pointers,
         durable: Durable,
-        condemned: Condemned,
+        marks: GcMarks,
         checkpoints: Checkpoints,
         retention: Retention,
         *,
         dry_run: bool,
     ) -> None:
         self._connection, self._pointers, self._durable = connection, pointers, durable
-        self._condemned, self._checkpoints = condemned, checkpoints
+        self._marks, self._checkpoints = marks, checkpoints
         self._retention, self._dry_run = retention, dry_run
         self._began = datetime.now(UTC)
         # Compared with the object storage's clock: the grace covers what it is off.
@@ -98,25 +97,25 @@ class Sweeper:
         # Digest -> versions whose hot bytes go: in a dry run Redis still counts them.
         self._hot_gone: defaultdict[str, set[str]] = defaultdict(set)
 
-    async def sweep(self) -> AsyncIterator[Swept]:
+    async def collect(self) -> AsyncIterator[Collected]:
         """Raises StoreUnavailable; DigestMismatch, after all else, if a manifest can't be read: then no blob goes."""
         if not self._dry_run:
-            await self._condemned.forget_dead_sweeps()
-        for part in (self._sweep_hot, self._sweep_versions, self._sweep_checkpoints, self._sweep_blobs):
-            async for swept in part():
-                yield swept
+            await self._marks.forget_dead()
+        for part in (self._collect_hot, self._collect_versions, self._collect_checkpoints, self._collect_blobs):
+            async for collected in part():
+                yield collected
 
     # Hot bytes
 
-    async def _sweep_hot(self) -> AsyncIterator[Swept]:
+    async def _collect_hot(self) -> AsyncIterator[Collected]:
         why = f"beyond the newest {self._retention.keep_hot} hot versions, and no longer leased"
         for name in await self._pointers.names():
-            reply = await self._connection.run(scripts.TRIM, name, self._retention.keep_hot, int(self._dry_run))
+            reply = await self._connection.run("gc/trim", name, self._retention.keep_hot, int(self._dry_run))
             for share in reply[1]:
-                for swept in self._hot(name, share, why):
-                    yield swept
+                for collected in self._hot(name, share, why):
+                    yield collected
 
-    def _hot(self, name: str, share: Sequence[str | int], why: str) -> Iterable[Swept]:
+    def _hot(self, name: str, share: Sequence[str | int], why: str) -> Iterable[Collected]:
         """What leaves Redis with a version; nothing if it has no bytes there, or was counted already."""
         version, digest, num_bytes, num_sharing = str(share[0]), str(share[1]), int(share[2]), int(share[3])
         key, gone = f"{name}@{version}", self._hot_gone[digest]
@@ -124,11 +123,11 @@ class Sweeper:
             return
         gone.add(key)
         left = num_sharing - (len(gone) if self._dry_run else 1)
-        yield Swept("hot", key, 0 if left else num_bytes, why)
+        yield Collected("hot", key, 0 if left else num_bytes, why)
 
     # Versions
 
-    async def _sweep_versions(self) -> AsyncIterator[Swept]:
+    async def _collect_versions(self) -> AsyncIterator[Collected]:
         entries: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
         async for name, _, entry in self._durable.manifest_entries():
             entries[name].append(entry)
@@ -137,8 +136,8 @@ class Sweeper:
             listed = entries.pop(name)
             known = await self._pointers.durable(name)
             found = [each async for each in _in_parallel(self._read_version, listed) if each]
-            async for swept in self._sweep_withdrawn(name, listed, found, known):
-                yield swept
+            async for collected in self._collect_withdrawn(name, listed, found, known):
+                yield collected
             leftovers = [each for each in found if each.version not in known]
             wanted = sorted((each for each in found if each.version in known), key=lambda each: -each.version)
             for index, version in enumerate(wanted):
@@ -147,29 +146,29 @@ class Sweeper:
                 if why is None or retired is None:
                     self._needed.add(version.digest)
                     continue
-                yield Swept("version", f"{name}@{version.version}", version.entry.size, why)
-                for swept in self._hot(name, retired, why):
-                    yield swept
+                yield Collected("version", f"{name}@{version.version}", version.entry.size, why)
+                for collected in self._hot(name, retired, why):
+                    yield collected
             for version in leftovers:
                 if await self._discard(version):
                     why = "left by a publication or a deletion that was cut off"
-                    yield Swept("version", f"{name}@{version.version}", version.entry.size, why)
+                    yield Collected("version", f"{name}@{version.version}", version.entry.size, why)
                 else:
                     self._needed.add(version.digest)
 
-    async def _sweep_withdrawn(
+    async def _collect_withdrawn(
         self, name: str, listed: list[ObjectInfo], found: list[_Version], known: set[int]
-    ) -> AsyncIterator[Swept]:
+    ) -> AsyncIterator[Collected]:
         """Forget what a loss of Redis brought back while it was being withdrawn, before the blob goes."""
         whole = {each.entry.key for each in found} | set(self._unreadable)
         for entry in listed:
             version = int(entry.key.rpartition("/")[2].removesuffix(".json"))
             if entry.key not in whole and version in known:
                 why = "withdrawn from a publisher that was replaced"
-                reply = await self._connection.run(scripts.FORGET, name, version, int(self._dry_run))
-                yield Swept("version", f"{name}@{version}", 0, why)
-                for swept in self._hot(name, reply[1], why) if len(reply) > 1 else ():
-                    yield swept
+                reply = await self._connection.run("pointers/forget", name, version, int(self._dry_run))
+                yield Collected("version", f"{name}@{version}", 0, why)
+                for collected in self._hot(name, reply[1], why) if len(reply) > 1 else ():
+                    yield collected
 
     async def _read_version(self, entry: ObjectInfo) -> _Version | None:
         try:
@@ -192,7 +191,7 @@ class Sweeper:
 
     async def _retire(self, version: _Version) -> Sequence[str | int] | None:
         """What it had in Redis; None if something still needs it."""
-        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, int(self._dry_run))
+        reply = await self._connection.run("gc/retire", version.name, version.version, int(self._dry_run))
         if reply[0] != "ok":
             return None
         if not self._dry_run:
@@ -203,7 +202,7 @@ class Sweeper:
         """Delete a manifest that Redis does not know; False if it may yet become a version."""
         if version.entry.last_modified >= self._old:
             return False
-        reply = await self._connection.run(scripts.RETIRE, version.name, version.version, 1)
+        reply = await self._connection.run("gc/retire", version.name, version.version, 1)
         if reply[0] != "unknown":
             return False
         if not self._dry_run:
@@ -217,51 +216,51 @@ class Sweeper:
 
     # Blobs
 
-    async def _sweep_blobs(self) -> AsyncIterator[Swept]:
+    async def _collect_blobs(self) -> AsyncIterator[Collected]:
         if self._unreadable:
             raise DigestMismatch(
                 f"{len(self._unreadable)} manifests can't be read ({self._unreadable[0]} ...) and what they need is "
-                "not known: no blob was swept. 'foundry store verify' lists them; restore or delete them"
+                "not known: no blob was collected. 'foundry store verify' lists them; restore or delete them"
             )
         orphans = [
             (digest, entry.size)
-            async for digest, entry in self._durable.blobs()
+            async for digest, entry in self._durable.blobs.entries()
             if digest not in self._needed and entry.last_modified < self._old
         ]
         remaining = iter(sorted(orphans))
-        while batch := dict(islice(remaining, _CONDEMNED_AT_A_TIME)):
+        while batch := dict(islice(remaining, _MARKED_AT_A_TIME)):
             gone = self._would_go(batch) if self._dry_run else self._delete_blobs(batch)
             async for digest in gone:
-                yield Swept("blob", digest, batch[digest], "no manifest names it")
+                yield Collected("blob", digest, batch[digest], "no manifest names it")
 
     async def _would_go(self, digests: Iterable[str]) -> AsyncIterator[str]:
-        for digest, answer in await self._condemn(0, digests):
+        for digest, answer in await self._mark(0, digests):
             if set(answer.split()) <= self._hot_gone[digest]:
                 yield digest
 
     async def _delete_blobs(self, digests: Iterable[str]) -> AsyncIterator[str]:
         # On an error the marks stay until they expire: a deletion may be on its way.
-        sweep = str(uuid.uuid4())
-        await self._condemned.put(sweep, list(digests))
+        batch = str(uuid.uuid4())
+        await self._marks.put(batch, list(digests))
         deadline = time.monotonic() + DELETING_SECONDS
-        condemned = [digest for digest, answer in await self._condemn(int(MARK_SECONDS * 1000), digests) if not answer]
+        marked = [digest for digest, answer in await self._mark(int(MARK_SECONDS * 1000), digests) if not answer]
         # From here on nobody begins to publish these digests; who did before has left a manifest, or is leased.
         spared = await self._named_meanwhile()
 
         async def delete(digest: str) -> str | None:
             return digest if digest not in spared and await self._delete_blob(digest, deadline) else None
 
-        async for deleted in _in_parallel(delete, condemned):
+        async for deleted in _in_parallel(delete, marked):
             if deleted:
                 yield deleted
-        if condemned:
-            await self._connection.run(scripts.ABSOLVE, *condemned)
-        await self._condemned.delete(sweep)
+        if marked:
+            await self._connection.run("gc/unmark", *marked)
+        await self._marks.delete(batch)
 
-    async def _condemn(self, mark_ms: int, digests: Iterable[str]) -> list[tuple[str, str]]:
-        """Each digest with what keeps it: '' if it is condemned, or would be where `mark_ms` is 0."""
+    async def _mark(self, mark_ms: int, digests: Iterable[str]) -> list[tuple[str, str]]:
+        """Each digest with what keeps it: '' if it is marked, or would be where `mark_ms` is 0."""
         listed = list(digests)
-        reply = await self._connection.run(scripts.CONDEMN, mark_ms, *listed)
+        reply = await self._connection.run("gc/mark", mark_ms, *listed)
         return list(zip(listed, reply[1], strict=True))
 
     async def _named_meanwhile(self) -> set[str]:
@@ -275,7 +274,7 @@ class Sweeper:
         return found
 
     async def _delete_blob(self, digest: str, deadline: float) -> bool:
-        entry = await self._durable.blob(digest)
+        entry = await self._durable.blobs.entry(digest)
         if entry is None or entry.last_modified >= self._old:
             return False
         if time.monotonic() > deadline:
@@ -285,18 +284,18 @@ class Sweeper:
             )
         try:
             async with asyncio.timeout(DELETING_SECONDS):
-                await self._durable.delete_blob(digest)
+                await self._durable.blobs.delete(digest)
         except TimeoutError as error:
             raise StoreUnavailable(f"object storage did not delete the blob of {digest} in time") from error
         return True
 
     # Checkpoints
 
-    async def _sweep_checkpoints(self) -> AsyncIterator[Swept]:
+    async def _collect_checkpoints(self) -> AsyncIterator[Collected]:
         async for entry in self._checkpoints.of_runs_that_ended(before=self._old):
             if not self._dry_run:
                 await self._checkpoints.delete(entry)
-            yield Swept("checkpoint", entry.key, entry.size, "its run is over")
+            yield Collected("checkpoint", entry.key, entry.size, "its run is over")
 
 
 def _version_of(manifest: Manifest, entry: ObjectInfo) -> _Version:

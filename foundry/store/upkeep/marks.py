@@ -1,9 +1,7 @@
-"""Which blobs a sweeper is deleting, written where a loss of Redis can't undo it.
-
-    condemned/<sweep>.json      {digests}; stands from before Redis is marked until the last blob is gone
+"""Which blobs a garbage collector is deleting, written where a loss of Redis can't undo it.
 
 Redis holds the marks that publishers meet (`foundry:condemned:<digest>`); a rebuild restores them from here, so that
-nobody puts a blob that a sweeper, which has not noticed the loss, then deletes.
+nobody puts a blob that a collector, which has not noticed the loss, then deletes.
 """
 
 from __future__ import annotations
@@ -15,63 +13,59 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 from foundry.errors import NotFound, StoreUnavailable
+from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
 
-# How long a mark stands if its sweeper dies. A sweeper begins no deletion later than DELETING_SECONDS after it marked
-# the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to arrive.
+# How long a mark stands if its collector dies. A collector begins no deletion later than DELETING_SECONDS after it
+# marked the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to
+# arrive.
 MARK_SECONDS = 300.0
 DELETING_SECONDS = 60.0
-# A sweep of one batch of blobs takes seconds.
+# To delete a batch of blobs takes seconds.
 _WAIT_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
 Answer = TypeVar("Answer")
 
 
-class Condemned:
+class GcMarks:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
-    async def put(self, sweep: str, digests: list[str]) -> None:
-        await self._objects.put(_key(sweep), [seal({"digests": digests}).encode()])
+    async def put(self, batch: str, digests: list[str]) -> None:
+        await self._objects.put(layout.mark(batch), [seal({"digests": digests}).encode()])
 
-    async def delete(self, sweep: str) -> None:
-        await self._objects.delete(_key(sweep))
+    async def delete(self, batch: str) -> None:
+        await self._objects.delete(layout.mark(batch))
 
     async def digests(self) -> list[str]:
-        """All that some sweeper may be deleting. Raises InvalidArgument if a record is damaged: delete that object once
-        no sweep runs.
-        """
+        """All that may be being deleted. Raises InvalidArgument if a record is damaged: delete it once no `gc` runs."""
         found: set[str] = set()
-        for key in await self._objects.keys_here("condemned"):
+        for key in await self._objects.keys_here(layout.MARKS):
             try:
                 found.update(unseal(bytes(await self._objects.get(key)), key)["digests"])
             except NotFound:
-                continue  # that sweep has ended
+                continue  # that batch is done
         return sorted(found)
 
-    async def forget_dead_sweeps(self) -> None:
-        """Delete what sweepers left that died: every mark of theirs has expired."""
+    async def forget_dead(self) -> None:
+        """Delete what collectors left that died: every mark of theirs has expired."""
         before = datetime.now(UTC) - timedelta(seconds=2 * MARK_SECONDS)
-        async for entry in self._objects.scan("condemned"):
+        async for entry in self._objects.scan(layout.MARKS):
             if entry.last_modified < before:
                 await self._objects.delete(entry.key)
 
 
-async def while_condemned(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:
-    """Ask until there is an answer: None while a sweeper deletes the blob. Raises StoreUnavailable if that lasts."""
+async def while_marked(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:
+    """Ask until there is an answer: None while a collector deletes the blob. Raises StoreUnavailable if that lasts."""
     deadline = time.monotonic() + _WAIT_SECONDS
     while (answer := await ask()) is None:
         if time.monotonic() > deadline:
             raise StoreUnavailable(
-                f"a sweeper has been deleting an old blob of {digest} for {_WAIT_SECONDS:.0f} seconds; if it "
+                f"a garbage collector has been deleting an old blob of {digest} for {_WAIT_SECONDS:.0f} seconds; if it "
                 f"died, its mark goes {MARK_SECONDS:.0f} seconds after it was set: try again then",
                 retry_after_seconds=MARK_SECONDS,
             )
         await asyncio.sleep(_POLL_SECONDS)
     return answer
-
-
-def _key(sweep: str) -> str:
-    return f"condemned/{sweep}.json"

@@ -17,84 +17,10 @@ from foundry.store.manifest import Manifest
 from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import versions_value
-from foundry.store.redis.scripts import LIBRARY
 from foundry.store.runs import RunStore
-from foundry.store.upkeep.marks import MARK_SECONDS, Condemned
+from foundry.store.upkeep.marks import MARK_SECONDS, GcMarks
 
 log = structlog.get_logger(__name__)
-
-_DROP_EPOCH = "redis.call('DEL', 'foundry:epoch') return {'ok'}"
-
-# Names, as far as Redis still knows them: an old snapshot may hold names that were deleted since.
-_BEGIN = """
-if restored then return {'restored'} end
-return {'ok', server_run, redis.call('SMEMBERS', 'foundry:names')}
-"""
-
-# server run, milliseconds, digest... -> ok | over. A sweeper that met the loss may yet delete these blobs.
-_RESTORE_CONDEMNED = """
-if restored or server_run ~= ARGV[1] then return {'over'} end
-for i = 3, #ARGV do redis.call('SET', 'foundry:condemned:' .. ARGV[i], '1', 'PX', ARGV[2]) end
-return {'ok'}
-"""
-
-# server run, name, limit, JSON {versions: {version: value}, steps: {"run step": "version digest"},
-# tags: {tag: version}} -> ok | over: another restored it, or another server is there now
-_RESTORE_NAME = (
-    LIBRARY
-    + """
-if restored or server_run ~= ARGV[1] then return {'over'} end
-local name, truth = ARGV[2], cjson.decode(ARGV[4])
-local state, versions, durable, tags = key('name', name), key('versions', name), key('durable', name), key('tags', name)
-for _, field in ipairs({'counter', 'limit'}) do
-  if tonumber(call('HGET', state, field) or 0) < tonumber(ARGV[3]) then call('HSET', state, field, ARGV[3]) end
-end
--- Whoever reserved before has to reserve again.
-call('DEL', key('pending', name), tags)
-for _, version in ipairs(call('SMEMBERS', durable)) do
-  local value = call('HGET', versions, version)
-  if value and not truth.versions[version] then
-    drop_hot(name, version, digest_of(value))
-    call('HDEL', versions, version)
-  end
-end
-call('DEL', durable)
-for version, value in pairs(truth.versions) do
-  call('HSET', versions, version, value)
-  call('SADD', durable, version)
-end
-for step, seen in pairs(truth.steps) do call('HSET', key('steps', name), step, seen) end
-for tag, version in pairs(truth.tags) do
-  if truth.versions[version] then call('HSET', tags, tag, version) end
-end
-local latest = 0
-for _, version in ipairs(call('HKEYS', versions)) do latest = math.max(latest, tonumber(version)) end
-if latest > 0 then
-  call('HSET', state, 'latest', string.format('%d', latest))
-  call('SADD', 'foundry:names', name)
-else
-  call('HDEL', state, 'latest')
-  call('SREM', 'foundry:names', name)
-end
-return {'ok'}
-"""
-)
-
-# server run, name, JSON {tag: "<moved ms> <older versions>"}
-_RESTORE_TAG_HISTORY = """
-if restored or server_run ~= ARGV[1] then return {'over'} end
-local histories = 'foundry:tag-history:' .. ARGV[2]
-redis.call('DEL', histories)
-for tag, history in pairs(cjson.decode(ARGV[3])) do redis.call('HSET', histories, tag, history) end
-return {'ok'}
-"""
-
-# server run -> ok | over
-_END = """
-if server_run ~= ARGV[1] then return {'over'} end
-redis.call('SET', 'foundry:epoch', server_run)
-return {'ok'}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +34,10 @@ class Rebuilt:
 
 async def drop_epoch(connection: Connection) -> None:
     """Redis counts as emptied from now on, whatever it holds."""
-    await connection.run_restoring(_DROP_EPOCH)
+    await connection.run_restoring("rebuild/drop_epoch")
 
 
-async def rebuild(connection: Connection, durable: Durable, condemned: Condemned, runs: RunStore) -> Rebuilt | None:
+async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs: RunStore) -> Rebuilt | None:
     """Restore pointers, counters, tags and unfinished runs. None if there was nothing to restore.
 
     Versions that were only hot are lost with Redis; their numbers are not used again. A durable version whose owner
@@ -119,12 +45,12 @@ async def rebuild(connection: Connection, durable: Durable, condemned: Condemned
     pointer may name bytes that nobody has.
     Raises StoreUnavailable if Redis or the object storage can't be reached.
     """
-    while (begin := await connection.run_restoring(_BEGIN))[0] != "restored":
+    while (begin := await connection.run_restoring("rebuild/begin"))[0] != "restored":
         _, server_run, known = begin
-        # What is condemned later is condemned in the Redis that is being restored.
-        if digests := await condemned.digests():
-            await connection.run_restoring(_RESTORE_CONDEMNED, server_run, int(MARK_SECONDS * 1000), *digests)
-        blobs = {digest async for digest in durable.blob_digests()}
+        # What is marked later is marked in the Redis that is being restored.
+        if digests := await marks.digests():
+            await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *digests)
+        blobs = {digest async for digest, _ in durable.blobs.entries()}
         limits = await durable.limits()
         names = sorted({*known, *await durable.names(), *limits})
         num_versions = 0
@@ -134,12 +60,12 @@ async def rebuild(connection: Connection, durable: Durable, condemned: Condemned
             truth = _truth(manifests, {tag: record.version for tag, record in tags.items()})
             # A version above the limit can only come from a store that was copied by hand; its number is taken too.
             limit = max(limits.get(name, 0), max((manifest.version for manifest in manifests), default=0))
-            await connection.run_restoring(_RESTORE_NAME, server_run, name, limit, truth)
+            await connection.run_restoring("rebuild/name", server_run, name, limit, truth)
             histories = {tag: " ".join(map(str, (record.moved_ms, *record.history))) for tag, record in tags.items()}
-            await connection.run_restoring(_RESTORE_TAG_HISTORY, server_run, name, json.dumps(histories))
+            await connection.run_restoring("rebuild/tag_history", server_run, name, json.dumps(histories))
             num_versions += len(manifests)
         num_runs = await runs.restore(server_run)
-        if (await connection.run_restoring(_END, server_run))[0] == "ok":
+        if (await connection.run_restoring("rebuild/finish", server_run))[0] == "ok":
             metrics.REBUILDS.inc()
             log.info("pointers_restored", num_names=len(names), num_versions=num_versions, num_unfinished_runs=num_runs)
             return Rebuilt(len(names), num_versions, num_runs)
@@ -148,7 +74,7 @@ async def rebuild(connection: Connection, durable: Durable, condemned: Condemned
 
 async def _has_blob(manifest: Manifest, durable: Durable, blobs: set[str]) -> bool:
     # Asked again, because it may have been written since the listing.
-    if manifest.digest in blobs or await durable.has_blob(manifest.digest):
+    if manifest.digest in blobs or await durable.blobs.exists(manifest.digest):
         return True
     log.error("version_without_blob", cartridge=str(manifest.id), digest=manifest.digest)
     return False

@@ -10,42 +10,13 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.hot_bytes import header_of
 from foundry.store.redis.pointers import Pointers
-from foundry.store.redis.scripts import LIBRARY
 
 # Names in one step of Redis, which does nothing else meanwhile.
 _NAMES_AT_A_TIME = 100
 
-# name... -> ok, durable versions, hot versions, [digest, what is said of its bytes] of each digest among them
-_COUNT = (
-    LIBRARY
-    + """
-local durable, hot, seen, kept = 0, 0, {}, {}
-for _, name in ipairs(ARGV) do
-  durable = durable + call('SCARD', key('durable', name))
-  for _, version in ipairs(call('ZRANGE', key('hot', name), 0, -1)) do
-    local value = call('HGET', key('versions', name), version)
-    local digest = value and digest_of(value)
-    local meta = digest and call('GET', key('bytes', digest))
-    if meta then
-      hot = hot + 1
-      if not seen[digest] then table.insert(kept, {digest, meta}) end
-      seen[digest] = true
-    end
-  end
-end
-return {'ok', durable, hot, kept}
-"""
-)
-
-_SERVER = """
-local memory = redis.call('INFO', 'memory')
-return {'ok', string.match(memory, 'used_memory:(%d+)'), string.match(memory, 'maxmemory:(%d+)'),
-        redis.call('ZCARD', 'foundry:runs:queue'), redis.call('ZCARD', 'foundry:runs:leases')}
-"""
-
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class Usage:
     """Counts, and sizes in bytes. Versions of equal bytes share them."""
 
     names: int
@@ -60,25 +31,25 @@ class Census:
     held_runs: int
 
 
-async def take_census(connection: Connection, pointers: Pointers, durable: Durable) -> Census:
+async def take_usage(connection: Connection, pointers: Pointers, durable: Durable) -> Usage:
     """Raises StoreUnavailable. What is published or removed meanwhile may be counted or not."""
     names = await pointers.names()
     hot_bytes: dict[str, int] = {}
     hot_versions = durable_versions = 0
     for begin in range(0, len(names), _NAMES_AT_A_TIME):
-        _, num_durable, num_hot, kept = await connection.run(_COUNT, *names[begin : begin + _NAMES_AT_A_TIME])
+        _, num_durable, num_hot, kept = await connection.run("usage/count", *names[begin : begin + _NAMES_AT_A_TIME])
         durable_versions, hot_versions = durable_versions + num_durable, hot_versions + num_hot
         for digest, meta in kept:
             # What is damaged is met, and told, by whoever reads it.
             with suppress(DigestMismatch):
                 hot_bytes[digest] = header_of(digest, meta).num_bytes
-    _, used_bytes, max_bytes, queued, held = await connection.run(_SERVER)
-    return Census(
+    _, used_bytes, max_bytes, queued, held = await connection.run("usage/server")
+    return Usage(
         names=len(names),
         hot_versions=hot_versions,
         hot_bytes=sum(hot_bytes.values()),
         durable_versions=durable_versions,
-        durable_bytes=sum([entry.size async for _, entry in durable.blobs()]),
+        durable_bytes=sum([entry.size async for _, entry in durable.blobs.entries()]),
         redis_used_bytes=int(used_bytes),
         redis_max_bytes=int(max_bytes),
         queued_runs=queued,

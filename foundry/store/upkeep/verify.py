@@ -42,7 +42,7 @@ class Verifier:
         self._versions: dict[str, set[int]] = {}
 
     async def verify(self) -> AsyncIterator[Checked]:
-        """Raises StoreUnavailable. What is published or swept meanwhile is not held against the store."""
+        """Raises StoreUnavailable. What is published or collected meanwhile is not held against the store."""
         for part in (self._manifests, self._blobs, self._orphans, self._tags_and_pointers, self._hot_bytes):
             async for checked in part():
                 yield checked
@@ -64,7 +64,7 @@ class Verifier:
     async def _blobs(self) -> AsyncIterator[Checked]:
         for digest, manifest_key in sorted(self._needed.items()):
             try:
-                num_bytes = await self._durable.check_blob(digest)
+                num_bytes = await self._durable.blobs.check(digest)
             except DigestMismatch as error:
                 yield Checked("corrupt", "blob", digest, 0, error.message)
                 continue
@@ -74,7 +74,7 @@ class Verifier:
                 yield Checked("missing", "blob", digest, 0, f"{manifest_key} names it")
 
     async def _orphans(self) -> AsyncIterator[Checked]:
-        async for digest, entry in self._durable.blobs():
+        async for digest, entry in self._durable.blobs.entries():
             if digest not in self._needed and self._is_old(entry):
                 yield Checked("orphaned", "blob", digest, 0, f"no manifest names its {entry.size} bytes")
 
@@ -110,7 +110,7 @@ class Verifier:
 
     async def _has_manifest(self, name: str, version: int) -> bool:
         """Asked again: it may have been published since the listing."""
-        return version in {manifest.version for manifest in await self._durable.manifests(name)}
+        return version in await self._durable.whole_versions(name)
 
     def _is_old(self, entry: ObjectInfo) -> bool:
         return entry.last_modified < self._old

@@ -29,8 +29,7 @@ def follow(lm: FrozenLM, group: Group) -> int:
 def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
     """The gradient of the share; rank 0 has its scores then. None if it failed, which rank 0 knows then."""
     header = share.prefix
-    shape = (header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
-    prefix_L2GPD = torch.empty(shape, dtype=getattr(torch, header.dtype), device=group.device)
+    prefix_L2GPD = torch.empty(header.shape, dtype=getattr(torch, header.dtype), device=group.device)
     group.broadcast(prefix_L2GPD)
     try:
         lm.spec.check(header)

@@ -58,8 +58,7 @@ class Observer:
         """A publisher is about to hand these bytes to the store."""
         header, data = stored.header, bytes(stored.data)
         digest = hash_cartridge(header, data)
-        shape = (header.num_layers, 2, header.num_kv_heads, header.num_tokens, header.head_dim)
-        self._offered[digest] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
+        self._offered[digest] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(header.shape)
         return digest
 
     def published(self, digest: str, manifest: Manifest) -> None:

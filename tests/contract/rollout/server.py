@@ -98,7 +98,7 @@ class Rollout:
 
     def publish(self, seed: int, num_tokens: int = 16, version: int = 1) -> common_pb2.CartridgeId:
         spec = self.lm.spec
-        shape = (spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim)
+        shape = spec.kv_shape(num_tokens)
         kv = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         stored = Cartridge(spec.header(num_tokens, 1, torch.float32), kv).to_bytes()
         self.source.cartridges[stored.digest()] = stored

@@ -41,7 +41,7 @@ class Rollout:
 
     def cartridge(self, seed: int) -> Cartridge:
         spec = self._lm.spec
-        shape = (spec.num_layers, 2, spec.num_kv_heads, 16, spec.head_dim)
+        shape = spec.kv_shape(16)
         kv = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return Cartridge(spec.header(16, 1, torch.float32), kv)
 

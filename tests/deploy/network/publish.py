@@ -21,7 +21,7 @@ _NUM_TOKENS = 12
 
 async def publish(settings: TrainerSettings, count: int) -> dict[str, str]:
     spec = FrozenLM.load(settings.model).spec
-    shape = (spec.num_layers, 2, spec.num_kv_heads, _NUM_TOKENS, spec.head_dim)
+    shape = spec.kv_shape(_NUM_TOKENS)
     store = await CartridgeStore.open(settings.store)
     digests = {}
     for i in range(count):

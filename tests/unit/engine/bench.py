@@ -22,9 +22,8 @@ Outputs = dict[int, list[TokenOutput]]
 
 
 def make_kv(lm: FrozenLM, num_tokens: int, seed: int = 0) -> Tensor:
-    spec = lm.spec
     generator = torch.Generator().manual_seed(1000 * num_tokens + seed)
-    return torch.randn(spec.num_layers, 2, spec.num_kv_heads, num_tokens, spec.head_dim, generator=generator)
+    return torch.randn(lm.spec.kv_shape(num_tokens), generator=generator)
 
 
 class Bench:

@@ -23,7 +23,7 @@ class SlotKV:
         self.num_slots, self.max_tokens = num_slots, max_tokens
         self.num_kv_heads, self.head_dim = spec.num_kv_heads, spec.head_dim
         self.dtype, self.device = lm.dtype, lm.device
-        self.token_bytes = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * lm.dtype.itemsize
+        self.token_bytes = spec.kv_bytes_per_token(lm.dtype)
         shape = (spec.num_layers, 2, num_slots, spec.num_kv_heads, max_tokens, spec.head_dim)
         self._kv_L2NGMD = _zeros(shape, lm.dtype, lm.device)
         # Taken apart once: indexing costs as much as a small kernel, and there are dozens of layers.

@@ -99,10 +99,8 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._llm = LLMEngine.from_engine_args(arguments)
         self._max_sequences = max_sequences
-        spec = info.spec
-        token_bytes = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * dtype.itemsize
         cache = self._llm.vllm_config.cache_config
-        self._kv_bytes = cache.num_gpu_blocks * cache.block_size * token_bytes
+        self._kv_bytes = cache.num_gpu_blocks * cache.block_size * info.spec.kv_bytes_per_token(dtype)
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():

@@ -1,12 +1,12 @@
-"""The sweeper's steps. A step returns None while it can't be made."""
+"""The collector's steps. A step returns None while it can't be made."""
 
 from __future__ import annotations
 
-from tests.store_protocol.state import TOMBSTONE, Protocol, State, Sweeper, hide
+from tests.store_protocol.state import TOMBSTONE, Collector, Protocol, State, hide
 
 
 def _retire(protocol: Protocol, state: State) -> State | None:
-    number = state.sweeper.retiring
+    number = state.collector.retiring
     version = next((each for each in state.visible if each.number == number and each.durable), None)
     if not state.restored:
         return None
@@ -17,19 +17,19 @@ def _retire(protocol: Protocol, state: State) -> State | None:
         or version.digest in state.leases
     )
     if kept or version is None:
-        return _swept(state, retiring=0)
+        return _collected(state, retiring=0)
     if state.latest == number:
-        state = state._replace(broken="latest is swept")
+        state = state._replace(broken="latest is collected")
     if state.tag == number:
-        state = state._replace(broken="a tagged version is swept")
-    return _swept(
+        state = state._replace(broken="a tagged version is collected")
+    return _collected(
         state._replace(visible=state.visible - {version}, committed=state.committed - {(number, version.digest)})
     )
 
 
 def _delete_manifest(protocol: Protocol, state: State) -> State | None:
-    number = state.sweeper.retiring
-    return _swept(
+    number = state.collector.retiring
+    return _collected(
         state._replace(manifests=frozenset(each for each in state.manifests if not number or each[0] != number))
     )
 
@@ -37,35 +37,35 @@ def _delete_manifest(protocol: Protocol, state: State) -> State | None:
 def _forget_retired(protocol: Protocol, state: State) -> State | None:
     if not state.restored:
         return None
-    number = state.sweeper.retiring
+    number = state.collector.retiring
     if number and state.tag == number:
-        state = state._replace(broken="a tagged version is swept")
-    return _swept(hide(state, number) if number else state)
+        state = state._replace(broken="a tagged version is collected")
+    return _collected(hide(state, number) if number else state)
 
 
 def _list_manifests(protocol: Protocol, state: State) -> State | None:
-    return _swept(state, listed=state.manifests)
+    return _collected(state, listed=state.manifests)
 
 
 def _forget_withdrawn(protocol: Protocol, state: State) -> State | None:
     if not state.restored:
         return None
-    for number, digest in state.sweeper.listed:
+    for number, digest in state.collector.listed:
         if digest == TOMBSTONE and any(each.number == number and each.durable for each in state.visible):
             state = hide(state, number)
-    return _swept(state)
+    return _collected(state)
 
 
 def _list_blobs(protocol: Protocol, state: State) -> State | None:
-    needed = {digest for _, digest in state.sweeper.listed}
-    return _swept(state, digests=state.old - needed)
+    needed = {digest for _, digest in state.collector.listed}
+    return _collected(state, digests=state.old - needed)
 
 
 def _record(protocol: Protocol, state: State) -> State | None:
-    return _swept(state._replace(recorded=state.sweeper.digests if protocol.marks_are_durable else frozenset()))
+    return _collected(state._replace(recorded=state.collector.digests if protocol.marks_are_durable else frozenset()))
 
 
-def _condemn(protocol: Protocol, state: State) -> State | None:
+def _mark(protocol: Protocol, state: State) -> State | None:
     if not state.restored:
         return None
     refused = {version.digest for version in state.visible} & state.hot
@@ -73,33 +73,33 @@ def _condemn(protocol: Protocol, state: State) -> State | None:
         refused |= state.leases
     if protocol.marks_ask_for_reservations:
         refused |= {digest for _, _, digest, _ in state.pending}
-    condemned = state.sweeper.digests - refused
-    return _swept(state._replace(marks=state.marks | condemned), digests=condemned)
+    marked = state.collector.digests - refused
+    return _collected(state._replace(marks=state.marks | marked), digests=marked)
 
 
 def _recheck(protocol: Protocol, state: State) -> State | None:
-    named = {digest for _, digest in state.manifests - state.sweeper.listed}
-    return _swept(state, digests=state.sweeper.digests - named)
+    named = {digest for _, digest in state.manifests - state.collector.listed}
+    return _collected(state, digests=state.collector.digests - named)
 
 
 def _head(protocol: Protocol, state: State) -> State | None:
-    return _swept(state, digests=state.sweeper.digests & state.old)
+    return _collected(state, digests=state.collector.digests & state.old)
 
 
 def _delete(protocol: Protocol, state: State) -> State | None:
-    digests = state.sweeper.digests
+    digests = state.collector.digests
     if digests & state.leases & state.blobs:
-        state = state._replace(broken="leased bytes are swept")
-    return _swept(state._replace(blobs=state.blobs - digests, old=state.old - digests))
+        state = state._replace(broken="leased bytes are collected")
+    return _collected(state._replace(blobs=state.blobs - digests, old=state.old - digests))
 
 
-def _absolve(protocol: Protocol, state: State) -> State | None:
+def _unmark(protocol: Protocol, state: State) -> State | None:
     if not state.restored:
         return None
-    return state._replace(marks=frozenset(), recorded=frozenset(), sweeper=Sweeper())
+    return state._replace(marks=frozenset(), recorded=frozenset(), collector=Collector())
 
 
-SWEEP = {
+COLLECT = {
     "retire": _retire,
     "delete_manifest": _delete_manifest,
     "forget_retired": _forget_retired,
@@ -107,15 +107,15 @@ SWEEP = {
     "forget_withdrawn": _forget_withdrawn,
     "list_blobs": _list_blobs,
     "record": _record,
-    "condemn": _condemn,
+    "mark": _mark,
     "recheck": _recheck,
     "head": _head,
     "delete": _delete,
-    "absolve": _absolve,
+    "unmark": _unmark,
 }
 
 
-def _swept(state: State, **changes: object) -> State:
-    """The sweeper goes on; `changes` are its own."""
-    sweeper = state.sweeper._replace(**changes)  # type: ignore[arg-type]
-    return state._replace(sweeper=sweeper._replace(step=sweeper.step + 1))
+def _collected(state: State, **changes: object) -> State:
+    """The collector goes on; `changes` are its own."""
+    collector = state.collector._replace(**changes)  # type: ignore[arg-type]
+    return state._replace(collector=collector._replace(step=collector.step + 1))

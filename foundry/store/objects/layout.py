@@ -1,0 +1,114 @@
+"""Where everything lies in object storage.
+
+    blobs/blake3/<hex>.safetensors                          tensors, by content
+    cartridges/<name>/<version:010d>.json                   a manifest; or a tombstone where a publisher was replaced
+    cartridges/<name>/tags/<tag>.json                       {version, history: [older...], moved_ms}
+    counters/<name>/<limit:016d>                            numbers up to the highest limit may have been handed out
+    documents/<hex>.txt                                     a document's bytes
+    documents/<hex>.json                                    {title, num_bytes, created_at}, written last: without it
+                                                            there is no document
+    runs/<id>/run.json                                      {spec, name, created_ms}, and the traceparent of the request
+                                                            if that was traced
+    runs/<id>/attempts/<n:06d>                              one for each time a worker took the run up
+    runs/<id>/desired.json                                  {desired: pause | cancel | ""}, the last that was asked for
+    runs/<id>/events.jsonl                                  {id, event} a line, written when the run ends
+    runs/<id>/result.json                                   {state, error, result, finished_ms}: the run is over
+    runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
+    runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json    {digest, num_bytes}, written last
+    condemned/<batch>.json                                  {digests} of blobs that are being deleted: stands from
+                                                            before Redis is marked until the last blob is gone
+
+The limits outlive everything else, so that no number is used twice even if Redis and all versions are gone.
+"""
+
+from __future__ import annotations
+
+import re
+
+from foundry.identity import check_digest
+
+BLOBS = "blobs"
+CARTRIDGES = "cartridges"
+COUNTERS = "counters"
+DOCUMENTS = "documents"
+RUNS = "runs"
+MARKS = "condemned"
+
+BLOB = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
+MANIFEST = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
+TAG = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
+LIMIT = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
+RUN = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
+CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
+
+
+def blob(digest: str) -> str:
+    return f"{BLOBS}/blake3/{_hex(digest)}.safetensors"
+
+
+def versions(name: str) -> str:
+    """The directory of a name's manifests."""
+    return f"{CARTRIDGES}/{name}"
+
+
+def manifest(name: str, version: int) -> str:
+    return f"{versions(name)}/{version:010d}.json"
+
+
+def tags(name: str) -> str:
+    """The directory of a name's tags."""
+    return f"{versions(name)}/tags"
+
+
+def tag(name: str, tag: str) -> str:
+    return f"{tags(name)}/{tag}.json"
+
+
+def limit(name: str, limit: int) -> str:
+    return f"{COUNTERS}/{name}/{limit:016d}"
+
+
+def document(digest: str) -> str:
+    """Raises InvalidArgument unless `digest` is spelt as one, as `document_info` does."""
+    return f"{DOCUMENTS}/{_hex(check_digest(digest, field='document'))}.txt"
+
+
+def document_info(digest: str) -> str:
+    return f"{DOCUMENTS}/{_hex(check_digest(digest, field='document'))}.json"
+
+
+def run(run_id: str) -> str:
+    """The directory of all that is kept of a run."""
+    return f"{RUNS}/{run_id}"
+
+
+def run_record(run_id: str, record: str) -> str:
+    """`record` is `run.json`, `desired.json`, `events.jsonl` or `result.json`."""
+    return f"{run(run_id)}/{record}"
+
+
+def attempts(run_id: str) -> str:
+    """What the keys of a run's attempts begin with."""
+    return f"{run(run_id)}/attempts/"
+
+
+def attempt(run_id: str, attempt: int) -> str:
+    return f"{attempts(run_id)}{attempt:06d}"
+
+
+def checkpoints(run_id: str) -> str:
+    """The directory of a run's checkpoints."""
+    return f"{run(run_id)}/checkpoints"
+
+
+def checkpoint(run_id: str, attempt: int, step: int) -> str:
+    """A checkpoint's keys but for their suffix."""
+    return f"{checkpoints(run_id)}/{attempt:06d}-{step:010d}"
+
+
+def mark(batch: str) -> str:
+    return f"{MARKS}/{batch}.json"
+
+
+def _hex(digest: str) -> str:
+    return digest.removeprefix("blake3:")

@@ -1,0 +1,5 @@
+-- What all other includes begin with.
+
+local call = redis.call
+local function key(kind, id) return 'foundry:' .. kind .. ':' .. id end
+local function now_ms() local t = call('TIME') return t[1] * 1000 + math.floor(t[2] / 1000) end

@@ -1,0 +1,18 @@
+-- What scripts that hand a run to a worker share.
+--@include runs
+
+-- The reply to the worker that holds the run from now on; nil if it is to pause, which it then does.
+local function take(id, worker, lease_ms, length)
+  local now, desired = now_ms(), call('HGET', run_key(id), 'desired')
+  if desired == 'pause' then
+    call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
+    tell_state(id, 'paused', length)
+    return nil
+  end
+  local attempt = ms(call('HINCRBY', run_key(id), 'attempt', 1))
+  call('HSET', run_key(id), 'state', 'running', 'worker', worker, 'waiting_for', '')
+  call('HSETNX', run_key(id), 'started', ms(now))
+  call('ZADD', 'foundry:runs:leases', ms(now + tonumber(lease_ms)), id)
+  tell_state(id, 'running', length)
+  return {'ok', id, attempt, call('HGET', run_key(id), 'spec'), desired or ''}
+end

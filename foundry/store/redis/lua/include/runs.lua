@@ -1,0 +1,37 @@
+-- What scripts over runs and their queue share.
+--@include base
+
+local function run_key(id) return key('run', id) end
+local function ms(value) return string.format('%d', value) end
+local over = {succeeded = true, failed = true, cancelled = true}
+
+local function tell(id, event, length)
+  return call('XADD', 'foundry:run-events:' .. id, 'MAXLEN', '~', length, '*', 'event', event)
+end
+
+local function tell_state(id, state, length)
+  local attempt, waiting = unpack(call('HMGET', run_key(id), 'attempt', 'waiting_for'))
+  local event = {type = 'state', state = state, attempt = tonumber(attempt or 0), waiting_for = waiting or ''}
+  tell(id, cjson.encode(event), length)
+end
+
+local function ring()
+  call('RPUSH', 'foundry:runs:bell', '1')
+  -- Tokens that nobody waits for must not pile up.
+  call('LTRIM', 'foundry:runs:bell', 0, 63)
+end
+
+local function enqueue(id, length)
+  call('HSET', run_key(id), 'state', 'queued', 'worker', '', 'waiting_for', '')
+  call('ZADD', 'foundry:runs:queue', ms(now_ms()), id)
+  tell_state(id, 'queued', length)
+  ring()
+end
+
+-- The answer to whoever does not hold the run, or nil.
+local function fence(id, attempt)
+  local held = call('HMGET', run_key(id), 'attempt', 'state')
+  if not held[1] then return {'missing'} end
+  if held[1] ~= attempt or over[held[2]] or held[2] == 'queued' then return {'fenced', held[1], held[2]} end
+  return nil
+end

@@ -1,0 +1,12 @@
+-- name, version -> ok | missing | conflict, why
+--@include pointers
+
+local name, version = ARGV[1], ARGV[2]
+local value = call('HGET', key('versions', name), version)
+if not value then return {'missing'} end
+if call('HGET', key('name', name), 'latest') == version then return {'conflict', 'latest'} end
+local tag = tag_of(name, version)
+if tag then return {'conflict', tag} end
+drop_hot(name, version, digest_of(value))
+forget_version(name, version, value)
+return {'ok'}

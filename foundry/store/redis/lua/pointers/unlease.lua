@@ -1,0 +1,5 @@
+-- digest, holder -> ok
+--@include pointers
+
+call('ZREM', key('leases', ARGV[1]), ARGV[2])
+return {'ok'}

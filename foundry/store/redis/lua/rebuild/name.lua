@@ -1,0 +1,39 @@
+-- server run, name, limit,
+-- JSON {versions: {version: value}, steps: {"run step": "version digest"}, tags: {tag: version}}
+-- -> ok | over: another restored it, or another server is there now
+--@include pointers
+
+if restored or server_run ~= ARGV[1] then return {'over'} end
+local name, truth = ARGV[2], cjson.decode(ARGV[4])
+local state, versions, durable, tags = key('name', name), key('versions', name), key('durable', name), key('tags', name)
+for _, field in ipairs({'counter', 'limit'}) do
+  if tonumber(call('HGET', state, field) or 0) < tonumber(ARGV[3]) then call('HSET', state, field, ARGV[3]) end
+end
+-- Whoever reserved before has to reserve again.
+call('DEL', key('pending', name), tags)
+for _, version in ipairs(call('SMEMBERS', durable)) do
+  local value = call('HGET', versions, version)
+  if value and not truth.versions[version] then
+    drop_hot(name, version, digest_of(value))
+    call('HDEL', versions, version)
+  end
+end
+call('DEL', durable)
+for version, value in pairs(truth.versions) do
+  call('HSET', versions, version, value)
+  call('SADD', durable, version)
+end
+for step, seen in pairs(truth.steps) do call('HSET', key('steps', name), step, seen) end
+for tag, version in pairs(truth.tags) do
+  if truth.versions[version] then call('HSET', tags, tag, version) end
+end
+local latest = 0
+for _, version in ipairs(call('HKEYS', versions)) do latest = math.max(latest, tonumber(version)) end
+if latest > 0 then
+  call('HSET', state, 'latest', string.format('%d', latest))
+  call('SADD', 'foundry:names', name)
+else
+  call('HDEL', state, 'latest')
+  call('SREM', 'foundry:names', name)
+end
+return {'ok'}

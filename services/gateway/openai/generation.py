@@ -186,21 +186,14 @@ class Answer:
         self._count()
 
     async def _generate(self, message: rollout_pb2.GenerateRequest, deadline: float) -> AsyncGenerator[Chunk, None]:
-        rollouts = self._gateway.rollouts
-        while True:
-            try:
-                async with contextlib.aclosing(rollouts.generate(message, deadline=deadline)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-                return
-            except FoundryError as error:
-                # Only the server knows the prompt's length: a default that does not fit is halved until it does.
-                too_long = error.field == "sampling.max_new_tokens" and message.sampling.max_new_tokens > 1
-                if not too_long or self.asked.asked_max_tokens is not None:
-                    error.field = _param(error.field)
-                    error.message = error.message.replace("max_new_tokens", "max_tokens")
-                    raise
-                message.sampling.max_new_tokens //= 2
+        try:
+            async with contextlib.aclosing(self._gateway.rollouts.generate(message, deadline=deadline)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except FoundryError as error:
+            error.field = _param(error.field)
+            error.message = error.message.replace("max_new_tokens", "max_tokens")
+            raise
 
     async def gather(self) -> list[Choice]:
         choices = [Choice() for _ in range(self._num_choices)]
@@ -269,6 +262,8 @@ class Answer:
                 top_p=asked.top_p,
                 top_k=max(0, asked.top_k or 0),
                 max_new_tokens=asked.asked_max_tokens or DEFAULT_MAX_TOKENS,
+                # Only the server knows the prompt's length.
+                clamp_max_new_tokens=asked.asked_max_tokens is None,
                 stop=asked.stop,
                 seed=asked.seed,
                 n=asked.num_choices,

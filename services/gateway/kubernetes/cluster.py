@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 
 from foundry.errors import InvalidArgument
 from services.gateway.errors import ClusterRefused, ClusterUnavailable
-from services.gateway.kubernetes.job import RUN_LABEL, Job, JobTemplate, Manifest
+from services.gateway.kubernetes.job import RUN_LABEL, Job, JobManifest, JobTemplate
 from services.gateway.settings import JobSettings
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -55,7 +55,7 @@ class Cluster:
         )
         return [Job.of(manifest) for manifest in found["items"]]
 
-    async def create(self, manifest: Manifest) -> bool:
+    async def create(self, manifest: JobManifest) -> bool:
         """False if there is a Job of that name already."""
         try:
             await self._call(

@@ -12,7 +12,7 @@ import yaml
 from foundry.errors import InvalidArgument
 from foundry.store import Resources
 
-Manifest = dict[str, Any]
+JobManifest = dict[str, Any]
 
 RUN_LABEL = "foundry.dev/run"
 TEMPLATE_KEY = "job.yaml"
@@ -69,7 +69,7 @@ class Job:
 class JobTemplate:
     """`owner` is the ConfigMap it came from, as an owner reference: when that goes, so do the Jobs."""
 
-    manifest: Manifest
+    manifest: JobManifest
     owner: Mapping[str, str]
 
     @classmethod
@@ -109,7 +109,7 @@ class JobTemplate:
             )
         return name
 
-    def job(self, run_id: str, resources: Resources | None) -> Manifest:
+    def job(self, run_id: str, resources: Resources | None) -> JobManifest:
         """The manifest of one run's Job. Raises InvalidArgument if the template is not for what the run asks."""
         job = copy.deepcopy(self.manifest)
         metadata = job.setdefault("metadata", {})
@@ -135,7 +135,7 @@ class JobTemplate:
         return job
 
 
-def _give(given: Manifest, resources: Resources) -> None:
+def _give(given: JobManifest, resources: Resources) -> None:
     """Requests equal limits: a run gets what it asked for, no less and no more."""
     asked = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpus is not None:
@@ -148,7 +148,7 @@ def _give(given: Manifest, resources: Resources) -> None:
             del amounts[_GPU]
 
 
-def _spread(job: Manifest, trainer: Manifest, num_nodes: int) -> None:
+def _spread(job: JobManifest, trainer: JobManifest, num_nodes: int) -> None:
     """One pod a node, all at once; each knows its rank, and by its Service's name the address of the first."""
     name, subdomain = job["metadata"]["name"], job["spec"]["template"]["spec"].get("subdomain")
     if not subdomain:
@@ -170,6 +170,6 @@ def _spread(job: Manifest, trainer: Manifest, num_nodes: int) -> None:
     _set(trainer, "PET_MASTER_PORT", {"value": str(RENDEZVOUS_PORT)})
 
 
-def _set(container: Manifest, name: str, value: Manifest) -> None:
+def _set(container: JobManifest, name: str, value: JobManifest) -> None:
     variables = [each for each in container.get("env") or () if each["name"] != name]
     container["env"] = [*variables, {"name": name, **value}]

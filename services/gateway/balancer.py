@@ -111,18 +111,11 @@ class RolloutBalancer:
 
         Raises Unavailable, FingerprintMismatch.
         """
-        by_fingerprint = {
-            server.model.fingerprint: server.model
-            for _, server in sorted(self._servers.items(), reverse=True)
-            if server.model is not None
-        }
-        if len(by_fingerprint) > 1:
-            served = ", ".join(
-                f"{address}: {server.model.fingerprint}" for address, server in self._servers.items() if server.model
-            )
-            raise FingerprintMismatch(f"the rollout servers serve different models: {served}")
-        if by_fingerprint:
-            (self._last,) = by_fingerprint.values()
+        served = {address: server.model for address, server in sorted(self._servers.items()) if server.model}
+        if len({model.fingerprint for model in served.values()}) > 1:
+            found = ", ".join(f"{address}: {model.fingerprint}" for address, model in served.items())
+            raise FingerprintMismatch(f"the rollout servers serve different models: {found}")
+        self._last = next(iter(served.values()), self._last)
         if self._last is None:
             raise self._nobody()
         return self._last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
@@ -11,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer, decoders, models
 
 from foundry.errors import (
@@ -29,7 +33,9 @@ from foundry.rpc.pods import Pod, Pods
 from foundry.rpc.resolve import Endpoint
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
+from services.gateway import errors
 from services.gateway.balancer import RolloutBalancer, RolloutServer, ServedModel
+from services.gateway.openai import chat
 from services.gateway.openai.fan_in import FanIn
 from services.gateway.openai.generation import Generation
 from services.gateway.openai.requests import ChatRequest, CompletionRequest
@@ -104,10 +110,8 @@ async def test_an_answer_that_was_cut_short_is_none() -> None:
     (choice,) = await generation_of(Server(END), Target(MODEL, (FIRST,))).gather()
     assert choice.text == "tokens"
     begun = rollout_pb2.GenerateChunk(text="tok", identity=identity(FIRST))
-    given_up = rollout_pb2.GenerateChunk(finish_reason=rollout_pb2.FINISH_REASON_CANCELLED, usage=rollout_pb2.Usage())
-    for chunks in ([begun], [begun, given_up]):
-        with pytest.raises(Unavailable):
-            await generation_of(Server(*chunks), Target(MODEL, (FIRST,))).gather()
+    with pytest.raises(Unavailable):
+        await generation_of(Server(begun), Target(MODEL, (FIRST,))).gather()
 
 
 class Publishing:
@@ -150,6 +154,87 @@ async def test_a_version_that_is_gone_stays_an_error() -> None:
     with pytest.raises(CartridgeNotFound, match="swept"):
         await generation_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather()
     assert still.resolved == 1
+
+
+def app_before(server: object) -> FastAPI:
+    """The chat route before a rollout server of the base model."""
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(chat.router)
+    limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
+    app.state.gateway = SimpleNamespace(
+        settings=limits, rollouts=server, admitted=nullcontext, spelling=TokenSpelling(None)
+    )
+    return app
+
+
+async def ask(server: object) -> httpx.Response:
+    transport = httpx.ASGITransport(app_before(server))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        return await client.post("/v1/chat/completions", json=STREAMED)
+
+
+STREAMED = {"model": MODEL.name, "messages": [{"role": "user", "content": "?"}], "stream": True}
+BEGUN = rollout_pb2.GenerateChunk(text="tok", identity=identity())
+
+
+class Dying(Server):
+    def model(self) -> ServedModel:
+        return MODEL
+
+    async def generate(self, request: object, deliver: Deliver, **ignored: Any) -> None:
+        await super().generate(request, deliver)
+        raise Unavailable("going away", field="sampling.max_new_tokens")
+
+
+async def test_what_fails_in_a_stream_is_its_last_event() -> None:
+    answer = await ask(Dying(BEGUN))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+    first, last = (json.loads(block.removeprefix("data: ")) for block in answer.text.strip().split("\n\n"))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "tok"}
+    error = {"message": "going away", "type": "server_error", "param": "max_tokens", "code": "UNAVAILABLE"}
+    assert last == {"error": error}
+
+
+async def test_what_fails_before_the_first_token_has_its_own_status() -> None:
+    answer = await ask(Dying())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "UNAVAILABLE")
+
+
+class Lasting(Dying):
+    """Goes on until it is cancelled."""
+
+    ended = False
+
+    async def generate(self, request: object, deliver: Deliver, **ignored: Any) -> None:
+        try:
+            await Server.generate(self, request, deliver)
+            await asyncio.Event().wait()
+        finally:
+            self.ended = True
+
+
+@pytest.mark.parametrize("num_sent", [0, 1])
+async def test_a_client_that_is_gone_when_its_stream_begins_ends_the_generation(num_sent: int) -> None:
+    server = Lasting(BEGUN)
+    body: list[Any] = [{"type": "http.request", "body": json.dumps(STREAMED).encode()}]
+    sent = []
+
+    async def receive() -> Any:
+        return body.pop() if body else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if len(sent) == num_sent:
+            raise OSError("the connection is closed")
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    with pytest.raises(ClientDisconnect):
+        await app_before(server)(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
+    assert server.ended
 
 
 async def test_a_slow_reader_slows_the_sources() -> None:

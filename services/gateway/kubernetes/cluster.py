@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,9 @@ class Cluster:
 
     async def delete(self, name: str) -> None:
         """Its pods are told to stop. No error if it is gone."""
-        try:
-            await self._call(
-                "delete",
-                "jobs",
-                self._objects.delete_namespaced_custom_object,
-                **self._jobs,
-                name=name,
-                propagation_policy="Background",
-            )
-        except _Missing:
-            return
+        options = {"name": name, "propagation_policy": "Background"}
+        with suppress(_Missing):
+            await self._call("delete", "jobs", self._objects.delete_namespaced_custom_object, **self._jobs, **options)
 
     async def _call(self, verb: str, resource: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         doing = f"{verb} {resource} in namespace {self.namespace}"

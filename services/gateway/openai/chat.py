@@ -7,18 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
-from services.gateway.openai.answers import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatDeltaChoice,
-    ChatLogprobs,
-    TokenLogprob,
-    TopLogprob,
-)
-from services.gateway.openai.delivery import answer
+from services.gateway.openai import answers
+from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import ChatRequest
@@ -29,7 +19,7 @@ from services.gateway.state import GatewayDep
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
 async def chat_completions(asked: ChatRequest, request: Request, gateway: GatewayDep) -> Response:
     """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
     target = await Target.resolve(gateway, asked)
@@ -37,7 +27,7 @@ async def chat_completions(asked: ChatRequest, request: Request, gateway: Gatewa
         messages=[common_pb2.Message(role=_role(message.role), content=message.content) for message in asked.messages]
     )
     prompt = rollout_pb2.GenerateRequest(conversation=conversation)
-    return await answer(_Chat(Generation(gateway, target, asked, [prompt], "chatcmpl"), gateway.spelling), request)
+    return await respond(_Chat(Generation(gateway, target, asked, [prompt], "chatcmpl"), gateway.spelling), request)
 
 
 def _role(role: str) -> str:
@@ -46,28 +36,30 @@ def _role(role: str) -> str:
 
 
 class _Chat(Renderer):
-    body = ChatCompletion
-    chunk_body = ChatCompletionChunk
+    body = answers.ChatCompletion
+    chunk_body = answers.ChatCompletionChunk
 
-    def choice(self, choice: Choice, shared: dict[str, Any]) -> ChatChoice:
-        return ChatChoice(message=AssistantMessage(content=choice.text), **shared)
+    def choice(self, choice: Choice, shared: dict[str, Any]) -> answers.ChatChoice:
+        return answers.ChatChoice(message=answers.AssistantMessage(content=choice.text), **shared)
 
-    def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> ChatDeltaChoice:
-        return ChatDeltaChoice(delta=ChatDelta(role="assistant" if first else None, content=part.text), **shared)
+    def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> answers.ChatDeltaChoice:
+        return answers.ChatDeltaChoice(
+            delta=answers.ChatDelta(role="assistant" if first else None, content=part.text), **shared
+        )
 
-    def logprobs(self, part: Choice) -> ChatLogprobs:
+    def logprobs(self, part: Choice) -> answers.ChatLogprobs:
         tops = part.top_logprobs or [rollout_pb2.TopLogprobs()] * len(part.ids)
         content = [
-            TokenLogprob(
+            answers.TokenLogprob(
                 **self._spelled(token_id, logprob),
                 top_logprobs=[
-                    TopLogprob(**self._spelled(other, value))
+                    answers.TopLogprob(**self._spelled(other, value))
                     for other, value in zip(top.ids, top.logprobs, strict=True)
                 ],
             )
             for token_id, logprob, top in zip(part.ids, part.logprobs, tops, strict=True)
         ]
-        return ChatLogprobs(content=content)
+        return answers.ChatLogprobs(content=content)
 
     def _spelled(self, token_id: int, logprob: float) -> dict[str, Any]:
         text, content = self.spelling.spell(token_id)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.openai.answers import Completion, TextChoice, TextLogprobs
-from services.gateway.openai.delivery import answer
+from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import CompletionRequest
@@ -29,7 +29,7 @@ async def completions(asked: CompletionRequest, request: Request, gateway: Gatew
         else rollout_pb2.GenerateRequest(token_ids=common_pb2.TokenIds(ids=prompt))
         for prompt in asked.prompt
     ]
-    return await answer(_Text(Generation(gateway, target, asked, prompts, "cmpl"), gateway.spelling), request)
+    return await respond(_Text(Generation(gateway, target, asked, prompts, "cmpl"), gateway.spelling), request)
 
 
 class _Text(Renderer):

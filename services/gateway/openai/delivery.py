@@ -21,13 +21,13 @@ T = TypeVar("T")
 Chunks = AsyncGenerator[tuple[int, Chunk], None]
 
 
-async def answer(renderer: Renderer, request: Request) -> Response:
+async def respond(renderer: Renderer, request: Request) -> Response:
     """What fails before the first token has its own HTTP status, in a stream too."""
     generation = renderer.generation
     if generation.asked.stream:
         chunks = generation.chunks()
         first = await unless_disconnected(request, anext(chunks))
-        return _EventStream(chunks, _events(renderer, first, chunks), generation.headers())
+        return _EventStream(_events(renderer, first, chunks), chunks, generation.headers())
     body = renderer.whole(await unless_disconnected(request, generation.gather()))
     return Response(body.model_dump_json(), media_type="application/json", headers=generation.headers())
 
@@ -53,17 +53,16 @@ def _event(data: str) -> bytes:
 
 
 class _EventStream(EventSourceResponse):
-    def __init__(self, chunks: Chunks, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], chunks: Chunks, headers: dict[str, str]) -> None:
         # The second header stops nginx from holding events back.
         super().__init__(events, headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._chunks, self._events = chunks, events
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             # A client that leaves while we wait to send would otherwise let the rollout server go on until collection.
-            await self._events.aclose()
             await self._chunks.aclose()
 
 

@@ -165,7 +165,7 @@ class Generation:
             raise
 
     def _checked(self, prompt_index: int, chunk: Chunk) -> int:
-        """The choice that a chunk is of. Raises IdentityMismatch, Unavailable."""
+        """The choice that a chunk is of. Raises IdentityMismatch."""
         choice = prompt_index * self.asked.num_choices + chunk.index
         if choice not in self._identified:
             self.target.check(chunk.identity)
@@ -173,8 +173,6 @@ class Generation:
             if not self._identified:
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._began)
             self._identified.add(choice)
-        if chunk.finish_reason == rollout_pb2.FINISH_REASON_CANCELLED:
-            raise Unavailable("the rollout server gave the request up before it was complete", retry_after_seconds=1.0)
         if chunk.HasField("usage"):
             self._usages[prompt_index][chunk.index] = chunk.usage
             self._cartridge_tokens = chunk.usage.cartridge_tokens

@@ -98,22 +98,16 @@ def _text(value: Any) -> Any:
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """OpenAI's four spellings of a prompt, as a list of texts or of token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and _is_ids(value)):
-        value = [value]
-    if not isinstance(value, list) or not value:
+    prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
+    if not (isinstance(prompts, list) and prompts and all(isinstance(each, str) or _is_ids(each) for each in prompts)):
         raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
-    for prompt in value:
-        if isinstance(prompt, str):
-            prompt.encode()
-        elif not (isinstance(prompt, list) and _is_ids(prompt)):
-            raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
-        if not prompt:
-            raise ValueError("a prompt is empty: it needs at least one token")
-    return value
+    if not all(prompts):
+        raise ValueError("a prompt is empty: it needs at least one token")
+    return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _is_ids(value: list[Any]) -> bool:
-    return all(type(token) is int and 0 <= token < 2**32 for token in value)
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**32 for token in value)
 
 
 def _unicode(value: str) -> str:

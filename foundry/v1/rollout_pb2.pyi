@@ -75,6 +75,7 @@ class Sampling(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CLAMP_MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Unset: 1. 0 is greedy."""
     top_p: _builtins.float
@@ -90,6 +91,8 @@ class Sampling(_message.Message):
     ignore_eos: _builtins.bool
     logprobs: _builtins.int
     """How many alternatives to report per token, 0 to 20."""
+    clamp_max_new_tokens: _builtins.bool
+    """Lower max_new_tokens to what the context has room for, instead of refusing."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these strings; it is not part of the text."""
@@ -106,10 +109,11 @@ class Sampling(_message.Message):
         n: _builtins.int = ...,
         ignore_eos: _builtins.bool = ...,
         logprobs: _builtins.int = ...,
+        clamp_max_new_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "n", b"n", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "clamp_max_new_tokens", b"clamp_max_new_tokens", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "n", b"n", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

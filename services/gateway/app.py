@@ -13,12 +13,13 @@ from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
+from services.gateway.balancer import RolloutBalancer
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
+from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.openai import chat, completions, models
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, health, runs
-from services.gateway.rollouts import Rollouts
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
 from services.gateway.teacher import Teacher
@@ -50,7 +51,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         max_bytes=settings.max_request_bytes,
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
-    app.add_middleware(metrics.RequestMetrics)
+    app.add_middleware(RequestMetrics)
     app.add_middleware(RequestContext)
     errors.install(app)
     for router in _ROUTERS:
@@ -62,7 +63,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         store = await CartridgeStore.open(settings.store)
-        rollouts = Rollouts(
+        rollouts = RolloutBalancer(
             Pods("rollout", settings.rollout_addresses, settings.tls),
             poll_seconds=settings.poll_seconds,
             retry_timeout_seconds=settings.retry_timeout_seconds,

@@ -1,12 +1,9 @@
-"""What the gateway counts, and the middleware that times every request."""
+"""What the gateway counts."""
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUESTS = Counter("foundry_gateway_requests_total", "HTTP requests answered.", ["method", "route", "status"])
 REQUEST_SECONDS = Histogram(
@@ -44,44 +41,9 @@ for _outcome in ("created", "existed", "deleted", "failed", "refused", "error"):
 for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
     ERRORS.labels(_reason)
 
-# Clients may send any word.
-_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-
 router = APIRouter()
 
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-class RequestMetrics:
-    """Counts and times requests by route template, never by raw path: labels must stay few."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        # 499 is what remains if the client leaves before anything was sent.
-        status = 499
-
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, observed)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            REQUESTS.labels(method, route, status).inc()
-            REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)

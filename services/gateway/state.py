@@ -12,8 +12,8 @@ from fastapi import Depends, Request
 from foundry.errors import ResourceExhausted, Unavailable
 from foundry.store import CartridgeStore
 from services.gateway import metrics
+from services.gateway.balancer import RolloutBalancer
 from services.gateway.openai.tokens import TokenSpelling
-from services.gateway.rollouts import Rollouts
 from services.gateway.settings import GatewaySettings
 from services.gateway.teacher import Teacher
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Gateway:
     settings: GatewaySettings
     store: CartridgeStore
-    rollouts: Rollouts
+    rollouts: RolloutBalancer
     teacher: Teacher | None
     spelling: TokenSpelling
     # None: runs are trained by workers that take them from the queue.

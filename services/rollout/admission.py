@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
@@ -29,6 +29,15 @@ class Admission:
 
     cartridges: Sequence[common_pb2.CartridgeId]
     sequences: Sequence[SequenceRequest]
+    # Lower max_new_tokens rather than refuse.
+    clamp: bool
+
+    def clamped(self, room: int) -> Admission:
+        """With at most `room` new tokens, if the request allows that and there is room for one."""
+        if not self.clamp or not 1 <= room < self.sequences[0].sampling.max_new_tokens:
+            return self
+        sequences = [replace(each, sampling=replace(each.sampling, max_new_tokens=room)) for each in self.sequences]
+        return replace(self, sequences=sequences)
 
 
 class Admissions:
@@ -89,23 +98,22 @@ class Admissions:
         _check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
         sampling = [_sampling(request.sampling, index) for index in range(num_completions)]
         prompt_ids = self._prompt_ids(request)
-        self._check_own_tokens(len(prompt_ids), sampling[0])
-        return Admission(
-            request.cartridges,
-            [SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache) for each in sampling],
-        )
+        sequences = [SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache) for each in sampling]
+        return self._fit_own_tokens(Admission(request.cartridges, sequences, request.sampling.clamp_max_new_tokens))
 
-    def check_length(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> None:
-        """Raises InvalidArgument if cartridges, prompt and answer exceed the model's context."""
-        sequence = admission.sequences[0]
-        num_prefix = sum(cartridge_tokens[digest] for digest in sequence.digests)
-        num_prompt, num_new = len(sequence.prompt_ids), sequence.sampling.max_new_tokens
+    def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:
+        """The request as the engine gets it. Raises InvalidArgument if it exceeds the model's context."""
+        prompt_ids, digests = admission.sequences[0].prompt_ids, admission.sequences[0].digests
+        num_prompt, num_prefix = len(prompt_ids), sum(cartridge_tokens[digest] for digest in digests)
+        admission = admission.clamped(self._max_context_tokens - num_prefix - num_prompt)
+        num_new = admission.sequences[0].sampling.max_new_tokens
         if num_prefix + num_prompt + num_new > self._max_context_tokens:
             raise InvalidArgument(
                 f"cartridges of {num_prefix} tokens, a prompt of {num_prompt} and max_new_tokens of {num_new} make "
                 f"{num_prefix + num_prompt + num_new}, the context is {self._max_context_tokens}",
                 field="sampling.max_new_tokens",
             )
+        return admission
 
     def _prompt_ids(self, request: rollout_pb2.GenerateRequest) -> tuple[int, ...]:
         match request.WhichOneof("prompt"):
@@ -129,14 +137,17 @@ class Admissions:
             )
         return tuple(ids)
 
-    def _check_own_tokens(self, num_prompt: int, sampling: SamplingParams) -> None:
-        num_new = sampling.max_new_tokens
+    def _fit_own_tokens(self, admission: Admission) -> Admission:
+        num_prompt = len(admission.sequences[0].prompt_ids)
+        admission = admission.clamped(self.max_sequence_tokens - num_prompt)
+        num_new = admission.sequences[0].sampling.max_new_tokens
         if num_prompt + num_new > self.max_sequence_tokens:
             raise InvalidArgument(
                 f"a prompt of {num_prompt} tokens and max_new_tokens of {num_new} make {num_prompt + num_new}, "
                 f"the server takes {self.max_sequence_tokens}",
                 field="sampling.max_new_tokens",
             )
+        return admission
 
 
 def check_cartridge(cartridge: common_pb2.CartridgeId, field: str) -> str:

@@ -156,9 +156,8 @@ async def _submitted(parts: Parts, admissions: Sequence[Admission], arrived_at: 
     references = Counter(digest for sequence in sequences for digest in sequence.digests)
     hold = await parts.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
     try:
-        for admission in admissions:
-            parts.admissions.check_length(admission, hold.num_tokens)
-        job = parts.driver.submit(sequences, arrived_at=arrived_at)
+        fitting = [parts.admissions.fit(admission, hold.num_tokens) for admission in admissions]
+        job = parts.driver.submit([each for fit in fitting for each in fit.sequences], arrived_at=arrived_at)
     except BaseException:
         hold.release()
         raise

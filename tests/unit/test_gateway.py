@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer, decoders, models
 
 from foundry.errors import (
@@ -29,10 +33,14 @@ from foundry.rpc.pods import Pod, Pods
 from foundry.rpc.resolve import Endpoint
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
-from services.gateway.openai.generation import Answer, Target
+from services.gateway import errors
+from services.gateway.balancer import RolloutBalancer, RolloutServer, ServedModel
+from services.gateway.openai import chat
+from services.gateway.openai.fan_in import FanIn
+from services.gateway.openai.generation import Generation
+from services.gateway.openai.requests import ChatRequest, CompletionRequest
+from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, finite
-from services.gateway.openai.types import ChatRequest, CompletionRequest
-from services.gateway.rollouts import Rollouts, RolloutServer, ServedModel
 from tests.tiny import build_tokenizer
 
 MODEL = ServedModel("tiny", "blake3:" + "f" * 64, "blake3:" + "e" * 64, 512)
@@ -44,22 +52,25 @@ def identity(*cartridges: CartridgeId, fingerprint: str = MODEL.fingerprint) -> 
     return common_pb2.Identity(model_fingerprint=fingerprint, cartridges=named, template_digest=MODEL.template_digest)
 
 
+Deliver = Callable[[rollout_pb2.GenerateChunk], Awaitable[None]]
+
+
 class Server:
     """Answers as it is told to, where a real rollout server would tell the truth."""
 
     def __init__(self, *chunks: rollout_pb2.GenerateChunk) -> None:
         self._chunks = chunks
 
-    async def generate(self, *unused: Any, **ignored: Any) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
+    async def generate(self, request: object, deliver: Deliver, **ignored: Any) -> None:
         for chunk in self._chunks:
-            yield chunk
+            await deliver(chunk)
 
 
-def answer_of(server: Server, target: Target, n: int = 1, store: object = None) -> Answer:
+def generation_of(server: Server, target: Target, n: int = 1, store: object = None) -> Generation:
     asked = ChatRequest(model="a", n=n, messages=[{"role": "user", "content": "?"}])  # type: ignore[list-item]
     limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
     gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext, store=store)
-    return Answer(cast(Any, gateway), target, asked, [common_pb2.Conversation()], "test")
+    return Generation(cast(Any, gateway), target, asked, [rollout_pb2.GenerateRequest()], "test")
 
 
 END = rollout_pb2.GenerateChunk(
@@ -82,9 +93,9 @@ END = rollout_pb2.GenerateChunk(
 async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Identity) -> None:
     lie = rollout_pb2.GenerateChunk(text="tokens", identity=said)
     with pytest.raises(IdentityMismatch):
-        await anext(answer_of(Server(lie), Target(MODEL, (FIRST, SECOND))).chunks())
+        await anext(generation_of(Server(lie), Target(MODEL, (FIRST, SECOND))).chunks())
     truth = rollout_pb2.GenerateChunk(text="tokens", identity=identity(FIRST, SECOND))
-    chunks = answer_of(Server(truth), Target(MODEL, (FIRST, SECOND))).chunks()
+    chunks = generation_of(Server(truth), Target(MODEL, (FIRST, SECOND))).chunks()
     assert (await anext(chunks))[1].text == "tokens"
     await chunks.aclose()
 
@@ -92,17 +103,15 @@ async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Id
 async def test_every_choice_is_checked() -> None:
     other = rollout_pb2.GenerateChunk(index=1, text="tokens", identity=identity(SECOND))
     with pytest.raises(IdentityMismatch):
-        await answer_of(Server(END, other), Target(MODEL, (FIRST,)), n=2).gather()
+        await generation_of(Server(END, other), Target(MODEL, (FIRST,)), n=2).gather()
 
 
 async def test_an_answer_that_was_cut_short_is_none() -> None:
-    (choice,) = await answer_of(Server(END), Target(MODEL, (FIRST,))).gather()
+    (choice,) = await generation_of(Server(END), Target(MODEL, (FIRST,))).gather()
     assert choice.text == "tokens"
     begun = rollout_pb2.GenerateChunk(text="tok", identity=identity(FIRST))
-    given_up = rollout_pb2.GenerateChunk(finish_reason=rollout_pb2.FINISH_REASON_CANCELLED, usage=rollout_pb2.Usage())
-    for chunks in ([begun], [begun, given_up]):
-        with pytest.raises(Unavailable):
-            await answer_of(Server(*chunks), Target(MODEL, (FIRST,))).gather()
+    with pytest.raises(Unavailable):
+        await generation_of(Server(begun), Target(MODEL, (FIRST,))).gather()
 
 
 class Publishing:
@@ -119,39 +128,182 @@ class Publishing:
     def model(self) -> ServedModel:
         return MODEL
 
-    async def generate(
-        self, message: rollout_pb2.GenerateRequest, **ignored: Any
-    ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
-        if message.cartridges[0].digest != SECOND.digest:
+    async def generate(self, request: rollout_pb2.GenerateRequest, deliver: Deliver, **ignored: Any) -> None:
+        if request.cartridges[0].digest != SECOND.digest:
             raise CartridgeNotFound("swept", field="digest")
-        yield rollout_pb2.GenerateChunk(
+        chunk = rollout_pb2.GenerateChunk(
             text="new",
             identity=identity(SECOND),
             finish_reason=rollout_pb2.FINISH_REASON_STOP,
             usage=rollout_pb2.Usage(),
         )
+        await deliver(chunk)
 
 
 async def test_latest_is_looked_up_again_when_its_version_was_swept() -> None:
     moving = Publishing(versions=1)
-    answer = answer_of(cast(Any, moving), Target(MODEL, (FIRST,)), store=moving)
-    (choice,) = await answer.gather()
+    generation = generation_of(cast(Any, moving), Target(MODEL, (FIRST,)), store=moving)
+    (choice,) = await generation.gather()
     assert choice.text == "new"
-    assert answer.headers()["x-foundry-digest"] == SECOND.digest
-    assert answer.info().cartridges[0].version == SECOND.version
+    assert generation.headers()["x-foundry-digest"] == SECOND.digest
+    assert generation.info().cartridges[0].version == SECOND.version
 
 
 async def test_a_version_that_is_gone_stays_an_error() -> None:
     still = Publishing(versions=100)
     with pytest.raises(CartridgeNotFound, match="swept"):
-        await answer_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather()
+        await generation_of(cast(Any, still), Target(MODEL, (FIRST,)), store=still).gather()
     assert still.resolved == 1
 
 
+def app_before(server: object) -> FastAPI:
+    """The chat route before a rollout server of the base model."""
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(chat.router)
+    limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
+    app.state.gateway = SimpleNamespace(
+        settings=limits, rollouts=server, admitted=nullcontext, spelling=TokenSpelling(None)
+    )
+    return app
+
+
+async def ask(server: object) -> httpx.Response:
+    transport = httpx.ASGITransport(app_before(server))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        return await client.post("/v1/chat/completions", json=STREAMED)
+
+
+STREAMED = {"model": MODEL.name, "messages": [{"role": "user", "content": "?"}], "stream": True}
+BEGUN = rollout_pb2.GenerateChunk(text="tok", identity=identity())
+
+
+class Dying(Server):
+    def model(self) -> ServedModel:
+        return MODEL
+
+    async def generate(self, request: object, deliver: Deliver, **ignored: Any) -> None:
+        await super().generate(request, deliver)
+        raise Unavailable("going away", field="sampling.max_new_tokens")
+
+
+async def test_what_fails_in_a_stream_is_its_last_event() -> None:
+    answer = await ask(Dying(BEGUN))
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+    first, last = (json.loads(block.removeprefix("data: ")) for block in answer.text.strip().split("\n\n"))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "tok"}
+    error = {"message": "going away", "type": "server_error", "param": "max_tokens", "code": "UNAVAILABLE"}
+    assert last == {"error": error}
+
+
+async def test_what_fails_before_the_first_token_has_its_own_status() -> None:
+    answer = await ask(Dying())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "UNAVAILABLE")
+
+
+class Lasting(Dying):
+    """Goes on until it is cancelled."""
+
+    ended = False
+
+    async def generate(self, request: object, deliver: Deliver, **ignored: Any) -> None:
+        try:
+            await Server.generate(self, request, deliver)
+            await asyncio.Event().wait()
+        finally:
+            self.ended = True
+
+
+@pytest.mark.parametrize("num_sent", [0, 1])
+async def test_a_client_that_is_gone_when_its_stream_begins_ends_the_generation(num_sent: int) -> None:
+    server = Lasting(BEGUN)
+    body: list[Any] = [{"type": "http.request", "body": json.dumps(STREAMED).encode()}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return body.pop() if body else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if len(sent) == num_sent:
+            raise OSError("the connection is closed")
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    with pytest.raises(ClientDisconnect):
+        await app_before(server)(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
+    assert server.ended
+
+
+async def test_a_slow_reader_slows_the_sources() -> None:
+    delivered = 0
+
+    async def source(deliver: Callable[[int], Awaitable[None]]) -> None:
+        nonlocal delivered
+        for number in range(500):
+            await deliver(number)
+            delivered += 1
+
+    received = []
+    async with FanIn([source, source]) as arrivals:
+        while (arrival := await arrivals.next()) is not None:
+            received.append(arrival)
+            assert delivered - len(received) < 20
+    assert [[number for index, number in received if index == mine] for mine in (0, 1)] == [[*range(500)]] * 2
+
+
+@pytest.mark.parametrize("num_items", [0, 100])
+async def test_leaving_ends_the_sources(num_items: int) -> None:
+    begun: asyncio.Queue[None] = asyncio.Queue()
+    num_ended = 0
+
+    async def source(deliver: Callable[[int], Awaitable[None]]) -> None:
+        nonlocal num_ended
+        begun.put_nowait(None)
+        try:
+            for number in range(num_items):
+                await deliver(number)
+            await asyncio.Event().wait()
+        finally:
+            num_ended += 1
+
+    async with FanIn([source, source]):
+        await begun.get()
+        await begun.get()
+    assert num_ended == 2
+
+
+@pytest.mark.parametrize("failure", [KeyError("a fault of ours"), asyncio.CancelledError("shared with others")])
+async def test_the_first_failure_reaches_the_reader_and_ends_the_others(failure: BaseException) -> None:
+    cancelled = asyncio.Event()
+
+    async def waiting(deliver: Callable[[int], Awaitable[None]]) -> None:
+        try:
+            await deliver(1)
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def failing(deliver: Callable[[int], Awaitable[None]]) -> None:
+        await deliver(2)
+        raise failure
+
+    async def read() -> None:
+        async with FanIn([waiting, failing]) as arrivals:
+            assert [await arrivals.next(), await arrivals.next()] == [(0, 1), (1, 2)]
+            await arrivals.next()
+
+    with pytest.raises(type(failure), match=str(failure.args[0])):
+        await read()
+    assert cancelled.is_set()
+
+
 @pytest.fixture
-async def rollouts() -> AsyncIterator[Rollouts]:
+async def rollouts() -> AsyncIterator[RolloutBalancer]:
     """Four servers that are said to serve; nobody listens there."""
-    found = Rollouts(Pods("rollout", ["127.0.0.1:9"]), poll_seconds=1, retry_timeout_seconds=1)
+    found = RolloutBalancer(Pods("rollout", ["127.0.0.1:9"]), poll_seconds=1, retry_timeout_seconds=1)
     addresses = [f"127.0.0.1:{port}" for port in range(1, 5)]
     found._servers = {address: RolloutServer(Pod("rollout", Endpoint(address, "127.0.0.1"))) for address in addresses}
     for server in found._servers.values():
@@ -161,7 +313,7 @@ async def rollouts() -> AsyncIterator[Rollouts]:
     await found.close()
 
 
-async def test_a_cartridge_keeps_its_server_and_all_servers_have_some(rollouts: Rollouts) -> None:
+async def test_a_cartridge_keeps_its_server_and_all_servers_have_some(rollouts: RolloutBalancer) -> None:
     homes = {key: rollouts._pick(key, set()).pod.address for key in map(str, range(200))}
     assert homes == {key: rollouts._pick(key, set()).pod.address for key in homes}
     assert min(Counter(homes.values()).values()) > 25
@@ -171,7 +323,7 @@ async def test_a_cartridge_keeps_its_server_and_all_servers_have_some(rollouts: 
     assert moved == {key for key, home in homes.items() if home == "127.0.0.1:1"}
 
 
-async def test_no_server_gets_much_more_than_its_share(rollouts: Rollouts) -> None:
+async def test_no_server_gets_much_more_than_its_share(rollouts: RolloutBalancer) -> None:
     for _ in range(100):
         rollouts._pick("one popular cartridge", set()).pod.in_flight += 1
     loads = sorted(server.pod.in_flight for server in rollouts._servers.values())
@@ -181,7 +333,7 @@ async def test_no_server_gets_much_more_than_its_share(rollouts: Rollouts) -> No
     assert loads[0] < 100 / 4
 
 
-async def test_servers_of_different_models_are_never_mixed(rollouts: Rollouts) -> None:
+async def test_servers_of_different_models_are_never_mixed(rollouts: RolloutBalancer) -> None:
     assert rollouts.model() == MODEL
     stranger = rollouts._servers["127.0.0.1:2"]
     stranger.model = replace(MODEL, fingerprint="blake3:" + "0" * 64)
@@ -244,15 +396,15 @@ def test_any_json_is_either_refused_or_can_be_sent(data: st.DataObject, kind: ty
         asked = kind.model_validate(body | changes)
     except (ValidationError, InvalidArgument):
         return
-    conversation = [common_pb2.Message(content=message.content) for message in getattr(asked, "messages", [])]
-    prompts: Any = [
-        prompt if isinstance(prompt, str) else common_pb2.TokenIds(ids=prompt)
+    messages = [common_pb2.Message(content=message.content) for message in getattr(asked, "messages", [])]
+    prompts = [
+        rollout_pb2.GenerateRequest(**({"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}))
         for prompt in getattr(asked, "prompt", [])
-    ] or [common_pb2.Conversation(messages=conversation)]
+    ] or [rollout_pb2.GenerateRequest(conversation=common_pb2.Conversation(messages=messages))]
     limits = SimpleNamespace(max_choices=8)
     try:
-        answer = Answer(cast(Any, SimpleNamespace(settings=limits)), Target(MODEL, ()), asked, prompts, "test")
+        generation = Generation(cast(Any, SimpleNamespace(settings=limits)), Target(MODEL, ()), asked, prompts, "test")
     except FoundryError:
         return
-    for index, prompt in enumerate(prompts):
-        answer._request(index, prompt).SerializeToString()
+    for index in range(len(prompts)):
+        generation._request(index).SerializeToString()

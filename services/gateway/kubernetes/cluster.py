@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from urllib3.exceptions import HTTPError
 
 from foundry.errors import InvalidArgument
 from services.gateway.errors import ClusterRefused, ClusterUnavailable
-from services.gateway.kubernetes.job import RUN_LABEL, Job, JobTemplate, Manifest
+from services.gateway.kubernetes.job import RUN_LABEL, Job, JobManifest, JobTemplate
 from services.gateway.settings import JobSettings
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -55,7 +56,7 @@ class Cluster:
         )
         return [Job.of(manifest) for manifest in found["items"]]
 
-    async def create(self, manifest: Manifest) -> bool:
+    async def create(self, manifest: JobManifest) -> bool:
         """False if there is a Job of that name already."""
         try:
             await self._call(
@@ -67,17 +68,9 @@ class Cluster:
 
     async def delete(self, name: str) -> None:
         """Its pods are told to stop. No error if it is gone."""
-        try:
-            await self._call(
-                "delete",
-                "jobs",
-                self._objects.delete_namespaced_custom_object,
-                **self._jobs,
-                name=name,
-                propagation_policy="Background",
-            )
-        except _Missing:
-            return
+        options = {"name": name, "propagation_policy": "Background"}
+        with suppress(_Missing):
+            await self._call("delete", "jobs", self._objects.delete_namespaced_custom_object, **self._jobs, **options)
 
     async def _call(self, verb: str, resource: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         doing = f"{verb} {resource} in namespace {self.namespace}"

@@ -12,7 +12,7 @@ import yaml
 from foundry.errors import InvalidArgument
 from foundry.store import Resources
 
-Manifest = dict[str, Any]
+JobManifest = dict[str, Any]
 
 RUN_LABEL = "foundry.dev/run"
 TEMPLATE_KEY = "job.yaml"
@@ -69,7 +69,7 @@ class Job:
 class JobTemplate:
     """`owner` is the ConfigMap it came from, as an owner reference: when that goes, so do the Jobs."""
 
-    manifest: Manifest
+    manifest: JobManifest
     owner: Mapping[str, str]
 
     @classmethod
@@ -77,23 +77,20 @@ class JobTemplate:
         """Raises InvalidArgument, naming the ConfigMap and what is wrong in it."""
         where = f"ConfigMap {config_map}"
         if TEMPLATE_KEY not in data:
-            raise InvalidArgument(f"{where} has no key {TEMPLATE_KEY}", field="jobs.template")
+            raise _unfit(f"{where} has no key {TEMPLATE_KEY}")
         try:
             manifest = yaml.safe_load(data[TEMPLATE_KEY])
         except yaml.YAMLError as error:
-            raise InvalidArgument(f"{TEMPLATE_KEY} of {where} is not YAML: {error}", field="jobs.template") from error
+            raise _unfit(f"{TEMPLATE_KEY} of {where} is not YAML: {error}") from error
         try:
             kind = manifest["apiVersion"], manifest["kind"]
             names = [container["name"] for container in manifest["spec"]["template"]["spec"]["containers"]]
         except (KeyError, TypeError) as error:
-            raise InvalidArgument(
-                f"{TEMPLATE_KEY} of {where} is not a Job with containers: {error!r}", field="jobs.template"
-            ) from error
+            raise _unfit(f"{TEMPLATE_KEY} of {where} is not a Job with containers: {error!r}") from error
         if kind != ("batch/v1", "Job") or names.count(CONTAINER) != 1:
-            raise InvalidArgument(
+            raise _unfit(
                 f"{TEMPLATE_KEY} of {where} is a {kind[0]} {kind[1]} with containers {names}: it must be a "
-                f"batch/v1 Job with one container {CONTAINER}",
-                field="jobs.template",
+                f"batch/v1 Job with one container {CONTAINER}"
             )
         return cls(manifest, {"apiVersion": "v1", "kind": "ConfigMap", "name": config_map, "uid": uid})
 
@@ -101,15 +98,10 @@ class JobTemplate:
         """The same in every gateway, so that only one of them can make it. Raises InvalidArgument if it is too long."""
         prefix = (self.manifest.get("metadata") or {}).get("generateName") or _DEFAULT_PREFIX
         name = f"{prefix.rstrip('-')}-{run_id.removeprefix('run-')}"
-        if len(name) > _MAX_NAME_LENGTH:
-            raise InvalidArgument(
-                f"the Job's name {name} is longer than {_MAX_NAME_LENGTH} characters: shorten the template's "
-                "generateName",
-                field="jobs.template",
-            )
+        _check_length("the Job's name", name)
         return name
 
-    def job(self, run_id: str, resources: Resources | None) -> Manifest:
+    def job(self, run_id: str, resources: Resources | None) -> JobManifest:
         """The manifest of one run's Job. Raises InvalidArgument if the template is not for what the run asks."""
         job = copy.deepcopy(self.manifest)
         metadata = job.setdefault("metadata", {})
@@ -135,7 +127,16 @@ class JobTemplate:
         return job
 
 
-def _give(given: Manifest, resources: Resources) -> None:
+def _check_length(what: str, name: str) -> None:
+    if len(name) > _MAX_NAME_LENGTH:
+        raise _unfit(f"{what} {name} is longer than {_MAX_NAME_LENGTH} characters: shorten the template's generateName")
+
+
+def _unfit(message: str) -> InvalidArgument:
+    return InvalidArgument(message, field="jobs.template")
+
+
+def _give(given: JobManifest, resources: Resources) -> None:
     """Requests equal limits: a run gets what it asked for, no less and no more."""
     asked = {"cpu": resources.cpu, "memory": resources.memory}
     if resources.gpus is not None:
@@ -148,21 +149,15 @@ def _give(given: Manifest, resources: Resources) -> None:
             del amounts[_GPU]
 
 
-def _spread(job: Manifest, trainer: Manifest, num_nodes: int) -> None:
+def _spread(job: JobManifest, trainer: JobManifest, num_nodes: int) -> None:
     """One pod a node, all at once; each knows its rank, and by its Service's name the address of the first."""
     name, subdomain = job["metadata"]["name"], job["spec"]["template"]["spec"].get("subdomain")
     if not subdomain:
-        raise InvalidArgument(
+        raise _unfit(
             f"resources.nodes is {num_nodes}, but the template's pods have no subdomain: it must be the name of a "
-            "headless Service over them",
-            field="jobs.template",
+            "headless Service over them"
         )
-    if len(hostname := f"{name}-{num_nodes - 1}") > _MAX_NAME_LENGTH:
-        raise InvalidArgument(
-            f"the host name {hostname} is longer than {_MAX_NAME_LENGTH} characters: shorten the template's "
-            "generateName",
-            field="jobs.template",
-        )
+    _check_length("the host name", f"{name}-{num_nodes - 1}")
     job["spec"] |= {"completionMode": "Indexed", "completions": num_nodes, "parallelism": num_nodes}
     _set(trainer, "PET_NNODES", {"value": str(num_nodes)})
     _set(trainer, "PET_NODE_RANK", {"valueFrom": {"fieldRef": {"fieldPath": _INDEX}}})
@@ -170,6 +165,6 @@ def _spread(job: Manifest, trainer: Manifest, num_nodes: int) -> None:
     _set(trainer, "PET_MASTER_PORT", {"value": str(RENDEZVOUS_PORT)})
 
 
-def _set(container: Manifest, name: str, value: Manifest) -> None:
+def _set(container: JobManifest, name: str, value: JobManifest) -> None:
     variables = [each for each in container.get("env") or () if each["name"] != name]
     container["env"] = [*variables, {"name": name, **value}]

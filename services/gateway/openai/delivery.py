@@ -3,75 +3,67 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from foundry.errors import Cancelled, FoundryError
 from services.gateway import metrics
 from services.gateway.errors import error_body
-from services.gateway.openai.generation import Answer, Choice, Chunk
+from services.gateway.openai.generation import Chunk
+from services.gateway.openai.rendering import Renderer
 
 T = TypeVar("T")
+Chunks = AsyncGenerator[tuple[int, Chunk], None]
 
 
-async def whole(answer: Answer, request: Request, render: Callable[[list[Choice]], BaseModel]) -> Response:
-    """The answer in one piece."""
-    body = render(await unless_disconnected(request, answer.gather()))
-    return Response(body.model_dump_json(), media_type="application/json", headers=answer.headers())
+async def respond(renderer: Renderer, request: Request) -> Response:
+    """What fails before the first token has its own HTTP status, in a stream too."""
+    generation = renderer.generation
+    if generation.asked.stream:
+        chunks = generation.chunks()
+        first = await unless_disconnected(request, anext(chunks))
+        return _EventStream(_events(renderer, first, chunks), chunks, generation.headers())
+    body = renderer.whole(await unless_disconnected(request, generation.gather()))
+    return Response(body.model_dump_json(), media_type="application/json", headers=generation.headers())
 
 
-async def stream(
-    answer: Answer, request: Request, render: Callable[[int, Chunk], BaseModel], last: Callable[[], BaseModel]
-) -> Response:
-    """Server-sent events. What fails before the first token still has its own HTTP status."""
-    chunks = answer.chunks()
-    first = await unless_disconnected(request, anext(chunks))
-
-    async def events() -> AsyncGenerator[bytes, None]:
-        async with contextlib.aclosing(chunks):
-            try:
-                yield _event(render(*first))
-                async for index, chunk in chunks:
-                    yield _event(render(index, chunk))
-            except FoundryError as error:
-                metrics.ERRORS.labels(error.reason).inc()
-                # No [DONE]: what was cut short must not look whole.
-                yield _event(error_body(error))
-                return
-        options = answer.asked.stream_options
-        if options is not None and options.include_usage:
-            yield _event(last())
-        yield b"data: [DONE]\n\n"
-
-    return _EventStream(events(), answer.headers())
+async def _events(renderer: Renderer, first: tuple[int, Chunk], chunks: Chunks) -> AsyncGenerator[bytes, None]:
+    try:
+        yield _event(renderer.delta(*first).model_dump_json())
+        async for index, chunk in chunks:
+            yield _event(renderer.delta(index, chunk).model_dump_json())
+    except FoundryError as error:
+        metrics.ERRORS.labels(error.reason).inc()
+        # No [DONE]: what was cut short must not look whole.
+        yield _event(json.dumps(error_body(error)))
+        return
+    options = renderer.generation.asked.stream_options
+    if options is not None and options.include_usage:
+        yield _event(renderer.last().model_dump_json())
+    yield _event("[DONE]")
 
 
-class _EventStream(StreamingResponse):
-    media_type = "text/event-stream"
+def _event(data: str) -> bytes:
+    return format_sse_event(data_str=data)
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+
+class _EventStream(EventSourceResponse):
+    def __init__(self, events: AsyncGenerator[bytes, None], chunks: Chunks, headers: dict[str, str]) -> None:
         # The second header stops nginx from holding events back.
         super().__init__(events, headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._events = events
+        self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             # A client that leaves while we wait to send would otherwise let the rollout server go on until collection.
-            await self._events.aclose()
-
-
-def _event(body: BaseModel | dict[str, dict[str, str | None]]) -> bytes:
-    text = body.model_dump_json() if isinstance(body, BaseModel) else json.dumps(body)
-    return f"data: {text}\n\n".encode()
+            await self._chunks.aclose()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

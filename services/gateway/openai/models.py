@@ -10,8 +10,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from foundry.errors import CartridgeNotFound, InvalidArgument, ModelNotFound
+from services.gateway.balancer import ServedModel
 from services.gateway.resources.listing import for_each
-from services.gateway.rollouts import ServedModel
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -34,7 +35,7 @@ class DocumentCard(BaseModel):
 
     @classmethod
     def of(cls, info: DocumentInfo) -> DocumentCard:
-        return cls(digest=info.digest, title=info.title, num_bytes=info.num_bytes, created_at=info.created_at)
+        return cls(**asdict(info))
 
 
 class DocumentList(BaseModel):

@@ -22,8 +22,8 @@ from foundry.errors import (
 )
 from foundry.identity import content_digest
 from foundry.store import DocumentPrompts, RunRecord, RunSpec
+from services.gateway.balancer import ServedModel
 from services.gateway.resources import documents
-from services.gateway.rollouts import ServedModel
 from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)

@@ -14,7 +14,16 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import typed_errors
 from foundry.v1 import common_pb2, rollout_pb2
-from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Gate, Rollout, long, serving
+from tests.contract.rollout.server import (
+    MAX_SEQUENCES,
+    MAX_WAITING,
+    TIMEOUT_SECONDS,
+    Gate,
+    Rollout,
+    joined,
+    long,
+    serving,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +91,38 @@ async def test_cartridges_count_towards_the_models_context(rollout: Rollout) -> 
         await rollout.generate(changed(fits, max_new_tokens=13))
     assert caught.value.field == "sampling.max_new_tokens"
     assert (await rollout.resident()).cartridges[0].references == 0
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "num_prefix", "expected"),
+    [
+        pytest.param(200, 0, 50, id="fits"),
+        pytest.param(220, 0, 36, id="fills what the server takes"),
+        pytest.param(200, 300, 12, id="fills the context"),
+        pytest.param(255, 0, 1, id="one token"),
+    ],
+)
+async def test_a_length_that_may_be_lowered_is(
+    rollout: Rollout, num_prompt: int, num_prefix: int, expected: int
+) -> None:
+    cartridges = [rollout.publish(0, num_tokens=num_prefix)] if num_prefix else []
+    asked = {"max_new_tokens": 50, "clamp_max_new_tokens": True, "n": 2}
+    request = rollout.request([5] * num_prompt, cartridges=cartridges, sampling=asked)
+    chunks = await rollout.generate(request)
+    assert [len(joined(chunks, index)[0]) for index in range(2)] == [expected, expected]
+    answers = await rollout.batch([request])
+    assert {answer.usage.completion_tokens for answer in answers.values()} == {expected}
+
+
+async def test_no_room_at_all_is_refused_though_the_length_may_be_lowered(rollout: Rollout) -> None:
+    asked = {"max_new_tokens": 50, "clamp_max_new_tokens": True}
+    for request, message in (
+        (rollout.request([5] * 256, sampling=asked), r"256.* 50 .*306.*256"),
+        (rollout.request([5] * 200, cartridges=[rollout.publish(0, num_tokens=312)], sampling=asked), r"312.*512"),
+    ):
+        with pytest.raises(InvalidArgument, match=message) as caught:
+            await rollout.generate(request)
+        assert caught.value.field == "sampling.max_new_tokens"
 
 
 async def test_cartridge_ids_need_a_digest(rollout: Rollout) -> None:

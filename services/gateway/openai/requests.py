@@ -1,7 +1,7 @@
-"""OpenAI's requests and answers, as far as a frozen language model can honour them.
+"""OpenAI's requests, as far as a frozen language model can honour them.
 
 A parameter is honoured, or neutral (it has no effect at the value given), or documented as ignored, or refused: none is
-dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_token_ids` in, `foundry` out.
+dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_token_ids`.
 """
 
 from __future__ import annotations
@@ -98,22 +98,16 @@ def _text(value: Any) -> Any:
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """OpenAI's four spellings of a prompt, as a list of texts or of token ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and _is_ids(value)):
-        value = [value]
-    if not isinstance(value, list) or not value:
+    prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
+    if not (isinstance(prompts, list) and prompts and all(isinstance(each, str) or _is_ids(each) for each in prompts)):
         raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
-    for prompt in value:
-        if isinstance(prompt, str):
-            prompt.encode()
-        elif not (isinstance(prompt, list) and _is_ids(prompt)):
-            raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
-        if not prompt:
-            raise ValueError("a prompt is empty: it needs at least one token")
-    return value
+    if not all(prompts):
+        raise ValueError("a prompt is empty: it needs at least one token")
+    return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _is_ids(value: list[Any]) -> bool:
-    return all(type(token) is int and 0 <= token < 2**32 for token in value)
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**32 for token in value)
 
 
 def _unicode(value: str) -> str:
@@ -247,118 +241,3 @@ class CompletionRequest(SamplingRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-
-# Answers. Fields marked so are left out while None; the others are sent as null, as OpenAI does.
-_OMITTED_IF_NONE: Any = Field(default=None, exclude_if=lambda value: value is None)
-
-
-class CartridgeInfo(BaseModel):
-    name: str
-    version: int
-    digest: str
-
-
-class FoundryInfo(BaseModel):
-    """What the answer was computed with."""
-
-    model_fingerprint: str
-    template_digest: str
-    cartridges: list[CartridgeInfo]
-    cartridge_tokens: int | None = _OMITTED_IF_NONE
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int
-
-
-class UsageInfo(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | None = _OMITTED_IF_NONE
-
-
-class _Answer(BaseModel):
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    foundry: FoundryInfo | None = _OMITTED_IF_NONE
-
-
-class ChatCompletion(_Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    usage: UsageInfo
-
-
-class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = _OMITTED_IF_NONE
-    content: str
-
-
-class ChatDeltaChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | None = _OMITTED_IF_NONE
-
-
-class ChatCompletionChunk(_Answer):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatDeltaChoice]
-    usage: UsageInfo | None = _OMITTED_IF_NONE
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | None = _OMITTED_IF_NONE
-
-
-class Completion(_Answer):
-    """Whole, or one chunk of a stream."""
-
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
-    usage: UsageInfo | None = _OMITTED_IF_NONE

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import grpc
 import structlog
 
 from foundry.errors import DeadlineExceeded, FingerprintMismatch, FoundryError, Unavailable
+from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.gateway import metrics
 
+Chunk = rollout_pb2.GenerateChunk
 log = structlog.get_logger(__name__)
 
 # Consistent hashing with bounded loads (https://arxiv.org/abs/1608.01350): no server gets 1.25 times the mean.
@@ -61,8 +62,27 @@ class RolloutServer:
             log.info("rollout server found", address=self.pod.address, model=found.name, fingerprint=found.fingerprint)
         self.model, self.error = found, ""
 
+    @contextmanager
+    def generating(self, request: rollout_pb2.GenerateRequest, deadline: float) -> Iterator[AsyncIterable[Chunk]]:
+        """A call's chunks; leaving cancels the call. Raises FoundryError."""
+        timeout_seconds = deadline - time.monotonic()
+        if timeout_seconds <= 0:
+            raise DeadlineExceeded("the request's time ran out before a rollout server took it")
+        try:
+            with self.pod.calling() as channel:
+                call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds)
+                try:
+                    yield call
+                finally:
+                    call.cancel()
+        except Unavailable as error:
+            # Its store being away says nothing about the server itself.
+            if type(error) is Unavailable:
+                self.model, self.error = None, error.message
+            raise
 
-class Rollouts:
+
+class RolloutBalancer:
     """All rollout servers; looks again every `poll_seconds`."""
 
     def __init__(self, pods: Pods, *, poll_seconds: float, retry_timeout_seconds: float) -> None:
@@ -91,18 +111,11 @@ class Rollouts:
 
         Raises Unavailable, FingerprintMismatch.
         """
-        by_fingerprint = {
-            server.model.fingerprint: server.model
-            for _, server in sorted(self._servers.items(), reverse=True)
-            if server.model is not None
-        }
-        if len(by_fingerprint) > 1:
-            served = ", ".join(
-                f"{address}: {server.model.fingerprint}" for address, server in self._servers.items() if server.model
-            )
-            raise FingerprintMismatch(f"the rollout servers serve different models: {served}")
-        if by_fingerprint:
-            (self._last,) = by_fingerprint.values()
+        served = {address: server.model for address, server in sorted(self._servers.items()) if server.model}
+        if len({model.fingerprint for model in served.values()}) > 1:
+            found = ", ".join(f"{address}: {model.fingerprint}" for address, model in served.items())
+            raise FingerprintMismatch(f"the rollout servers serve different models: {found}")
+        self._last = next(iter(served.values()), self._last)
         if self._last is None:
             raise self._nobody()
         return self._last
@@ -111,9 +124,14 @@ class Rollouts:
         return sum(server.model is not None for server in self._servers.values())
 
     async def generate(
-        self, request: rollout_pb2.GenerateRequest, *, deadline: float
-    ) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
-        """Chunks of one request, whose deadline is in `time.monotonic()`. Closing the generator cancels the call.
+        self,
+        request: rollout_pb2.GenerateRequest,
+        deliver: Callable[[Chunk], Awaitable[None]],
+        *,
+        deadline: float,
+    ) -> None:
+        """Hand each chunk of one request's answer to `deliver`. The server waits for as long as that takes; `deadline`
+        is in `time.monotonic()`.
 
         An attempt that is Unavailable before its first chunk is repeated elsewhere, or in the same place a little
         later: it has had no effect. Raises FoundryError.
@@ -123,14 +141,14 @@ class Rollouts:
         give_up = min(deadline, time.monotonic() + self._retry_timeout_seconds)
         backoff_seconds = 0.05
         tried: set[str] = set()
+        started = False
         while True:
-            started = False
             try:
                 server = self._pick(key, tried)
-                async with contextlib.aclosing(_attempt(server, request, deadline)) as chunks:
+                with server.generating(request, deadline) as chunks:
                     async for chunk in chunks:
                         started = True
-                        yield chunk
+                        await deliver(decoded(chunk, server.pod.name))
                 return
             except Unavailable:
                 if started or time.monotonic() + backoff_seconds > give_up:
@@ -180,25 +198,3 @@ class Rollouts:
         while True:
             await asyncio.sleep(self._poll_seconds)
             await self.refresh()
-
-
-async def _attempt(
-    server: RolloutServer, request: rollout_pb2.GenerateRequest, deadline: float
-) -> AsyncGenerator[rollout_pb2.GenerateChunk, None]:
-    timeout_seconds = deadline - time.monotonic()
-    if timeout_seconds <= 0:
-        raise DeadlineExceeded("the request's time ran out before a rollout server took it")
-    try:
-        with server.pod.calling() as channel:
-            call: grpc.aio.UnaryStreamCall[rollout_pb2.GenerateRequest, rollout_pb2.GenerateChunk]
-            call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds)
-            try:
-                async for chunk in call:
-                    yield chunk
-            finally:
-                call.cancel()
-    except Unavailable as error:
-        # Its store being away says nothing about the server itself.
-        if type(error) is Unavailable:
-            server.model, server.error = None, error.message
-        raise

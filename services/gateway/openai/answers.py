@@ -1,0 +1,121 @@
+"""OpenAI's answers, whole and in chunks. Extensions: `foundry`, and `token_ids` where they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+# Fields marked so are left out while None; the others are sent as null, as OpenAI does.
+_OMITTED_IF_NONE: Any = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class CartridgeInfo(BaseModel):
+    name: str
+    version: int
+    digest: str
+
+
+class FoundryInfo(BaseModel):
+    """What the answer was computed with."""
+
+    model_fingerprint: str
+    template_digest: str
+    cartridges: list[CartridgeInfo]
+    cartridge_tokens: int | None = _OMITTED_IF_NONE
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class UsageInfo(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class _Answer(BaseModel):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    foundry: FoundryInfo | None = _OMITTED_IF_NONE
+
+
+class ChatCompletion(_Answer):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: UsageInfo
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = _OMITTED_IF_NONE
+    content: str
+
+
+class ChatDeltaChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class ChatCompletionChunk(_Answer):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatDeltaChoice]
+    usage: UsageInfo | None = _OMITTED_IF_NONE
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = _OMITTED_IF_NONE
+
+
+class Completion(_Answer):
+    """Whole, or one chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChoice]
+    usage: UsageInfo | None = _OMITTED_IF_NONE

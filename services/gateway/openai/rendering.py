@@ -1,0 +1,73 @@
+"""An answer in OpenAI's words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from services.gateway.openai.generation import Choice, Chunk, Generation
+from services.gateway.openai.tokens import TokenSpelling
+
+
+class Renderer(ABC):
+    """Chat and text completions share all but the words for a choice, for a part of one, and for logprobs.
+
+    `shared` is what every choice has: `index`, `logprobs`, `finish_reason`, `token_ids`.
+    """
+
+    body: ClassVar[type[BaseModel]]
+    chunk_body: ClassVar[type[BaseModel]]
+
+    def __init__(self, generation: Generation, spelling: TokenSpelling) -> None:
+        self.generation = generation
+        self.spelling = spelling
+        # Characters of each choice sent so far.
+        self._sent: dict[int, int] = {}
+
+    @abstractmethod
+    def choice(self, choice: Choice, shared: dict[str, Any]) -> BaseModel: ...
+
+    @abstractmethod
+    def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> BaseModel: ...
+
+    @abstractmethod
+    def logprobs(self, part: Choice) -> BaseModel: ...
+
+    def whole(self, choices: Sequence[Choice]) -> BaseModel:
+        rendered = [self.choice(choice, self._shared(index, choice)) for index, choice in enumerate(choices)]
+        return self._body(self.body, rendered, usage=self.generation.usage(), foundry=self.generation.info())
+
+    def delta(self, index: int, chunk: Chunk) -> BaseModel:
+        first = index not in self._sent
+        part = Choice(begin=self._sent.get(index, 0))
+        part.add(chunk)
+        self._sent[index] = part.begin + len(part.text)
+        rendered = self.delta_choice(part, self._shared(index, part), first=first)
+        return self._body(self.chunk_body, [rendered], foundry=self.generation.info() if first else None)
+
+    def last(self) -> BaseModel:
+        """The chunk that carries the usage."""
+        return self._body(self.chunk_body, [], usage=self.generation.usage(), foundry=self.generation.info())
+
+    def _shared(self, index: int, part: Choice) -> dict[str, Any]:
+        asked = self.generation.asked
+        return {
+            "index": index,
+            "logprobs": None if asked.num_logprobs is None else self.logprobs(part),
+            "finish_reason": part.finish_reason,
+            "token_ids": part.ids if asked.return_token_ids else None,
+        }
+
+    def _body(self, kind: type[BaseModel], choices: Sequence[BaseModel], **rest: Any) -> BaseModel:
+        generation = self.generation
+        return kind(
+            id=generation.id,
+            created=generation.created,
+            model=generation.asked.model,
+            system_fingerprint=f"fp_{generation.target.model.fingerprint.removeprefix('blake3:')[:12]}",
+            choices=choices,
+            **rest,
+        )

@@ -1,0 +1,53 @@
+"""What a request asks to be answered with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound, NotFound
+from foundry.store import CartridgeId, Reference
+from foundry.v1 import common_pb2
+from services.gateway import metrics
+from services.gateway.balancer import ServedModel
+from services.gateway.openai.requests import SamplingRequest
+from services.gateway.state import Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What `model` and `cartridges` of a request stand for, fixed once."""
+
+    model: ServedModel
+    cartridges: tuple[CartridgeId, ...]
+
+    @classmethod
+    async def resolve(cls, gateway: Gateway, asked: SamplingRequest) -> Target:
+        """Raises ModelNotFound, CartridgeNotFound, InvalidArgument, Unavailable."""
+        model = gateway.rollouts.model()
+        if asked.cartridges is not None:
+            if asked.model != model.name:
+                raise InvalidArgument(f"with `cartridges`, model must be the base model {model.name!r}", field="model")
+            cartridges = [await _resolve(gateway, reference, "cartridges") for reference in asked.cartridges]
+        else:
+            cartridges = [] if asked.model == model.name else [await _resolve(gateway, asked.model, "model")]
+        return cls(model, tuple(cartridges))
+
+    def check(self, identity: common_pb2.Identity) -> None:
+        """Raises IdentityMismatch unless an answer was made with exactly this."""
+        wanted = (self.model.fingerprint, [cartridge.digest for cartridge in self.cartridges])
+        found = (identity.model_fingerprint, [cartridge.digest for cartridge in identity.cartridges])
+        if wanted != found:
+            metrics.IDENTITY_MISMATCHES.inc()
+            raise IdentityMismatch(f"the rollout server answered with (model, cartridges) {found}, asked were {wanted}")
+
+
+async def _resolve(gateway: Gateway, reference: str, param: str) -> CartridgeId:
+    try:
+        return await gateway.store.resolve(Reference.parse(reference, field=param))
+    except InvalidArgument as error:
+        if param == "model":
+            raise ModelNotFound(f"there is no model {reference!r}: {error.message}", field=param) from error
+        raise
+    except NotFound as error:
+        error.field = param
+        raise

@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     ModelWrapValidatorHandler,
+    PlainSerializer,
     ValidationError,
     WrapValidator,
     model_validator,
@@ -81,4 +82,4 @@ def _as_given(value: Any, handler: Callable[[Any], float]) -> Any:
 
 
 # A float that stays an integer where one was written, so that its JSON, of which there are digests, does too.
-Number = Annotated[float, WrapValidator(_as_given)]
+Number = Annotated[float, WrapValidator(_as_given), PlainSerializer(lambda number: number, return_type=int | float)]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from foundry.cli.main import app
 from foundry.errors import (
     CartridgeTooLong,
     Conflict,
@@ -115,6 +119,27 @@ def test_openapi_says_what_a_run_takes_and_answers(site: Site) -> None:
     assert (temperature["default"], temperature["exclusiveMinimum"], temperature["maximum"]) == (1.0, 0, 10)
     assert schemas["RunRequest"]["properties"]["num_tokens"]["default"] == 128
     assert schemas["RunRequest"]["required"] == ["name"]
+
+
+def test_the_command_uploads_what_it_names_and_asks_for_the_run_that_it_prints(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "treaty.md").write_text(f"{DOCUMENT}Twice.")
+    (tmp_path / "ask.jsonl").write_text('{"prompt": "What was signed?"}')
+    (tmp_path / "run.yaml").write_text("name: handbook\ndocument: treaty.md\nnum_tokens: 16\nheldout: ask.jsonl")
+
+    def train(*options: str) -> str:
+        arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--max-new-tokens", "8", *options]
+        result = CliRunner().invoke(app, arguments, env={"FOUNDRY_GATEWAY": f"http://{site.gateway.address}"})
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    before = len(site.client.runs.list())
+    printed = yaml.safe_load(train("--dry-run"))
+    assert len(site.client.runs.list()) == before
+    run = site.client.runs.get(train("--detach").strip())
+    assert run["spec"] == printed
+    assert site.client.documents.get(printed["document"])["title"] == "treaty.md"
+    assert site.client.documents.get(printed["heldout"]["digest"])["title"] == "heldout of handbook"
+    site.client.runs.cancel(run["id"])
 
 
 def test_events_follow_a_run_to_its_end_and_can_be_resumed(site: Site) -> None:

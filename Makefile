@@ -27,6 +27,7 @@ proto: install  ## regenerate the gRPC stubs
 
 docs: install  ## regenerate what is made from code: pages, dashboards, the chart's schema and README
 	@$(BIN)/python docs/make_settings.py
+	@$(BIN)/python -m docs.make_runs
 	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python deploy/helm/make_schema.py
 	@$(BIN)/python deploy/helm/make_readme.py
@@ -36,6 +37,7 @@ drift: install  ## check that generated files are what they are generated from
 	@rm -rf build/proto && mkdir -p build/proto && $(MAKE) --no-print-directory proto OUT=build/proto
 	@diff -r build/proto/foundry/v1 foundry/v1 -x __pycache__ || { echo "error: run 'make proto'"; exit 1; }
 	@$(BIN)/python docs/make_settings.py --check
+	@$(BIN)/python -m docs.make_runs --check
 	@$(BIN)/python docs/make_metrics.py --check
 	@$(BIN)/python deploy/helm/make_schema.py --check
 	@$(BIN)/python deploy/helm/make_readme.py --check

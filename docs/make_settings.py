@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -41,19 +42,11 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *tables, *(table(name, group) for name, group in GROUPS.items())])
 
 
-def table(title: str, settings: type[BaseModel]) -> str:
-    rows = [
-        row(name, field) for name, field in settings.model_fields.items() if field.annotation not in GROUPS.values()
-    ]
-    return "\n".join([f"## {title}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""])
+def meaning(_: str, field: FieldInfo) -> str:
+    return " ".join((field.description or "").split()).replace("|", "\\|")
 
 
-def row(name: str, field: FieldInfo) -> str:
-    description = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{name}` | {default(field)} | {description} |"
-
-
-def default(field: FieldInfo) -> str:
+def default(_: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default is PydanticUndefined or field.default_factory is not None:
@@ -61,15 +54,31 @@ def default(field: FieldInfo) -> str:
     return f"`{field.default}`"
 
 
-def main() -> int:
+# Title of a column, and what stands in it for a field.
+COLUMNS: dict[str, Callable[[str, FieldInfo], str]] = {
+    "setting": lambda name, field: f"`{name}`",
+    "default": default,
+    "meaning": meaning,
+}
+
+
+def table(title: str, model: type[BaseModel], columns: Mapping[str, Callable[[str, FieldInfo], str]] = COLUMNS) -> str:
+    fields = [(name, field) for name, field in model.model_fields.items() if field.annotation not in GROUPS.values()]
+    rows = [f"| {' | '.join(cell(name, field) for cell in columns.values())} |" for name, field in fields]
+    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join([f"## {title}", "", *head, *rows, ""])
+
+
+def write_or_check(page: Path, text: str) -> int:
+    """Exit status: with --check 1 unless the page is up to date."""
     if "--check" not in sys.argv:
-        PAGE.write_text(page())
+        page.write_text(text)
         return 0
-    if not PAGE.exists() or PAGE.read_text() != page():
-        print("docs/settings.md is not what the code says: run 'make docs'", file=sys.stderr)
+    if not page.exists() or page.read_text() != text:
+        print(f"docs/{page.name} is not what the code says: run 'make docs'", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(write_or_check(PAGE, page()))

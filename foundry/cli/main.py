@@ -19,7 +19,7 @@ app = typer.Typer(
 app.command()(stack.up)
 app.command()(stack.down)
 app.command()(stack.status)
-app.command()(train.train)
+app.command(cls=train.TrainCommand)(train.train)
 app.add_typer(runs.app, name="runs")
 app.command()(chat.chat)
 app.command()(chat.ask)

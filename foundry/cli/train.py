@@ -2,62 +2,79 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from foundry.cli.gateway import connect
 from foundry.cli.runs import watch
 from foundry.cli.terminal import note
-from foundry.errors import DocumentUnreadable
 
 if TYPE_CHECKING:
-    from foundry.client import FoundryClient
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+# Shorter spellings.
+_SHORT = {"num_tokens": "--tokens", "num_steps": "--steps", "learning_rate": "--lr"}
 
 
-def train(
-    file: Annotated[Path, typer.Argument(help="The document: a text file in UTF-8.")],
-    name: Annotated[str, typer.Option(help="Name of the cartridge, name or tenant/name.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Length of the cartridge (p).")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 40,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per step.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer to train on.")] = 64,
-    objective: Annotated[str, typer.Option(help="forward_kl, reverse_kl, jsd or topk.")] = "forward_kl",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    num_prompts: Annotated[int, typer.Option(min=8, help="Questions that the model asks itself.")] = 64,
+class TrainCommand(TyperCommand):
+    """Makes its options from the fields of a run when it is used: loading those takes longer than `foundry --help`."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        from typer.main import get_command
+
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command()(_with_run_options(_train, help=train.__doc__))
+        return get_command(app).make_context(info_name, args, parent, **extra)
+
+
+def train() -> None:
+    """Train a cartridge for a document, on-policy, and watch. Ctrl-C stops watching, not the run."""
+
+
+def _train(
+    file: Annotated[Path | None, typer.Argument(help="The document: a text file in UTF-8.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON with the keys of the API; there document, prompts and heldout may be files, relative "
+            "to it. Options win over it."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help='Prompts instead of its own questions: JSON lines {"prompt": ...}.')
     ] = None,
     heldout: Annotated[
         Path | None, typer.Option(help="Prompts that are never trained on, in the same format, to measure with.")
     ] = None,
-    heldout_every: Annotated[int, typer.Option(min=0, help="Measure every so many steps; 0: first and last.")] = 10,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the run as YAML; start, upload and train nothing.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and return.")] = False,
+    **given: Any,
 ) -> None:
-    """Train a cartridge for a document, on-policy, and watch. Ctrl-C stops watching, not the run."""
-    # Before the stack is started: a wrong path should not take half a minute to be found.
-    document = read(file)
-    files = {"prompts": prompts and read(prompts), "heldout": heldout and read(heldout)}
+    from foundry.cli.run_request import resolve
+
+    files = {"document": file, "prompts": prompts, "heldout": heldout}
+    values = {option.key: given[option.name] for option in run_options() if given[option.name] is not None}
+    # Before the stack is started: what is wrong should not take half a minute to be found.
+    request, uploads = resolve(config, files, values)
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(request.spec.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        return
     with connect(start=True) as client:
-        spec: dict[str, Any] = {
-            "name": name,
-            "document": client.documents.create(document, title=file.name)["digest"],
-            "num_tokens": tokens,
-            "num_steps": steps,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "objective": objective,
-            "learning_rate": lr,
-            "seed": seed,
-            "heldout_every": heldout_every,
-            "prompts": {"kind": "selfstudy", "num_prompts": num_prompts},
-        }
-        for role, content in files.items():
-            if content:
-                spec[role] = prompts_document(client, content, title=f"{role} of {name}")
-        run = client.runs.create(**spec)
+        for role, content in uploads.items():
+            client.documents.create(content, title=f"{role} of {request.name}")
+        unsaid = {"text", "title"} if request.text is None else {"document"}
+        run = client.runs.create(**request.model_dump(exclude=unsaid))
         if detach:
             note(f"Watch it:  foundry runs follow {run['id']}")
             print(run["id"])
@@ -65,14 +82,63 @@ def train(
         watch(client, run)
 
 
-def read(file: Path) -> bytes:
-    """Raises DocumentUnreadable."""
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DocumentUnreadable(f"{file} can't be read: {error.strerror}", field="document") from error
+@dataclass(frozen=True, slots=True)
+class RunOption:
+    """An option that stands for one value of a run; `key` is where, as in ("prompts", "num_prompts")."""
+
+    key: tuple[str, ...]
+    spellings: tuple[str, ...]
+    field: FieldInfo
+
+    @property
+    def name(self) -> str:
+        return self.spellings[-1].removeprefix("--").replace("-", "_")
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """None stands for what the configuration file says, else for the default."""
+        kinds = (self.field.annotation, *get_args(self.field.annotation))
+        kind = next((kind for kind in (int, float) if kind in kinds), str)
+        about = " ".join((self.field.description or "").split())
+        if self.key[0] == "heldout":
+            about = f"Held out: {about}"
+        elif isinstance(self.field.default, int | float | str) and self.field.default != "":
+            about += f"  [default: {self.field.default}]"
+        option = typer.Option(*self.spellings, help=about, show_default=False)
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        )
 
 
-def prompts_document(client: FoundryClient, content: bytes, *, title: str) -> dict[str, str]:
-    """Put a prompts file where the trainer finds it."""
-    return {"kind": "document", "digest": client.documents.create(content, title=title)["digest"]}
+def run_options() -> Iterator[RunOption]:
+    """One for every value of a run but the document, prompts in files apart."""
+    from foundry.store import Resources, RunSpec, SelfStudyPrompts
+
+    parts: dict[str, tuple[str, type[BaseModel]]] = {
+        "prompts": ("", SelfStudyPrompts),
+        "heldout": ("heldout-", SelfStudyPrompts),
+        "resources": ("", Resources),
+    }
+    for key, field in RunSpec.model_fields.items():
+        if key in parts:
+            prefix, part = parts[key]
+            for name, inner in part.model_fields.items():
+                if name != "kind":
+                    yield RunOption((key, name), (f"--{prefix}{name.replace('_', '-')}",), inner)
+        elif key != "document":
+            short = (_SHORT[key],) if key in _SHORT else ()
+            yield RunOption((key,), (*short, f"--{key.replace('_', '-')}"), field)
+
+
+def _with_run_options(function: Callable[..., None], *, help: str | None) -> Callable[..., None]:
+    """`function` with a parameter for each, in place of its `**given`."""
+
+    def command(**values: Any) -> None:
+        function(**values)
+
+    *own, _ = inspect.signature(function, eval_str=True).parameters.values()
+    parameters = [*own, *(option.parameter for option in run_options())]
+    command.__doc__ = help
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

@@ -11,12 +11,11 @@ from foundry.store.record import ActiveRuns, ClaimedRun, Desired, RunRecord, Run
 from foundry.store.redis.pointers import Published
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
-from foundry.store.spec import OBJECTIVES, DocumentPrompts, Prompts, Resources, RunSpec, SelfStudyPrompts
+from foundry.store.spec import DocumentPrompts, Prompts, Resources, RunRequest, RunSpec, SelfStudyPrompts
 from foundry.store.tags import TagRecord
 from foundry.store.upkeep.gc import Collected
 
 __all__ = [
-    "OBJECTIVES",
     "ActiveRuns",
     "Ancestor",
     "CartridgeId",
@@ -36,6 +35,7 @@ __all__ = [
     "Reference",
     "Resources",
     "RunRecord",
+    "RunRequest",
     "RunSpec",
     "RunState",
     "RunStore",

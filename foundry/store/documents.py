@@ -44,7 +44,7 @@ class DocumentStore:
 
         Raises DocumentUnreadable for what is empty or no UTF-8 text, DocumentTooLong beyond `max_document_bytes`.
         """
-        content = _readable(document)
+        content = readable(document)
         if len(content) > self._max_document_bytes:
             raise DocumentTooLong(
                 f"the document has {len(content)} bytes, the store takes at most {self._max_document_bytes}",
@@ -109,7 +109,8 @@ def _info(key: str, content: memoryview) -> DocumentInfo:
         raise DigestMismatch(error.message) from error
 
 
-def _readable(document: str | bytes) -> bytes:
+def readable(document: str | bytes) -> bytes:
+    """Raises DocumentUnreadable for what is empty or no UTF-8 text."""
     try:
         content = document.encode() if isinstance(document, str) else document
         text = content.decode()

@@ -2,98 +2,94 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any
+
+from pydantic import Field, WrapValidator
 
 from foundry.errors import InvalidArgument
-from foundry.identity import CartridgeHeader, check_digest
-from foundry.store.names import CartridgeId, check_name, check_run, check_version
+from foundry.identity import CartridgeHeader
+from foundry.store.names import MAX_VERSION, CartridgeId, check_name, check_run
 from foundry.store.sealed import seal, unseal
+from foundry.store.spec import Digest
+from foundry.validation import Checked, Number, checked
 
-_TEXTS = ("run", "document", "init", "objective", "created_at")
-_COUNTS = ("attempt", "step", "tokens_seen")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ManifestDraft:
+class ManifestDraft(Checked):
     """What a publisher says about a version before the store gives it a number."""
 
-    name: str
-    # Who publishes; `attempt` is the fencing token. Importers use a run of their own, such as "import-8a1f".
-    run: str
-    attempt: int
-    step: int
-    # Digests of the version it was trained from and of the document it stands in for, where there are such.
-    parent: str | None = None
-    document: str | None = None
+    name: Annotated[str, checked(check_name)]
+    """Name of the cartridge."""
+
+    run: Annotated[str, checked(check_run)]
+    """Who publishes. Importers use a run of their own, such as `import-8a1f`."""
+
+    attempt: int = Field(ge=0)
+    """The run's attempt: the fencing token."""
+
+    step: int = Field(ge=0)
+    """Optimiser steps before this version."""
+
+    parent: Digest | None = None
+    """Digest of the version that it was trained from."""
+
+    document: Digest | None = None
+    """Digest of the document that it stands in for."""
+
     init: str = ""
+    """How the first version was made."""
+
     objective: str = ""
-    tokens_seen: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The loss it was trained with."""
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        check_run(self.run)
-        for name in _COUNTS:
-            if getattr(self, name) < 0:
-                raise InvalidArgument(f"manifest {name} is {getattr(self, name)}, must not be negative", field=name)
-        for name in ("parent", "document"):
-            if (digest := getattr(self, name)) is not None:
-                check_digest(digest, field=name)
-        for metric, value in self.metrics.items():
-            # JSON has no NaN: a reader in another language would refuse the manifest.
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise InvalidArgument(f"metric {metric!r} is {value!r}, not a finite number", field="metrics")
+    tokens_seen: int = Field(default=0, ge=0)
+    """Tokens of answers that it was trained on."""
+
+    metrics: Mapping[str, Number] = {}
+    """What was measured at its step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _header(value: Any, read: Any) -> CartridgeHeader:
+    # Not pydantic's reading of a dataclass: a header checks itself.
+    if isinstance(value, CartridgeHeader):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return CartridgeHeader.from_dict(value)
+
+
 class Manifest(ManifestDraft):
-    """One version of a cartridge. `created_at` is RFC 3339, UTC."""
+    """One version of a cartridge."""
 
-    header: CartridgeHeader
-    digest: str
-    version: int
+    header: Annotated[CartridgeHeader, WrapValidator(_header)]
+    """What its bytes are, besides themselves."""
+
+    digest: Digest
+    """Of header and bytes."""
+
+    version: int = Field(ge=1, le=MAX_VERSION)
+    """Its number."""
+
     created_at: str
-
-    def __post_init__(self) -> None:
-        # super() without arguments does not work in a dataclass with slots: the class is made twice.
-        ManifestDraft.__post_init__(self)
-        check_digest(self.digest)
-        check_version(self.version)
+    """RFC 3339, UTC."""
 
     @classmethod
     def of(
         cls, draft: ManifestDraft, *, header: CartridgeHeader, digest: str, version: int, created_at: str
     ) -> Manifest:
-        values = {entry.name: getattr(draft, entry.name) for entry in fields(ManifestDraft)}
-        return cls(**values, header=header, digest=digest, version=version, created_at=created_at)
+        return cls(**dict(draft), header=header, digest=digest, version=version, created_at=created_at)
 
     @property
     def id(self) -> CartridgeId:
         return CartridgeId(self.name, self.version, self.digest)
 
     def to_json(self) -> str:
-        return seal(asdict(self))
+        return seal(self.model_dump())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Raises InvalidArgument on unknown or missing keys, wrong types, and on anything that is not a manifest."""
         values = unseal(text, "manifest")
-        known = {entry.name for entry in fields(cls)}
-        if wrong := (set(values) ^ known):
+        if wrong := (set(values) ^ set(cls.model_fields)):
             raise InvalidArgument(f"manifest has unknown fields or lacks some: {sorted(wrong)}", field=min(wrong))
-        for name in (*_COUNTS, "version"):
-            if type(values[name]) is not int:
-                raise InvalidArgument(f"manifest {name} is {values[name]!r}, not an integer", field=name)
-        for name in ("name", "run", "digest", "init", "objective", "created_at"):
-            if not isinstance(values[name], str):
-                raise InvalidArgument(f"manifest {name} is {values[name]!r}, not a string", field=name)
-        for name in ("parent", "document"):
-            if not isinstance(values[name], str | None):
-                raise InvalidArgument(f"manifest {name} is {values[name]!r}, not a string or null", field=name)
-        for name in ("header", "metrics"):
-            if not isinstance(values[name], dict):
-                raise InvalidArgument(f"manifest {name} is {values[name]!r}, not an object", field=name)
-        values["header"] = CartridgeHeader.from_dict(values["header"])
         return cls(**values)

@@ -9,8 +9,11 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from pydantic import Field
+
 from foundry.store.objects.runs import ArchivedRun
 from foundry.store.spec import RunSpec
+from foundry.validation import Strict
 
 
 class RunState(StrEnum):
@@ -53,23 +56,47 @@ class ActiveRuns:
     waiting: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """A run as it stands. Times are RFC 3339, UTC; `last_event` is the worker's last report."""
+class RunRecord(Strict):
+    """A run as it stands. Times are RFC 3339, UTC."""
 
-    run_id: str
+    run_id: str = Field(serialization_alias="id")
+    """The run's id."""
+
     spec: RunSpec
+    """What was asked for."""
+
     state: RunState
+    """`paused` by a person's wish, `waiting` for a service to come back."""
+
     attempt: int
+    """How often a worker took it up: the fencing token."""
+
     desired: Desired
-    worker: str
-    waiting_for: str
+    """What a person wants of it."""
+
+    worker: str = ""
+    """Who has it."""
+
+    waiting_for: str = ""
+    """The service that it waits for."""
+
     created_at: str
-    started_at: str | None
-    finished_at: str | None
-    error: str | None
-    result: Mapping[str, Any] | None
-    last_event: Mapping[str, Any] | None
+    """When it was asked for."""
+
+    started_at: str | None = None
+    """When a worker first took it up, as far as Redis knows."""
+
+    finished_at: str | None = None
+    """When it succeeded, failed or was cancelled."""
+
+    error: str | None = None
+    """Why it failed."""
+
+    result: Mapping[str, Any] | None = None
+    """The last version and what was measured."""
+
+    last_event: Mapping[str, Any] | None = None
+    """The worker's last report."""
 
 
 def record_of(run_id: str, fields: Mapping[str, str]) -> RunRecord:
@@ -100,14 +127,10 @@ def archived_record(run: ArchivedRun) -> RunRecord:
         state=state,
         attempt=run.attempt,
         desired=desired_of(run.desired),
-        worker="",
-        waiting_for="",
         created_at=_time(run.created_ms),
-        started_at=None,
         finished_at=_time(final.finished_ms) if final else None,
         error=final.error if final else None,
         result=final.result if final else None,
-        last_event=None,
     )
 
 

@@ -1,227 +1,227 @@
-"""What a user asks a training run to do. Checked once, here, so that no worker meets an impossible run."""
+"""What a user asks a training run to do. Checked once, here, so that no worker meets an impossible run.
+
+The API's request, `docs/runs.md` and the options of `foundry train` are made from these fields.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from foundry.errors import InvalidArgument
-from foundry.identity import check_digest
+from pydantic import AfterValidator, Field, model_validator
+
+from foundry.errors import CartridgeTooLong, InvalidArgument
+from foundry.identity import ObjectiveKind, check_digest, content_digest
 from foundry.store.names import check_name
+from foundry.validation import Checked, Number, Strict, checked
 
 # Quantities that Kubernetes takes too; zero is none.
 _CPU = re.compile(r"(?=.*[1-9])\d{1,4}(\.\d{1,3})?|(?=.*[1-9])\d{1,7}m")
 _MEMORY = re.compile(r"(?=.*[1-9])\d{1,15}([KMGT]i|[kMGT])?")
-T = TypeVar("T")
-OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "topk")
+# More than any chat template adds to a document. A token has at least one byte.
+TEMPLATE_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelfStudyPrompts:
+def _cpu(value: str) -> str:
+    if value and not _CPU.fullmatch(value):
+        raise ValueError(f"{value!r} is not a quantity such as '4' or '500m'")
+    return value
+
+
+def _memory(value: str) -> str:
+    if value and not _MEMORY.fullmatch(value):
+        raise ValueError(f"{value!r} is not a quantity such as '16Gi' or '512Mi'")
+    return value
+
+
+def _fingerprint(value: str) -> str:
+    return value and check_digest(value)
+
+
+def _unicode(value: str) -> str:
+    # JSON can spell half a surrogate pair, which is no character and travels nowhere.
+    value.encode()
+    return value
+
+
+Digest = Annotated[str, checked(check_digest)]
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class SelfStudyPrompts(Strict):
     """Prompts that the model asks itself about chunks of the document."""
 
-    kind: ClassVar[str] = "selfstudy"
-    num_prompts: int
-    max_prompt_tokens: int = 128
+    kind: Literal["selfstudy"] = "selfstudy"
+    """The model's own."""
 
-    def __post_init__(self) -> None:
-        _check_integers(self, {"num_prompts": (1, 10**7), "max_prompt_tokens": (1, 2**20)})
+    num_prompts: int = Field(default=64, ge=1, le=10**7)
+    """Questions that the model asks itself."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentPrompts:
-    """Prompts from a jsonl file that was put as a document."""
-
-    kind: ClassVar[str] = "document"
-    digest: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.digest, str):
-            raise InvalidArgument(f"digest is {self.digest!r}, not a string", field="digest")
-        check_digest(self.digest)
+    max_prompt_tokens: int = Field(default=128, ge=1, le=2**20)
+    """Most tokens of such a question."""
 
 
-Prompts = SelfStudyPrompts | DocumentPrompts
+class DocumentPrompts(Strict):
+    """Prompts from a file of JSON lines `{"prompt": ...}` that was put as a document."""
+
+    kind: Literal["document"] = "document"
+    """From a file."""
+
+    digest: Digest
+    """The file's, as `/v1/documents` gave it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
+Prompts = Annotated[SelfStudyPrompts | DocumentPrompts, Field(discriminator="kind")]
+
+
+class Resources(Strict):
     """What each pod of a run asks of its node, in Kubernetes' quantities; what is not given is its Job template's."""
 
-    cpu: str = ""
-    memory: str = ""
-    gpus: int | None = None
-    # Pods that train together, of which each has all of the above.
-    nodes: int = 1
+    cpu: Annotated[str, AfterValidator(_cpu)] = ""
+    """Cores, such as `4` or `500m`."""
 
-    def __post_init__(self) -> None:
-        for name, pattern, example in (("cpu", _CPU, "'4' or '500m'"), ("memory", _MEMORY, "'16Gi' or '512Mi'")):
-            value = getattr(self, name)
-            if not isinstance(value, str) or (value and not pattern.fullmatch(value)):
-                raise InvalidArgument(f"{name} is {value!r}, must be a quantity such as {example}", field=name)
-        if self.gpus is not None:
-            _check_integers(self, {"gpus": (0, 1024)})
-        _check_integers(self, {"nodes": (1, 1024)})
+    memory: Annotated[str, AfterValidator(_memory)] = ""
+    """Bytes, such as `16Gi` or `512Mi`."""
+
+    gpus: int | None = Field(default=None, ge=0, le=1024)
+    """Whole GPUs."""
+
+    nodes: int = Field(default=1, ge=1, le=1024)
+    """Pods that train together, of which each has all of the above."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSpec:
+class RunSpec(Checked):
     """Raises InvalidArgument, naming the field, unless every value is within its range."""
 
-    # The cartridge that is published, and the digest of the document it stands in for.
-    name: str
-    document: str
-    # p, of which the first `num_frozen` are never trained.
-    num_tokens: int
-    num_frozen: int = 1
-    num_steps: int
-    # Prompts per step, answers per prompt.
-    batch_size: int = 8
-    samples_per_prompt: int = 1
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    prompts: Prompts
-    objective: str = "forward_kl"
-    # Weight of the teacher in the mixture of `jsd`; candidates of `topk`.
-    jsd_beta: float = 0.5
-    topk: int = 20
-    learning_rate: float = 0.01
-    seed: int = 0
-    # Prompts that are never trained on, judged every `heldout_every` steps; 0: at the first and last only.
-    heldout: Prompts | None = None
-    heldout_every: int = 0
-    # Every so many steps a version goes to object storage, and the trainer's state.
-    durable_every: int = 10
-    checkpoint_every: int = 10
-    # Nats per token beyond which the rollout is not the policy it claims to be, and the run stops.
-    policy_mismatch_threshold: float = 0.05
-    # Empty: whatever model the worker serves.
-    model_fingerprint: str = ""
-    # For runs that are trained by a Kubernetes Job each.
-    resources: Resources | None = None
+    tags = ("selfstudy", "document")
 
-    def __post_init__(self) -> None:
-        for name in ("name", "document", "objective", "model_fingerprint"):
-            if not isinstance(getattr(self, name), str):
-                raise InvalidArgument(f"{name} is {getattr(self, name)!r}, not a string", field=name)
-        check_name(self.name)
-        check_digest(self.document, field="document")
-        if self.model_fingerprint:
-            check_digest(self.model_fingerprint, field="model_fingerprint")
-        if self.objective not in OBJECTIVES:
-            raise InvalidArgument(f"objective {self.objective!r} is not one of {OBJECTIVES}", field="objective")
-        for name in ("prompts", "heldout"):
-            if not isinstance(getattr(self, name), Prompts | None if name == "heldout" else Prompts):
-                raise InvalidArgument(f"{name} is {getattr(self, name)!r}, not prompts", field=name)
-        if not isinstance(self.resources, Resources | None):
-            raise InvalidArgument(f"resources is {self.resources!r}, not resources", field="resources")
-        _check_integers(
-            self,
-            {
-                "num_tokens": (1, 2**20),
-                "num_frozen": (0, 2**20),
-                "num_steps": (1, 10**7),
-                "batch_size": (1, 2**16),
-                "samples_per_prompt": (1, 2**10),
-                "max_new_tokens": (1, 2**20),
-                "topk": (1, 2**10),
-                "seed": (0, 2**63 - 1),
-                "heldout_every": (0, 10**7),
-                "durable_every": (1, 10**7),
-                "checkpoint_every": (1, 10**7),
-            },
-        )
+    name: Annotated[str, checked(check_name)]
+    """Name of the cartridge that is published: `name` or `tenant/name`."""
+
+    document: Digest
+    """Digest of the document that the cartridge stands in for."""
+
+    num_tokens: int = Field(default=128, ge=1, le=2**20)
+    """Length of the cartridge in tokens (p)."""
+
+    num_frozen: int = Field(default=1, ge=0, le=2**20)
+    """The first so many tokens of the cartridge are never trained."""
+
+    num_steps: int = Field(default=40, ge=1, le=10**7)
+    """Optimiser steps."""
+
+    batch_size: int = Field(default=8, ge=1, le=2**16)
+    """Prompts per step."""
+
+    samples_per_prompt: int = Field(default=1, ge=1, le=2**10)
+    """Answers to each prompt of a step."""
+
+    max_new_tokens: int = Field(default=64, ge=1, le=2**20)
+    """Most tokens of an answer to train on."""
+
+    temperature: Number = Field(default=1.0, gt=0, le=10)
+    """Temperature at which answers to train on are sampled."""
+
+    prompts: Prompts = SelfStudyPrompts()
+    """What is trained on."""
+
+    objective: ObjectiveKind = "forward_kl"
+    """The loss: KL from teacher to student (`forward_kl`) or back (`reverse_kl`), the generalised Jensen-Shannon
+    divergence (`jsd`), or `forward_kl` over the teacher's most likely tokens and the rest as one (`topk`)."""
+
+    jsd_beta: Number = Field(default=0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd`."""
+
+    topk: int = Field(default=20, ge=1, le=2**10)
+    """Tokens that `topk` matches one by one."""
+
+    learning_rate: Number = Field(default=0.01, gt=0, le=10)
+    """Learning rate of the optimiser."""
+
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    """Of everything that is drawn: equal runs with equal seeds draw the same."""
+
+    heldout: Prompts | None = None
+    """Prompts that are never trained on, to measure with. Unset: a part of `prompts`."""
+
+    heldout_every: int = Field(default=10, ge=0, le=10**7)
+    """Measure on held-out prompts every so many steps, besides the first and the last; 0: at those only."""
+
+    durable_every: int = Field(default=10, ge=1, le=10**7)
+    """Steps between two versions that go to object storage."""
+
+    checkpoint_every: int = Field(default=10, ge=1, le=10**7)
+    """Steps between two checkpoints of the trainer's state."""
+
+    policy_mismatch_threshold: Number = Field(default=0.05, gt=0)
+    """Nats per token beyond which the rollout is not the policy it claims to be, and the run stops."""
+
+    model_fingerprint: Annotated[str, checked(_fingerprint)] = ""
+    """Model that the run is for. Empty: whatever model the worker serves."""
+
+    # Left out, so that checkpoints of runs from before it keep their configuration's digest.
+    resources: Resources | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For runs that are trained by a Kubernetes Job each."""
+
+    @model_validator(mode="after")
+    def _leave_something_to_train(self) -> Self:
         if self.num_frozen >= self.num_tokens:
             raise InvalidArgument(
                 f"num_frozen is {self.num_frozen} of {self.num_tokens} tokens: nothing is left to train",
                 field="num_frozen",
             )
-        _check_number(self, "temperature", above=0, most=10)
-        _check_number(self, "learning_rate", above=0, most=10)
-        _check_number(self, "policy_mismatch_threshold", above=0, most=math.inf)
-        _check_number(self, "jsd_beta", above=0, most=1)
-        if self.jsd_beta == 1:
-            raise InvalidArgument("jsd_beta is 1, must be within 0..1, both excluded", field="jsd_beta")
+        return self
 
     def to_json(self) -> str:
-        values = asdict(self)
-        for name in ("prompts", "heldout"):
-            if (prompts := getattr(self, name)) is not None:
-                values[name] = {"kind": prompts.kind, **asdict(prompts)}
-        # Left out, so that checkpoints of runs from before it keep their configuration's digest.
-        if self.resources is None:
-            del values["resources"]
-        return json.dumps(values, sort_keys=True, ensure_ascii=False)
+        """Always the same for the same run: its digest decides whether a checkpoint fits."""
+        return json.dumps(self.model_dump(), sort_keys=True, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> RunSpec:
+    def from_json(cls, text: str | bytes) -> Self:
         try:
-            values = json.loads(text)
+            return cls.model_validate(json.loads(text))
         except ValueError as error:
             raise InvalidArgument(f"run is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InvalidArgument("run is not a JSON object")
-        return cls.from_dict(values)
 
+
+class RunRequest(RunSpec):
+    """A run whose document may come with it, as `text`."""
+
+    document: Digest = ""
+    """Digest of a stored document that the cartridge stands in for; either this or `text`."""
+
+    text: Text | None = None
+    """The document itself, which is stored with the run."""
+
+    title: Text | None = None
+    """Title of `text`."""
+
+    @model_validator(mode="before")
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
-        """From JSON values; unknown keys are refused."""
-        parsed = dict(values)
-        for name in ("prompts", "heldout"):
-            if parsed.get(name) is not None:
-                parsed[name] = _prompts(name, parsed[name])
-        if parsed.get("resources") is not None:
-            parsed["resources"] = _part("resources", Resources, parsed["resources"])
-        _check_keys(cls, parsed, where="")
-        return cls(**parsed)
+    def _name_the_document(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        text = values.get("text")
+        if text is None and "document" not in values:
+            raise InvalidArgument("document is missing: give it or text", field="document")
+        if text is None and values.get("title") is not None:
+            raise InvalidArgument("title goes with text: a stored document has its own", field="title")
+        if text is not None and "document" in values:
+            raise InvalidArgument("give either document or text", field="text")
+        if not isinstance(text, str):
+            return values
+        return values | {"document": content_digest(text.encode(errors="replace"))}
 
+    @model_validator(mode="after")
+    def _may_fit(self) -> Self:
+        if self.text is not None and self.num_tokens > (most := len(self.text.encode()) + TEMPLATE_TOKENS):
+            raise CartridgeTooLong(
+                f"a cartridge of {self.num_tokens} tokens was asked for, but the document can't have more than {most}",
+                field="num_tokens",
+            )
+        return self
 
-def _prompts(name: str, values: Any) -> Prompts:
-    if not isinstance(values, dict):
-        raise InvalidArgument(f"{name} is {values!r}, not an object", field=name)
-    values = dict(values)
-    kinds: dict[Any, type[SelfStudyPrompts] | type[DocumentPrompts]] = {
-        cls.kind: cls for cls in (SelfStudyPrompts, DocumentPrompts)
-    }
-    kind = values.pop("kind", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise InvalidArgument(f"{name}.kind is {kind!r}, not one of {sorted(kinds)}", field=f"{name}.kind")
-    return _part(name, kinds[kind], values)
-
-
-def _part(name: str, kind: type[T], values: Any) -> T:
-    """An object of a run's specification; its errors name the field within the run."""
-    if not isinstance(values, dict):
-        raise InvalidArgument(f"{name} is {values!r}, not an object", field=name)
-    _check_keys(kind, values, where=f"{name}.")
-    try:
-        return kind(**values)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"{name}: {error.message}", field=f"{name}.{error.field}") from error
-
-
-def _check_keys(cls: type[Any], values: Mapping[str, Any], *, where: str) -> None:
-    known = {entry.name: entry for entry in fields(cls)}
-    for name in values:
-        if name not in known:
-            raise InvalidArgument(f"{where}{name} is not a setting of a run", field=f"{where}{name}")
-    for name, entry in known.items():
-        if name not in values and entry.default is MISSING:
-            raise InvalidArgument(f"{where}{name} is missing", field=f"{where}{name}")
-
-
-def _check_integers(spec: object, ranges: Mapping[str, tuple[int, int]]) -> None:
-    for name, (least, most) in ranges.items():
-        value = getattr(spec, name)
-        if type(value) is not int or not least <= value <= most:
-            raise InvalidArgument(f"{name} is {value!r}, must be an integer within {least}..{most}", field=name)
-
-
-def _check_number(spec: object, name: str, *, above: float, most: float) -> None:
-    value = getattr(spec, name)
-    if type(value) not in (int, float) or not (math.isfinite(value) and above < value <= most):
-        raise InvalidArgument(f"{name} is {value!r}, must be a number above {above} and at most {most}", field=name)
+    @property
+    def spec(self) -> RunSpec:
+        return RunSpec(**{name: getattr(self, name) for name in RunSpec.model_fields})

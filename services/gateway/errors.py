@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import cast
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unavailable
+from foundry.validation import invalid_argument
 from services.gateway import metrics
 
 log = structlog.get_logger(__name__)
@@ -95,18 +97,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return response_of(InvalidArgument(f"the body is not JSON: {first['ctx']['error']}"))
-    param = _param(first["loc"])
-    if param is None:
+    _, *path = first["loc"]
+    if not path:
         return response_of(InvalidArgument(f"the body must be a JSON object sent as application/json: {first['msg']}"))
-    if first["type"] == "extra_forbidden":
-        return response_of(InvalidArgument(f"unknown parameter {param!r}", field=param))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return response_of(InvalidArgument(f"{param}: {message[:1].lower()}{message[1:]}", field=param))
-
-
-def _param(location: Sequence[int | str]) -> str | None:
-    """`messages.0.content` for ("body", "messages", 0, "content"); None for the body as a whole."""
-    return ".".join(str(part) for part in location[1:]) or None
+    return response_of(invalid_argument(cast(ErrorDetails, first | {"loc": tuple(path)})))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -11,7 +11,7 @@ from foundry.identity import content_digest, ids_digest
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.initialise import cut_context
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import objective_named
+from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.rollout import Answer, Prompt
@@ -82,7 +82,7 @@ class Preparation:
         training = TrainingStep(
             lm,
             TrainableCartridge(lm, await asyncio.to_thread(lm.prefill, start), num_frozen=spec.num_frozen),
-            objective_named(spec.objective, beta=spec.jsd_beta, k=spec.topk),
+            Objective(spec.objective, beta=spec.jsd_beta, k=spec.topk),
             learning_rate=spec.learning_rate,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             policy_mismatch_threshold=spec.policy_mismatch_threshold,

@@ -17,7 +17,7 @@ from opentelemetry.context import Context
 from foundry.errors import CartridgeNotFound, DigestMismatch, PolicyMismatch, Unavailable
 from foundry.identity import Buffer
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import Objective, objective_named
+from foundry.model.objectives import Objective
 from foundry.rpc.rollout import Prompt
 from foundry.seeds import derive_seed
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, ManifestDraft
@@ -62,7 +62,7 @@ class Run:
         self.progress = progress
         self._lm, self._training, self._curriculum = lm, training, curriculum
         self._heldout = HeldOutSet(curriculum.heldout)
-        self._objective = objective_named(self.spec.objective, beta=self.spec.jsd_beta, k=self.spec.topk)
+        self._objective = Objective(self.spec.objective, beta=self.spec.jsd_beta, k=self.spec.topk)
         self._store, self._rollouts, self._teacher = store, rollouts, teacher
         self._control, self._patience = control, patience
         self._seconds: dict[str, float] = {}

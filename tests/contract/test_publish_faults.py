@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ async def test_a_number_taken_by_another_digest_is_a_conflict(store: CartridgeSt
     await store.acquire("report", "run-a", 1)
     first = await store.publish(cartridge(0), draft(), durable=True)
     # As after an object store was restored from a backup of another deployment.
-    other = replace(first, version=2)
+    other = first.model_copy(update={"version": 2})
     await store.objects.put("cartridges/report/0000000002.json", [other.to_json().encode()])
     with pytest.raises(Conflict):
         await store.publish(cartridge(1), draft(step=1), durable=True)

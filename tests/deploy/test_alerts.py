@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def test_the_page_names_panels_and_settings_that_exist() -> None:
     titles = {panel["title"] for board in BOARDS.values() for panel in panels(board)}
     assert set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*", PAGE)) - {"Critical", "Warnings"} <= titles
     settings = make_settings.PAGE.read_text()
-    options = {field.name for field in fields(RunSpec)}
+    options = set(RunSpec.model_fields)
     named = {word for word in re.findall(r"`([a-z]+_[a-z_]+)`", PAGE) if f"| `{word}` |" not in settings}
     assert named - options == set()
 

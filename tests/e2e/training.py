@@ -52,6 +52,7 @@ async def create_run(store: CartridgeStore, name: str, **changes: Any) -> str:
         "max_new_tokens": 10,
         "prompts": DocumentPrompts(digest=await store.documents.put(prompts)),
         "learning_rate": 0.02,
+        "heldout_every": 0,
         "checkpoint_every": CHECKPOINT_EVERY,
         "policy_mismatch_threshold": 1e-5,
         "seed": 4,

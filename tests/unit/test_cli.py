@@ -6,14 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from foundry.cli import doctor
 from foundry.cli.main import app
+from foundry.identity import content_digest
+from foundry.local.demo_model import DEMO_NAME
+from foundry.store import RunSpec, SelfStudyPrompts
 
 HELP_SECONDS = 0.5
 
@@ -98,6 +104,139 @@ def test_down_without_a_stack_is_no_error() -> None:
 
 def test_missing_document_is_found_before_anything_starts(tmp_path: Path) -> None:
     assert "nowhere.md can't be read" in refused("train", str(tmp_path / "nowhere.md"), "--name", "x")
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    """With a file of prompts beside it."""
+    (tmp_path / "ask.jsonl").write_text('{"prompt": "What is open?"}\n{"prompt": "Who signed?"}\n')
+    file = tmp_path / "handbook.md"
+    file.write_text("The harbour is open again. The treaty was signed in the spring. " * 4)
+    return file
+
+
+def resolved(*arguments: object) -> Any:
+    result = foundry("train", *map(str, arguments), "--dry-run")
+    assert result.exit_code == 0, result.output
+    return yaml.safe_load(result.stdout)
+
+
+def test_options_and_api_have_the_same_defaults(document: Path) -> None:
+    spec = RunSpec(name="x", document=content_digest(document.read_bytes()))
+    assert resolved(document, "--name", "x") == json.loads(spec.to_json())
+    assert (spec.num_tokens, spec.num_steps, spec.batch_size, spec.max_new_tokens) == (128, 40, 8, 64)
+    assert (spec.learning_rate, spec.heldout_every, spec.prompts) == (0.01, 10, SelfStudyPrompts(num_prompts=64))
+
+
+def test_every_value_of_a_run_is_an_option(document: Path) -> None:
+    values = {
+        "name": "acme/x",
+        "num_tokens": 16,
+        "num_frozen": 2,
+        "num_steps": 3,
+        "batch_size": 4,
+        "samples_per_prompt": 2,
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "objective": "jsd",
+        "jsd_beta": 0.25,
+        "topk": 6,
+        "learning_rate": 1e-5,
+        "seed": 7,
+        "heldout_every": 0,
+        "durable_every": 8,
+        "checkpoint_every": 9,
+        "policy_mismatch_threshold": 0.5,
+        "model_fingerprint": "blake3:" + "0" * 64,
+    }
+    parts = {
+        "prompts": {"num_prompts": 10, "max_prompt_tokens": 11},
+        "heldout": {"heldout_num_prompts": 12, "heldout_max_prompt_tokens": 13},
+        "resources": {"cpu": "4", "memory": "16Gi", "gpus": 1, "nodes": 2},
+    }
+    flat = values | {name: value for part in parts.values() for name, value in part.items()}
+    options = [word for name, value in flat.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    found = resolved(document, *options)
+    assert set(found) == set(RunSpec.model_fields)
+    assert {name: found[name] for name in values} == values
+    assert found["prompts"] == {"kind": "selfstudy", **parts["prompts"]}
+    assert found["heldout"] == {"kind": "selfstudy", "num_prompts": 12, "max_prompt_tokens": 13}
+    assert found["resources"] == parts["resources"]
+
+
+def test_short_spellings_and_files(document: Path) -> None:
+    prompts = document.with_name("ask.jsonl")
+    options = ("--tokens", 20, "--steps", 2, "--lr", 0.5, "--prompts", prompts, "--heldout", prompts)
+    found = resolved(document, "--name", "x", *options)
+    assert (found["num_tokens"], found["num_steps"], found["learning_rate"]) == (20, 2, 0.5)
+    in_a_file = {"kind": "document", "digest": content_digest(prompts.read_bytes())}
+    assert (found["prompts"], found["heldout"]) == (in_a_file, in_a_file)
+
+
+@pytest.mark.parametrize("written", [yaml.safe_dump, json.dumps])
+def test_a_configuration_file_has_the_keys_of_the_api(document: Path, written: Callable[[Any], str]) -> None:
+    config = document.with_name("run.json" if written is json.dumps else "run.yaml")
+    values = {"name": "x", "document": "handbook.md", "num_tokens": 20, "learning_rate": 2e-05, "heldout": "ask.jsonl"}
+    config.write_text(written(values | {"prompts": {"kind": "selfstudy", "num_prompts": 5, "max_prompt_tokens": 6}}))
+    found = resolved("--config", config, "--tokens", 30, "--num-prompts", 7)
+    assert (found["name"], found["num_tokens"], found["learning_rate"]) == ("x", 30, 2e-05)
+    assert found["document"] == content_digest(document.read_bytes())
+    assert found["prompts"] == {"kind": "selfstudy", "num_prompts": 7, "max_prompt_tokens": 6}
+    assert found["heldout"]["digest"] == content_digest(document.with_name("ask.jsonl").read_bytes())
+    other = document.with_name("other.md")
+    other.write_text("Another text, which is long enough.")
+    assert resolved(other, "--config", config)["document"] == content_digest(other.read_bytes())
+    # What a dry run prints is a configuration too.
+    again = document.with_name("again.yaml")
+    again.write_text(yaml.safe_dump(found))
+    assert resolved("--config", again) == found
+
+
+def test_numbers_may_be_written_without_a_point(document: Path) -> None:
+    config = document.with_name("run.yaml")
+    config.write_text("name: x\nlearning_rate: 1e-5\n")
+    assert resolved(document, "--config", config)["learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "message"),
+    [
+        ([], "", "name is missing"),
+        (["--name", "Not A Name"], "", "not a cartridge name"),
+        (["--name", "x", "--tokens", "1"], "", "num_frozen is 1 of 1 tokens"),
+        (["--name", "x", "--steps", "0"], "", "num_steps is 0, must be greater"),
+        (["--name", "x", "--lr", "nan"], "", "learning_rate is nan, must be a finite number"),
+        (["--name", "x", "--objective", "mse"], "", "'forward_kl', 'reverse_kl', 'jsd' or 'topk'"),
+        (["--name", "x", "--tokens", "5000"], "", "a cartridge of 5000 tokens"),
+        (["--name", "x", "--prompts", "{here}/handbook.md"], "", "handbook.md, line 1 is not JSON"),
+        (["--name", "x", "--heldout", "{here}/absent.jsonl"], "", "absent.jsonl can't be read"),
+        ([], "name: x\nlearning_rat: 1", "unknown parameter 'learning_rat'"),
+        ([], "name: x\nprompts: {kind: selfstudy, num_prompts: many}", "prompts.num_prompts is 'many', must be"),
+        ([], "name: x\nheldout: absent.jsonl", "absent.jsonl can't be read"),
+        ([], "name: x\nseed: [", "is neither YAML nor JSON"),
+        ([], "- name", "holds no keys"),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_found_before_anything_starts(
+    document: Path, options: list[str], config: str, message: str
+) -> None:
+    if config:
+        document.with_name("run.yaml").write_text(config)
+        options = ["--config", "{here}/run.yaml"]
+    options = [option.format(here=document.parent) for option in options]
+    assert message in refused("train", str(document), *options)
+
+
+def test_a_cartridge_is_measured_by_a_tokenizer_that_is_here(document: Path, tmp_path: Path) -> None:
+    """The model that a stack would be started with."""
+    words = Tokenizer(models.WordLevel({"harbour": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    directory = tmp_path / "cache" / "models" / DEMO_NAME
+    directory.mkdir(parents=True)
+    words.save(str(directory / "tokenizer.json"))
+    document.write_text("harbour " * 200)
+    assert resolved(document, "--name", "x", "--tokens", "300")["num_tokens"] == 300
+    assert "the document has only" in refused("train", str(document), "--name", "x", "--tokens", "1800")
 
 
 def test_unknown_model_is_refused() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from foundry.errors import InvalidArgument
-from foundry.store import DocumentPrompts, Resources, RunSpec, SelfStudyPrompts
+from foundry.errors import CartridgeTooLong, InvalidArgument
+from foundry.identity import content_digest
+from foundry.store import Desired, DocumentPrompts, Resources, RunRequest, RunSpec, RunState, SelfStudyPrompts
+from foundry.store.record import record_of
 from tests.store_data import DOCUMENT, run_spec
 
 MINIMAL: dict[str, Any] = {
@@ -18,6 +20,83 @@ MINIMAL: dict[str, Any] = {
     "num_steps": 3,
     "prompts": {"kind": "selfstudy", "num_prompts": 4},
 }
+# As they are in stores and, by their digests, in checkpoints: the demo's, and one with a value of every kind.
+WRITTEN = {
+    "blake3:58d6b75d66d60aadcfda94d4b3d807ae8f03fbc5686c85413108a005bf21779b": (
+        '{"batch_size": 16, "checkpoint_every": 10, '
+        '"document": "blake3:cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd", '
+        '"durable_every": 10, '
+        '"heldout": {"digest": "blake3:0202020202020202020202020202020202020202020202020202020202020202", '
+        '"kind": "document"}, "heldout_every": 4, "jsd_beta": 0.5, "learning_rate": 0.02, "max_new_tokens": 24, '
+        '"model_fingerprint": "", "name": "handbook", "num_frozen": 1, "num_steps": 20, "num_tokens": 512, '
+        '"objective": "forward_kl", "policy_mismatch_threshold": 0.05, "prompts": {"kind": "selfstudy", '
+        '"max_prompt_tokens": 128, "num_prompts": 64}, "samples_per_prompt": 1, "seed": 0, "temperature": 1.0, '
+        '"topk": 20}'
+    ),
+    "blake3:beb0e1cc420a2edc2c30f25e10a9766bf195ad05d974e152f3d7e1598e9b2484": (
+        '{"batch_size": 16, "checkpoint_every": 1, '
+        '"document": "blake3:cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd", '
+        '"durable_every": 2, "heldout": {"kind": "selfstudy", "max_prompt_tokens": 32, "num_prompts": 2}, '
+        '"heldout_every": 5, "jsd_beta": 0.1, "learning_rate": 1e-05, "max_new_tokens": 24, '
+        '"model_fingerprint": "blake3:abababababababababababababababababababababababababababababababab", '
+        '"name": "acme/report", "num_frozen": 4, "num_steps": 100, "num_tokens": 512, "objective": "jsd", '
+        '"policy_mismatch_threshold": 1, '
+        '"prompts": {"digest": "blake3:0101010101010101010101010101010101010101010101010101010101010101", '
+        '"kind": "document"}, "resources": {"cpu": "1.5", "gpus": 0, "memory": "16Gi", "nodes": 2}, '
+        '"samples_per_prompt": 2, "seed": 9223372036854775807, "temperature": 1, "topk": 50}'
+    ),
+}
+
+
+@pytest.mark.parametrize("digest", WRITTEN)
+def test_what_was_written_before_is_read_and_written_byte_for_byte(digest: str) -> None:
+    spec = RunSpec.from_json(WRITTEN[digest])
+    assert spec.to_json() == WRITTEN[digest]
+    assert content_digest(spec.to_json().encode()) == digest
+    assert RunRequest.model_validate(json.loads(WRITTEN[digest])).spec == spec
+    # As the gateway answers.
+    assert json.dumps(json.loads(spec.model_dump_json()), sort_keys=True) == WRITTEN[digest]
+
+
+def test_the_demo_asks_for_the_same_run_as_ever() -> None:
+    """What examples/demo.py says of it; the rest are defaults."""
+    written, _ = WRITTEN.values()
+    asked: dict[str, Any] = {
+        "name": "handbook",
+        "document": DOCUMENT,
+        "num_tokens": 512,
+        "num_steps": 20,
+        "batch_size": 16,
+        "max_new_tokens": 24,
+        "learning_rate": 0.02,
+        "seed": 0,
+        "prompts": {"kind": "selfstudy", "num_prompts": 64},
+        "heldout": {"kind": "document", "digest": "blake3:" + "02" * 32},
+        "heldout_every": 4,
+    }
+    assert RunSpec(**asked).to_json() == written
+
+
+def test_a_record_of_redis_is_read() -> None:
+    written, _ = WRITTEN.values()
+    fields = {"spec": written, "state": "paused", "attempt": "2", "desired": "pause", "worker": "w", "created": "1000"}
+    record = record_of("run-a", fields | {"started": "2000", "last_event": '{"type": "step", "loss": 1}'})
+    assert (record.state, record.desired, record.attempt) == (RunState.PAUSED, Desired.PAUSE, 2)
+    assert record.spec == RunSpec.from_json(written)
+    assert record.model_dump(mode="json", by_alias=True, exclude={"spec"}) == {
+        "id": "run-a",
+        "state": "paused",
+        "attempt": 2,
+        "desired": "pause",
+        "worker": "w",
+        "waiting_for": "",
+        "created_at": "1970-01-01T00:00:01.000+00:00",
+        "started_at": "1970-01-01T00:00:02.000+00:00",
+        "finished_at": None,
+        "error": None,
+        "result": None,
+        "last_event": {"type": "step", "loss": 1},
+    }
 
 
 def test_json_round_trip() -> None:
@@ -36,7 +115,7 @@ def test_resources_are_kubernetes_quantities() -> None:
 
 
 def test_minimal_json_is_enough() -> None:
-    assert RunSpec.from_dict(MINIMAL) == run_spec()
+    assert RunSpec.model_validate(MINIMAL) == run_spec()
 
 
 @pytest.mark.parametrize(
@@ -48,6 +127,10 @@ def test_minimal_json_is_enough() -> None:
         ("num_tokens", 0),
         ("num_tokens", "8"),
         ("num_tokens", True),
+        ("num_tokens", 8.0),
+        ("num_tokens", 10**400),
+        ("seed", 2**63),
+        ("heldout", []),
         ("num_frozen", 8),
         ("num_frozen", -1),
         ("num_steps", 0),
@@ -63,6 +146,8 @@ def test_minimal_json_is_enough() -> None:
         ("learning_rate", float("nan")),
         ("temperature", -1),
         ("temperature", "warm"),
+        ("temperature", True),
+        ("temperature", 10**400),
         ("seed", -1),
         ("heldout_every", -1),
         ("durable_every", 0),
@@ -75,6 +160,7 @@ def test_minimal_json_is_enough() -> None:
         ("prompts.kind", "magic"),
         ("prompts.kind", ["selfstudy"]),
         ("prompts.num_prompts", 0),
+        ("prompts.num_prompts", True),
         ("prompts.max_prompt_tokens", 0),
         ("prompts.surprise", 1),
         ("surprise", 1),
@@ -101,21 +187,24 @@ def test_bad_values_name_their_field(field: str, value: Any) -> None:
     else:
         values[field] = value
     with pytest.raises(InvalidArgument) as caught:
-        RunSpec.from_dict(values)
+        RunSpec.model_validate(values)
     assert caught.value.field == field
+    # Nobody asked pydantic.
+    assert "pydantic" not in caught.value.message
+    assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("field", sorted(MINIMAL))
+@pytest.mark.parametrize("field", ["name", "document"])
 def test_missing_values_name_their_field(field: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        RunSpec.from_dict({key: value for key, value in MINIMAL.items() if key != field})
+        RunSpec.model_validate({key: value for key, value in MINIMAL.items() if key != field})
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("field", ["prompts", "heldout"])
 def test_prompts_of_another_document_need_its_digest(field: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        RunSpec.from_dict(MINIMAL | {field: {"kind": "document", "digest": "prompts.jsonl"}})
+        RunSpec.model_validate(MINIMAL | {field: {"kind": "document", "digest": "prompts.jsonl"}})
     assert caught.value.field == f"{field}.digest"
 
 
@@ -123,3 +212,33 @@ def test_prompts_of_another_document_need_its_digest(field: str) -> None:
 def test_what_is_no_run_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument):
         RunSpec.from_json(text)
+
+
+def test_a_document_may_come_with_its_run() -> None:
+    request = RunRequest(name="report", text="The harbour is open.", title="Harbour")
+    assert request.spec == RunSpec(name="report", document=content_digest(b"The harbour is open."))
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({}, "document"),
+        ({"text": "a", "document": DOCUMENT}, "text"),
+        ({"document": DOCUMENT, "title": "a"}, "title"),
+        ({"text": 5}, "text"),
+        ({"text": "\ud800"}, "text"),
+        ({"text": "a", "title": "\ud800"}, "title"),
+        ({"document": "report.txt"}, "document"),
+    ],
+)
+def test_a_request_names_one_document(values: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        RunRequest.model_validate({"name": "report", **values})
+    assert caught.value.field == field
+
+
+def test_a_cartridge_of_more_tokens_than_its_document_has_bytes_is_refused() -> None:
+    RunRequest(name="report", text="x" * 1000, num_tokens=1000)
+    with pytest.raises(CartridgeTooLong) as caught:
+        RunRequest(name="report", text="x" * 1000, num_tokens=2000)
+    assert caught.value.field == "num_tokens"

@@ -145,4 +145,4 @@ def _tag(name: str, tag: str, version: int, **more: Any) -> Json:
 
 
 def _version(manifest: Manifest) -> Json:
-    return {"object": "cartridge.version", **asdict(manifest)}
+    return {"object": "cartridge.version", **manifest.model_dump()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import structlog
 from fastapi import APIRouter, Body, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
 
 from foundry.errors import (
     CartridgeTooLong,
@@ -20,35 +20,40 @@ from foundry.errors import (
     InvalidArgument,
     Unavailable,
 )
-from foundry.identity import content_digest
-from foundry.store import DocumentPrompts, RunRecord, RunSpec
+from foundry.selfstudy.prompts import read_prompts
+from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from services.gateway.balancer import ServedModel
 from services.gateway.resources import documents
 from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)
 router = APIRouter(tags=["runs"])
-Json = dict[str, Any]
 
 _EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
-_EXAMPLE = {
-    "name": "handbook",
-    "document": "blake3:…",
-    "num_tokens": 512,
-    "num_steps": 100,
-    "prompts": {"kind": "selfstudy", "num_prompts": 64},
-}
+_EXAMPLE = {"name": "handbook", "document": "blake3:…", "num_tokens": 512, "num_steps": 100}
+
+
+class RunCard(RunRecord):
+    object: Literal["run"] = "run"
+
+    job: str | None = None
+    """The run's Kubernetes Job, if there is one now."""
+
+
+class RunList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RunCard]
 
 
 @router.post("/v1/runs", status_code=201)
 async def create_run(
-    asked: Annotated[Json, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})], gateway: GatewayDep
-) -> Json:
-    """Queue a run: the keys of a run specification, with `document` (a digest) or `text` (and `title`).
+    asked: Annotated[RunRequest, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})], gateway: GatewayDep
+) -> RunCard:
+    """Queue a run for a stored `document` (a digest), or for a `text` (and `title`) that is stored with it.
 
     What can be known now is checked now: every value, the documents, the model, and how long the document is.
     """
-    spec, text = _specification(asked)
+    spec, text = asked.spec, asked.text
     _check_resources(spec, gateway)
     model = _served_model(gateway)
     if model is not None:
@@ -64,25 +69,25 @@ async def create_run(
                 field="num_tokens",
             )
     if text is not None:
-        await documents.put(gateway, text, asked.get("title") or "")
+        await documents.put(gateway, text, asked.title or "")
     run_id = await gateway.store.runs.create(spec)
     _look_at_jobs(gateway)
     return await _card_of(run_id, gateway)
 
 
 @router.get("/v1/runs")
-async def runs(gateway: GatewayDep) -> Json:
+async def runs(gateway: GatewayDep) -> RunList:
     """All runs, newest first."""
-    return {"object": "list", "data": [_card(record, gateway) for record in await gateway.store.runs.list()]}
+    return RunList(data=[_card(record, gateway) for record in await gateway.store.runs.list()])
 
 
 @router.get("/v1/runs/{run_id}")
-async def run(run_id: str, gateway: GatewayDep) -> Json:
+async def run(run_id: str, gateway: GatewayDep) -> RunCard:
     return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/cancel")
-async def cancel_run(run_id: str, gateway: GatewayDep) -> Json:
+async def cancel_run(run_id: str, gateway: GatewayDep) -> RunCard:
     """The worker ends the run after the step in hand; a run that waits ends now."""
     await gateway.store.runs.request_cancel(run_id)
     _look_at_jobs(gateway)
@@ -90,13 +95,13 @@ async def cancel_run(run_id: str, gateway: GatewayDep) -> Json:
 
 
 @router.post("/v1/runs/{run_id}/pause")
-async def pause_run(run_id: str, gateway: GatewayDep) -> Json:
+async def pause_run(run_id: str, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_pause(run_id)
     return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/resume")
-async def resume_run(run_id: str, gateway: GatewayDep) -> Json:
+async def resume_run(run_id: str, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_resume(run_id)
     _look_at_jobs(gateway)
     return await _card_of(run_id, gateway)
@@ -127,26 +132,6 @@ async def run_events(
         log.warning("event stream cut short", run_id=run_id, reason=error.reason, error=error.message)
 
 
-def _specification(asked: Json) -> tuple[RunSpec, str | None]:
-    """The run, and its document if that came with it. Raises InvalidArgument, naming the key."""
-    values = dict(asked)
-    text, title = values.pop("text", None), values.pop("title", None)
-    if text is None:
-        if title is not None:
-            raise InvalidArgument("title goes with text: a stored document has its own", field="title")
-        return RunSpec.from_dict(values), None
-    if "document" in values:
-        raise InvalidArgument("give either document or text", field="text")
-    for name, value in (("text", text), ("title", title)):
-        if not isinstance(value, str | None):
-            raise InvalidArgument(f"{name} is not a string", field=name)
-        try:
-            (value or "").encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"{name} is not Unicode: {error}", field=name) from error
-    return RunSpec.from_dict(values | {"document": content_digest(text.encode())}), text
-
-
 def _served_model(gateway: Gateway) -> ServedModel | None:
     try:
         return gateway.rollouts.model()
@@ -173,10 +158,11 @@ async def _check_prompts(spec: RunSpec, gateway: Gateway) -> None:
     for name in ("prompts", "heldout"):
         if isinstance(prompts := getattr(spec, name), DocumentPrompts):
             try:
-                await gateway.store.documents.info(prompts.digest)
+                text = await gateway.store.documents.get(prompts.digest)
             except DocumentNotFound as error:
                 error.field = f"{name}.digest"
                 raise
+            await asyncio.to_thread(read_prompts, text, field=name)
 
 
 def _check_resources(spec: RunSpec, gateway: Gateway) -> None:
@@ -195,12 +181,9 @@ def _look_at_jobs(gateway: Gateway) -> None:
         gateway.jobs.wake()
 
 
-async def _card_of(run_id: str, gateway: Gateway) -> Json:
+async def _card_of(run_id: str, gateway: Gateway) -> RunCard:
     return _card(await gateway.store.runs.get(run_id), gateway)
 
 
-def _card(record: RunRecord, gateway: Gateway) -> Json:
-    """`job` names the run's Kubernetes Job, if there is one now."""
-    job = gateway.jobs.name_of(record.run_id) if gateway.jobs is not None else None
-    values = asdict(record) | {"spec": json.loads(record.spec.to_json()), "job": job}
-    return {"object": "run", "id": values.pop("run_id"), **values}
+def _card(record: RunRecord, gateway: Gateway) -> RunCard:
+    return RunCard(**dict(record), job=gateway.jobs.name_of(record.run_id) if gateway.jobs is not None else None)

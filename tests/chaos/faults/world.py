@@ -15,7 +15,7 @@ from foundry.identity import CartridgeBytes, ids_digest
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.initialise import cut_context
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import objective_named
+from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.store import (
@@ -172,6 +172,7 @@ class World:
             prompts=DocumentPrompts(digest=document),
             learning_rate=0.02,
             seed=seed,
+            heldout_every=0,
             durable_every=2,
             checkpoint_every=2,
             policy_mismatch_threshold=MISMATCH_THRESHOLD,
@@ -196,7 +197,7 @@ class World:
         training = ObservedStep(
             self.lm,
             TrainableCartridge(self.lm, self._start_kv),
-            objective_named(spec.objective, beta=spec.jsd_beta, k=spec.topk),
+            Objective(spec.objective, beta=spec.jsd_beta, k=spec.topk),
             learning_rate=spec.learning_rate,
             micro_batch_tokens=4096,
             policy_mismatch_threshold=self.mismatch_threshold,

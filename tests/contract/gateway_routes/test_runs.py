@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from foundry.cli.main import app
 from foundry.errors import (
     CartridgeTooLong,
     Conflict,
@@ -20,13 +24,34 @@ from foundry.errors import (
     RunNotFound,
 )
 from foundry.identity import content_digest
-from foundry.store import CartridgeStore, RunState
+from foundry.store import (
+    CartridgeStore,
+    DocumentPrompts,
+    Resources,
+    RunRecord,
+    RunRequest,
+    RunSpec,
+    RunState,
+    SelfStudyPrompts,
+)
 from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
 
 
 def test_a_run_is_queued_with_its_document(site: Site) -> None:
     created = site.client.runs.create(**specification(text=DOCUMENT, title="Inline"))
-    assert created["state"] == "queued"
+    whole = RunSpec(document=content_digest(DOCUMENT.encode()), **specification())
+    assert created == {
+        "object": "run",
+        "id": created["id"],
+        "spec": json.loads(whole.to_json()),
+        "state": "queued",
+        "attempt": 0,
+        "desired": "continue",
+        "worker": "",
+        "waiting_for": "",
+        "created_at": created["created_at"],
+        **dict.fromkeys(("started_at", "finished_at", "error", "result", "last_event", "job")),
+    }
     assert created["spec"]["document"] == content_digest(DOCUMENT.encode())
     assert site.client.documents.text(created["spec"]["document"]) == DOCUMENT
     assert site.client.runs.get(created["id"]) == created
@@ -70,6 +95,51 @@ def test_an_impossible_run_is_refused_at_once(
     assert raised.type is kind
     assert getattr(raised.value, "field", None) == field
     assert len(site.client.runs.list()) == before
+
+
+def test_a_file_of_prompts_is_read_at_once(site: Site) -> None:
+    digest = site.client.documents.create('{"prompt": "What was signed?"}\n{"question": "When?"}')["digest"]
+    for name in ("prompts", "heldout"):
+        with pytest.raises(InvalidArgument, match=f"{name}, line 2") as raised:
+            site.client.runs.create(**specification(text=DOCUMENT, **{name: {"kind": "document", "digest": digest}}))
+        assert raised.value.field == name
+
+
+def test_openapi_says_what_a_run_takes_and_answers(site: Site) -> None:
+    schemas = site.http("GET", "/openapi.json").json()["components"]["schemas"]
+    of_runs = {"RunCard": RunRecord} | {
+        model.__name__: model for model in (RunRequest, SelfStudyPrompts, DocumentPrompts, Resources)
+    }
+    for title, model in of_runs.items():
+        for name, field in model.model_fields.items():
+            shown = schemas[title]["properties"][field.serialization_alias or name]
+            assert field.description, (title, name)
+            assert shown["description"] == field.description, (title, name)
+    temperature = schemas["RunRequest"]["properties"]["temperature"]
+    assert (temperature["default"], temperature["exclusiveMinimum"], temperature["maximum"]) == (1.0, 0, 10)
+    assert schemas["RunRequest"]["properties"]["num_tokens"]["default"] == 128
+    assert schemas["RunRequest"]["required"] == ["name"]
+
+
+def test_the_command_uploads_what_it_names_and_asks_for_the_run_that_it_prints(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "treaty.md").write_text(f"{DOCUMENT}Twice.")
+    (tmp_path / "ask.jsonl").write_text('{"prompt": "What was signed?"}')
+    (tmp_path / "run.yaml").write_text("name: handbook\ndocument: treaty.md\nnum_tokens: 16\nheldout: ask.jsonl")
+
+    def train(*options: str) -> str:
+        arguments = ["train", "--config", str(tmp_path / "run.yaml"), "--max-new-tokens", "8", *options]
+        result = CliRunner().invoke(app, arguments, env={"FOUNDRY_GATEWAY": f"http://{site.gateway.address}"})
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    before = len(site.client.runs.list())
+    printed = yaml.safe_load(train("--dry-run"))
+    assert len(site.client.runs.list()) == before
+    run = site.client.runs.get(train("--detach").strip())
+    assert run["spec"] == printed
+    assert site.client.documents.get(printed["document"])["title"] == "treaty.md"
+    assert site.client.documents.get(printed["heldout"]["digest"])["title"] == "heldout of handbook"
+    site.client.runs.cancel(run["id"])
 
 
 def test_events_follow_a_run_to_its_end_and_can_be_resumed(site: Site) -> None:

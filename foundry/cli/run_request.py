@@ -1,0 +1,109 @@
+"""What `foundry train` was asked, from its configuration file, files and options: checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foundry.errors import CartridgeTooLong, DocumentUnreadable, InvalidArgument
+from foundry.identity import content_digest
+from foundry.local.demo_model import demo_model_directory
+from foundry.local.home import Home
+from foundry.selfstudy.prompts import read_prompts
+from foundry.store import RunRequest
+from foundry.store.documents import readable
+from foundry.store.spec import TEMPLATE_TOKENS
+
+
+class _Yaml(yaml.SafeLoader):
+    """With 1e-5 as a number, which YAML 1.1 takes for a text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def resolve(
+    config: Path | None, files: Mapping[str, Path | None], given: Mapping[tuple[str, ...], Any]
+) -> tuple[RunRequest, dict[str, str]]:
+    """The run, and the prompts that must be uploaded for it, by role. Files win over values, both over `config`'s.
+
+    Raises InvalidArgument, naming what is wrong, DocumentUnreadable or CartridgeTooLong.
+    """
+    values = _read_config(config) if config is not None else {}
+    for (key, *inner), value in given.items():
+        if not inner:
+            values[key] = value
+            continue
+        part = values.get(key)
+        if not isinstance(part, dict) or part.get("kind", "selfstudy") != "selfstudy":
+            part = {}
+        values[key] = part | ({} if key == "resources" else {"kind": "selfstudy"}) | {inner[0]: value}
+    uploads = {}
+    for role in ("document", "prompts", "heldout"):
+        file, named = files[role], values.get(role)
+        if file is None and config is not None and isinstance(named, str) and not named.startswith("blake3:"):
+            file = config.parent / named
+        if file is None:
+            continue
+        text = _read(file)
+        if role == "document":
+            # What the file brings is not beside what options have taken the place of.
+            dropped = ("document",) if files[role] is None else ("document", "text", "title")
+            values = {"title": file.name} | {key: value for key, value in values.items() if key not in dropped}
+            if "text" in values:
+                raise InvalidArgument(f"{config}: give either document or text", field="text")
+            values["text"] = text
+        else:
+            read_prompts(text, field=str(file))
+            values[role] = {"kind": "document", "digest": content_digest(text.encode())}
+            uploads[role] = text
+    request = RunRequest.model_validate(values)
+    _check_length(request)
+    return request, uploads
+
+
+def _read_config(config: Path) -> dict[str, Any]:
+    text = _read(config)
+    try:
+        values = json.loads(text) if config.suffix == ".json" else yaml.load(text, _Yaml)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InvalidArgument(f"{config} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{config} holds no keys of a run")
+    return values
+
+
+def _read(file: Path) -> str:
+    try:
+        return readable(file.read_bytes()).decode()
+    except OSError as error:
+        raise DocumentUnreadable(f"{file} can't be read: {error.strerror}", field="document") from error
+    except DocumentUnreadable as error:
+        raise DocumentUnreadable(f"{file}: {error.message}", field="document") from error
+
+
+def _check_length(request: RunRequest) -> None:
+    """Against the tokens of the document, where the model that the stack will serve is on this machine."""
+    running = Home().running()
+    model = Path(running.model_directory) if running is not None else demo_model_directory()
+    file = model / "tokenizer.json"
+    elsewhere = os.environ.get("FOUNDRY_GATEWAY")
+    if request.text is None or elsewhere or not file.is_file() or find_spec("tokenizers") is None:
+        return
+    from tokenizers import Tokenizer
+
+    num_tokens = len(Tokenizer.from_file(str(file)).encode(request.text, add_special_tokens=False).ids)
+    if request.num_tokens > num_tokens + TEMPLATE_TOKENS:
+        raise CartridgeTooLong(
+            f"a cartridge of {request.num_tokens} tokens was asked for, but the document has only {num_tokens}",
+            field="num_tokens",
+        )

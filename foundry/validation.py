@@ -1,0 +1,85 @@
+"""Pydantic models whose refusals are ours: InvalidArgument with the field and a plain message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from foundry.errors import InvalidArgument
+
+
+class Strict(BaseModel):
+    """Frozen; takes no unknown key, no value of another type, no NaN. A part of a `Checked`, or built by ourselves."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Checked(Strict):
+    """Raises InvalidArgument, naming the field, where pydantic would raise an error of its own."""
+
+    # What tells the members of a union apart: pydantic writes it between the names of fields.
+    tags: ClassVar[Collection[str]] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise invalid_argument(error.errors()[0], tags=cls.tags) from error
+
+
+def invalid_argument(error: ErrorDetails, *, tags: Collection[str] = ()) -> InvalidArgument:
+    """One of pydantic's errors as ours; its field is written with dots, as in `prompts.num_prompts`."""
+    path, message = error["loc"], error["msg"].removeprefix("Value error, ")
+    if not path:
+        return InvalidArgument(f"expected a JSON object, not {error['input']!r:.100}")
+    field = ".".join(str(part) for place, part in enumerate(path) if not (place and part in tags))
+    if error["type"].startswith("union_tag"):
+        field += "." + error["ctx"]["discriminator"].strip("'")
+        known = error["ctx"].get("expected_tags", ", ".join(map(repr, tags)))
+        return InvalidArgument(f"{field} must be one of {known}", field=field)
+    if error["type"] == "missing":
+        return InvalidArgument(f"{field} is missing", field=field)
+    if error["type"] == "extra_forbidden":
+        return InvalidArgument(f"unknown parameter {field!r}", field=field)
+    if message.startswith("Input should be "):
+        # Pydantic's own words for an object name the class.
+        wanted = "an object" if error["type"].startswith("model_") else message.removeprefix("Input should be ")
+        return InvalidArgument(f"{field} is {error['input']!r:.100}, must be {wanted}", field=field)
+    return InvalidArgument(f"{field}: {message[:1].lower()}{message[1:]}", field=field)
+
+
+def checked(check: Callable[[str], str]) -> AfterValidator:
+    """`check` may raise InvalidArgument; the field that is named is where the value stands."""
+
+    def run(value: str) -> str:
+        try:
+            return check(value)
+        except InvalidArgument as error:
+            raise ValueError(error.message) from error
+
+    return AfterValidator(run)
+
+
+def _as_given(value: Any, handler: Callable[[Any], float]) -> Any:
+    handler(value)
+    return value
+
+
+# A float that stays an integer where one was written, so that its JSON, of which there are digests, does too.
+Number = Annotated[float, WrapValidator(_as_given), PlainSerializer(lambda number: number, return_type=int | float)]

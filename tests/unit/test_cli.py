@@ -149,7 +149,7 @@ def test_every_value_of_a_run_is_an_option(document: Path) -> None:
         "policy_mismatch_threshold": 0.5,
         "model_fingerprint": "blake3:" + "0" * 64,
     }
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "prompts": {"num_prompts": 10, "max_prompt_tokens": 11},
         "heldout": {"heldout_num_prompts": 12, "heldout_max_prompt_tokens": 13},
         "resources": {"cpu": "4", "memory": "16Gi", "gpus": 1, "nodes": 2},

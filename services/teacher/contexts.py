@@ -57,7 +57,3 @@ class Contexts:
 
     def num_bytes(self) -> int:
         return sum(kv.nbytes for kv in self._resident.values())
-
-    def listing(self) -> list[tuple[str, int, int]]:
-        """(digest, tokens, bytes) of what is resident, least recently used first."""
-        return [(digest, kv.shape[3], kv.nbytes) for digest, kv in self._resident.items()]

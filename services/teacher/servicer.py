@@ -20,10 +20,11 @@ from foundry.model.packing import micro_batches
 from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
 from foundry.rpc.limits import PART_BYTES
+from foundry.rpc.teacher import scores_checksum
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import metrics
 from services.teacher.contexts import Contexts
-from services.teacher.scorer import Item, Scores, Want, check_item, score
+from services.teacher.scorer import Item, ItemScores, Want, check_item, score
 from services.teacher.settings import TeacherSettings
 
 log = structlog.get_logger(__name__)
@@ -32,13 +33,11 @@ MAX_TOPK = 1024
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
-# Field of ScoreResponse by field of Scores.
+# Field of ScoreResponse by field of ItemScores.
 _MESSAGE_FIELDS = {
-    "chosen_N": "chosen",
     "topk_ids_NK": "topk_ids",
     "topk_logprobs_NK": "topk_logprobs",
     "tail_logprob_N": "tail_logprob",
-    "candidates_NC": "candidates",
     "hidden_NE": "hidden",
 }
 
@@ -75,35 +74,22 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         )
 
     async def Score(
-        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Context
+        self, request: teacher_pb2.ScoreRequest, context: Context
     ) -> AsyncIterator[teacher_pb2.ScoreResponse]:
-        async for request in request_iterator:
-            began = time.perf_counter()
-            items = self._checked_items(request)
-            want = self._checked_want(request.want)
-            index = 0
-            for some in micro_batches(items, self._micro_batch_tokens):
-                for scores in await self._run(partial(self._score, items[some], want)):
-                    for part in self._parts(request, index, scores):
-                        yield part
-                    index += 1
-            log.info(
-                "scored",
-                num_answers=len(items),
-                num_tokens=sum(len(item.ids) - item.score_from for item in items),
-                seconds=round(time.perf_counter() - began, 6),
-            )
-
-    async def Contexts(self, request: teacher_pb2.ContextsRequest, context: Context) -> teacher_pb2.ContextsResponse:
-        listing = await self._run(self._contexts.listing)
-        return teacher_pb2.ContextsResponse(
-            model_fingerprint=self._lm.spec.fingerprint,
-            template_digest=self._template.digest,
-            max_context_tokens=self._max_context_tokens,
-            contexts=[
-                teacher_pb2.Context(context_digest=digest, num_tokens=num_tokens, num_bytes=num_bytes)
-                for digest, num_tokens, num_bytes in listing
-            ],
+        began = time.perf_counter()
+        items = self._checked_items(request)
+        want = self._checked_want(request.want)
+        index = 0
+        for some in micro_batches(items, self._micro_batch_tokens):
+            for scores in await self._run(partial(self._score, items[some], want)):
+                for part in self._parts(request, index, scores):
+                    yield part
+                index += 1
+        log.info(
+            "scored",
+            num_answers=len(items),
+            num_tokens=sum(len(item.ids) - item.score_from for item in items),
+            seconds=round(time.perf_counter() - began, 6),
         )
 
     def close(self) -> None:
@@ -120,7 +106,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             self._pending -= 1
             metrics.PENDING.set(self._pending)
 
-    def _score(self, items: Sequence[Item], want: Want) -> list[Scores]:
+    def _score(self, items: Sequence[Item], want: Want) -> list[ItemScores]:
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
         contexts = [self._contexts.get(item.context_digest) for item in items]
         with metrics.SCORE_SECONDS.time():
@@ -129,7 +115,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
         return scores
 
-    def _parts(self, request: teacher_pb2.ScoreRequest, index: int, scores: Scores) -> list[teacher_pb2.ScoreResponse]:
+    def _parts(
+        self, request: teacher_pb2.ScoreRequest, index: int, scores: ItemScores
+    ) -> list[teacher_pb2.ScoreResponse]:
         """One item's scores as messages of at most PART_BYTES."""
         item = request.items[index]
         present = {
@@ -146,14 +134,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             messages = {name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()}
             parts.append(
                 teacher_pb2.ScoreResponse(
-                    request_id=request.request_id,
                     item=index,
                     begin=begin,
                     end=end,
                     ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
                     context_digest=item.context_digest,
                     identity=self._identity(),
-                    tensors_checksum=tensors.checksum(messages.values()),
+                    tensors_checksum=scores_checksum(messages.values()),
                     **messages,
                 )
             )
@@ -192,12 +179,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             raise InvalidArgument(
                 f"want.topk is {want.topk}, at most {min(MAX_TOPK, vocab_size - 1)}", field="want.topk"
             )
-        if any(candidate >= vocab_size for candidate in want.candidates):
-            raise InvalidArgument("want.candidates has ids outside the vocabulary", field="want.candidates")
-        wanted = Want(want.chosen, want.topk, list(want.candidates), want.hidden)
-        if not wanted.logits and not wanted.hidden:
+        if not want.topk and not want.hidden:
             raise InvalidArgument("want asks for nothing", field="want")
-        return wanted
+        return Want(want.topk, want.hidden)
 
     def _check_fingerprint(self, fingerprint: str) -> None:
         if fingerprint != self._lm.spec.fingerprint:

@@ -294,9 +294,7 @@ def _param(field: str | None) -> str | None:
 
 
 def finish_reason(chunk: Chunk) -> str | None:
-    """OpenAI's word; None while the completion goes on. Raises Unavailable if the server gave it up."""
-    if chunk.finish_reason == rollout_pb2.FINISH_REASON_CANCELLED:
-        raise Unavailable("the rollout server gave the request up before it was complete", retry_after_seconds=1.0)
+    """OpenAI's word; None while the completion goes on."""
     return _FINISH_REASONS.get(chunk.finish_reason)
 
 

@@ -24,29 +24,21 @@ class PutContextRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DOCUMENT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
     """Rendered as the system message of the model's chat template."""
-    @_builtins.property
-    def token_ids(self) -> _common_pb2.TokenIds:
-        """Used as they are."""
-
     def __init__(
         self,
         *,
         model_fingerprint: _builtins.str = ...,
-        token_ids: _common_pb2.TokenIds | None = ...,
         document: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "document", b"document", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "document", b"document", "model_fingerprint", b"model_fingerprint", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_context: _TypeAlias = _typing.Literal["token_ids", "document"]  # noqa: Y015
-    _WhichOneofArgType_context: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_context) -> _WhichOneofReturnType_context | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PutContextRequest: _TypeAlias = PutContextRequest  # noqa: Y015
 
@@ -56,12 +48,10 @@ class PutContextResponse(_message.Message):
 
     CONTEXT_DIGEST_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    ALREADY_RESIDENT_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     context_digest: _builtins.str
     """"blake3:<hex>" over the context's token ids."""
     num_tokens: _builtins.int
-    already_resident: _builtins.bool
     @_builtins.property
     def identity(self) -> _common_pb2.Identity: ...
     def __init__(
@@ -69,12 +59,11 @@ class PutContextResponse(_message.Message):
         *,
         context_digest: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
-        already_resident: _builtins.bool = ...,
         identity: _common_pb2.Identity | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_resident", b"already_resident", "context_digest", b"context_digest", "identity", b"identity", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_digest", b"context_digest", "identity", b"identity", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

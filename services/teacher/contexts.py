@@ -23,13 +23,13 @@ class Contexts:
         # Oldest use first.
         self._resident: OrderedDict[str, Tensor] = OrderedDict()
 
-    def put(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The context's digest, and whether its KV was there already. Raises ResourceExhausted if it can never fit."""
+    def put(self, ids: Sequence[int]) -> str:
+        """The digest of the context, whose KV is resident then. Raises ResourceExhausted if it can never fit."""
         digest = ids_digest(ids)
         if digest in self._resident:
             self._resident.move_to_end(digest)
             metrics.CONTEXT_REQUESTS.labels("hit").inc()
-            return digest, True
+            return digest
         metrics.CONTEXT_REQUESTS.labels("miss").inc()
         spec = self._lm.spec
         num_bytes = spec.num_layers * 2 * spec.num_kv_heads * len(ids) * spec.head_dim * self._lm.dtype.itemsize
@@ -45,7 +45,7 @@ class Contexts:
             self._resident[digest] = self._lm.prefill(ids)
         metrics.CONTEXTS.set(len(self._resident))
         metrics.CONTEXT_BYTES.set(self.num_bytes())
-        return digest, False
+        return digest
 
     def get(self, digest: str) -> Tensor:
         """The KV of a context. Raises ContextNotFound: nothing else is ever scored in its place."""

@@ -33,14 +33,6 @@ MAX_TOPK = 1024
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
-# Field of ScoreResponse by field of ItemScores.
-_MESSAGE_FIELDS = {
-    "topk_ids_NK": "topk_ids",
-    "topk_logprobs_NK": "topk_logprobs",
-    "tail_logprob_N": "tail_logprob",
-    "hidden_NE": "hidden",
-}
-
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     """Contexts and scores of one frozen model."""
@@ -61,17 +53,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
-        match request.WhichOneof("context"):
-            case "document":
-                ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
-            case "token_ids":
-                ids = self._checked_context(list(request.token_ids.ids))
-            case _:
-                raise InvalidArgument("set token_ids or document", field="context")
-        digest, already_resident = await self._run(lambda: self._contexts.put(ids))
-        return teacher_pb2.PutContextResponse(
-            context_digest=digest, num_tokens=len(ids), already_resident=already_resident, identity=self._identity()
-        )
+        ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+        digest = await self._run(lambda: self._contexts.put(ids))
+        return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
 
     async def Score(
         self, request: teacher_pb2.ScoreRequest, context: Context
@@ -120,8 +104,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     ) -> list[teacher_pb2.ScoreResponse]:
         """One item's scores as messages of at most PART_BYTES."""
         item = request.items[index]
+        # Fields of the message are named as those of ItemScores, without the shape.
         present = {
-            _MESSAGE_FIELDS[field.name]: value
+            field.name.rpartition("_")[0]: value
             for field in fields(scores)
             if (value := getattr(scores, field.name)) is not None
         }
@@ -145,19 +130,6 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 )
             )
         return parts
-
-    def _checked_context(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise InvalidArgument("token_ids is empty", field="token_ids")
-        if len(ids) > self._max_context_tokens:
-            raise InvalidArgument(
-                f"the context has {len(ids)} tokens, the teacher takes {self._max_context_tokens}", field="token_ids"
-            )
-        if max(ids) >= self._lm.spec.vocab_size:
-            raise InvalidArgument(
-                f"token id {max(ids)} is outside the vocabulary of {self._lm.spec.vocab_size}", field="token_ids"
-            )
-        return ids
 
     def _checked_items(self, request: teacher_pb2.ScoreRequest) -> list[Item]:
         self._check_fingerprint(request.model_fingerprint)

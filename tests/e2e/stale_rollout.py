@@ -6,8 +6,7 @@ Everything else of it is real. Its answers name the digests that they were asked
 from __future__ import annotations
 
 from foundry.model.cartridge import Cartridge
-from services.rollout import main
-from services.rollout import serving as parts
+from services.rollout import main, serving
 from services.rollout.engine.torch.engine import TorchEngine
 
 
@@ -20,5 +19,5 @@ class StaleEngine(TorchEngine):
 
 
 if __name__ == "__main__":
-    parts.TorchEngine = StaleEngine  # type: ignore[misc]
+    serving.TorchEngine = StaleEngine  # type: ignore[misc]
     main.main()

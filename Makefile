@@ -28,7 +28,6 @@ proto: install  ## regenerate the gRPC stubs
 docs: install  ## regenerate what is made from code: pages, dashboards, the chart's schema and README
 	@$(BIN)/python docs/make_settings.py
 	@$(BIN)/python docs/make_metrics.py
-	@$(BIN)/python docs/make_sizing.py
 	@$(BIN)/python deploy/helm/make_schema.py
 	@$(BIN)/python deploy/helm/make_readme.py
 	@$(BIN)/python -m deploy.grafana.make_dashboards
@@ -38,7 +37,6 @@ drift: install  ## check that generated files are what they are generated from
 	@diff -r build/proto/foundry/v1 foundry/v1 -x __pycache__ || { echo "error: run 'make proto'"; exit 1; }
 	@$(BIN)/python docs/make_settings.py --check
 	@$(BIN)/python docs/make_metrics.py --check
-	@$(BIN)/python docs/make_sizing.py --check
 	@$(BIN)/python deploy/helm/make_schema.py --check
 	@$(BIN)/python deploy/helm/make_readme.py --check
 	@$(BIN)/python -m deploy.grafana.make_dashboards --check
@@ -52,8 +50,17 @@ demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minu
 system:  ## install the programs of Debian that some tests use (as root); without them these are skipped
 	apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 iptables prometheus redis-server >/dev/null
 
-test: install  ## run all tests
-	$(BIN)/python -m pytest
+# A file's tests share what they start, so a file stays with one worker.
+WORKERS := -n 2 --dist loadfile
+test: install  ## run all tests (10 minutes on 2 cores)
+	$(BIN)/python -m pytest $(WORKERS)
+
+# What services do in processes of their own is measured too, unless they are killed.
+coverage: install  ## the same, and which branches they take: fewer than pyproject.toml says fail
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(WORKERS)
+	@$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # Which ones: make kills FOUNDRY_KILLS_SEED=7. The kills are listed at the end.
 kills: install  ## kill services and Valkey 200 times during one run (15 minutes on 2 cores)
@@ -129,4 +136,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test test-vllm kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties bench-sync images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

@@ -22,8 +22,9 @@ from benchmarks.shapes import LLAMA_3B
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
+from foundry.model.packing import micro_batches
 from services.rollout.engine.torch.engine import TorchEngine
-from services.teacher.scorer import Item, Want, micro_batches, score
+from services.teacher.scorer import Item, Want, score
 from services.trainer.sample import Sample
 from services.trainer.update.step import TrainingStep
 
@@ -65,7 +66,8 @@ def score_all(lm: FrozenLM, micro_batch_tokens: int) -> float:
     items = [Item("document", sample.ids, sample.score_from) for sample in samples()]
 
     def work() -> None:
-        for batch in micro_batches(items, micro_batch_tokens):
+        for some in micro_batches(items, micro_batch_tokens):
+            batch = items[some]
             score(lm, batch, [kv_L2GPD] * len(batch), Want(hidden=True))
 
     return seconds(work, 2)

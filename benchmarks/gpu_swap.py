@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,12 @@ from tests.tiny import build_tokenizer
 NUM_SEQUENCES, NUM_TOKENS, NUM_LOADS = 32, 2048, 10
 
 
-def build(device: str, dtype: torch.dtype, **shape: int) -> FrozenLM:
+def build(device: str, dtype: torch.dtype, **shape: Any) -> FrozenLM:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=128256, max_position_embeddings=8192, eos_token_id=2, bos_token_id=None, **shape)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
-    return FrozenLM(model, build_tokenizer(), "blake3:" + "0" * 64)
+        model: Any = LlamaForCausalLM(config)
+    return FrozenLM(model.to(dtype), build_tokenizer(), "blake3:" + "0" * 64)
 
 
 def random_cartridge(lm: FrozenLM, seed: int, num_tokens: int = NUM_TOKENS) -> Cartridge:

@@ -54,8 +54,8 @@ def write_model(directory: Path) -> None:
     )
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(directory)
+        model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(directory)
 
 
 def request(
@@ -313,7 +313,7 @@ def main() -> None:
         write_model(arguments.model)
         torch.cuda.empty_cache()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
-    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     exact = FrozenLM(model.to("cuda"), tokenizer, FINGERPRINT)
     began = time.perf_counter()
     engine = VllmEngine(

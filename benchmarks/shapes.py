@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # Llama-3.2-3B's: KV of 114,688 bytes a token in bfloat16.
-LLAMA_3B = {
+LLAMA_3B: dict[str, Any] = {
     "hidden_size": 3072,
     "intermediate_size": 8192,
     "num_hidden_layers": 28,

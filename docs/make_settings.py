@@ -27,8 +27,12 @@ INTRODUCTION = """# Settings
 
 Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
 and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of jobs, store and vllm are nested:
-`--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets. Unknown names are
-refused.
+`--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets.
+
+Unknown options are refused, unknown names in a group (`FOUNDRY_STORE__REDIS_PASWORD`), and variables that are almost
+a setting's name (`FOUNDRY_MAX_SEQUENCS`, `FOUNDRY_STORE_KEEP_HOT`). Other `FOUNDRY_` variables are left alone: they may
+be another service's, a tool's or Kubernetes' own. A service whose settings are wrong says in one line each which,
+without the values, and exits with status 2.
 """
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from foundry.cli.progress import STAGES, RunView
 from foundry.client import ChatAnswer, FoundryClient
 from foundry.errors import FoundryError
 from foundry.local.demo_model import resolve_model
+from foundry.local.layout import num_cores
 from foundry.local.stack import LocalStack
 
 HERE = Path(__file__).parent
@@ -196,8 +198,8 @@ def summarize(
         "machine": {
             "name": platform.node(),
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+            "cores": num_cores(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
             "python": platform.python_version(),
         },
         "seconds": {**rounded(phases.seconds), "total": round(sum(phases.seconds.values()), 1)},
@@ -280,7 +282,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

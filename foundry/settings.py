@@ -1,17 +1,19 @@
 """Settings: one frozen model per service, read from the command line and from FOUNDRY_* variables.
 
 Every field carries its unit in its name and a docstring under it; the reference page and the chart's schema are made
-from both. Unknown keys are refused.
+from both. Unknown names are refused, and variables that are almost a setting's name.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
-from pydantic import model_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic import ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
+from foundry import variables
 from foundry.rpc.tls import Tls, tls_of
 from foundry.telemetry.settings import TelemetrySettings
 
@@ -20,7 +22,7 @@ class ServiceSettings(TelemetrySettings, BaseSettings):
     """What every service takes. The command line wins over the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FOUNDRY_",
+        env_prefix=variables.PREFIX,
         env_nested_delimiter="__",
         frozen=True,
         extra="forbid",
@@ -29,6 +31,7 @@ class ServiceSettings(TelemetrySettings, BaseSettings):
         hide_input_in_errors=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
+        cli_exit_on_error=False,
         nested_model_default_partial_update=True,
     )
 
@@ -67,10 +70,29 @@ class ServiceSettings(TelemetrySettings, BaseSettings):
     def parse(cls, arguments: list[str] | None = None) -> Self:
         """Settings from `arguments` (default: the process's own) and the environment.
 
-        With --dry-run prints them as JSON and exits with status 0.
+        With --dry-run prints them as JSON and exits with status 0. If one is wrong, says which and exits with status 2.
         """
-        settings = CliApp.run(cls, cli_args=arguments)
+        misspelt = list(variables.misspelt(cls))
+        try:
+            settings = CliApp.run(cls, cli_args=arguments)
+        except ValidationError as error:
+            _refuse(misspelt + [_line(path, message) for path, message in variables.faults(error, cls)])
+        except SettingsError as error:
+            _refuse([*misspelt, variables.unreadable(error)])
+        if misspelt:
+            _refuse(misspelt)
         if settings.dry_run:
             print(settings.model_dump_json(indent=2))
             raise SystemExit(0)
         return settings
+
+
+def _line(path: variables.Path, message: str) -> str:
+    # What several settings have wrong together has no path.
+    return f"{variables.variable(path)} ({variables.option(path)}): {message}" if path else message
+
+
+def _refuse(faults: list[str]) -> NoReturn:
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    raise SystemExit(2) from None

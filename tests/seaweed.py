@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from foundry.local.ports import HOST, reserve
-from foundry.local.process import spawn
+from tests.process import spawn
 
 BUCKET = "cartridges"
 REGION = "us-east-1"

@@ -20,13 +20,13 @@ import torch
 from openai import OpenAI
 
 from foundry.local.ports import address_of, reserve
-from foundry.local.process import spawn
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.rpc.tls import Credentials
 from foundry.store import CartridgeStore, Manifest, ManifestDraft, StoreSettings
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from tests.process import spawn
 from tests.tiny import build_tiny_model
 from tests.valkey import Valkey
 

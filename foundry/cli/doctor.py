@@ -12,15 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import psutil
 import typer
 
 from foundry import extras
 from foundry.cli.terminal import Json, print_json
 from foundry.errors import ExtraMissing
-from foundry.local.home import StackState
+
+if TYPE_CHECKING:
+    from foundry.local.home import StackState
 
 _INSTALL = "pip install 'cartridge-foundry[local]'"
 _MEMORY_GB = 5.0
@@ -71,12 +73,8 @@ def _findings() -> Iterator[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    found = f"{platform.python_version()} on {platform.system()}"
-    # pip refuses a Python that is too old; what it does not know is that the local stack uses pidfds and prctl.
-    if sys.platform != "linux":
-        yield Finding("python", "missing", found, "the local stack needs Linux (a virtual machine or WSL will do)")
-    else:
-        yield Finding("python", "ok", found)
+    # pip refuses a Python that is too old.
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.system()}")
 
 
 def _torch() -> Iterator[Finding]:
@@ -108,8 +106,7 @@ def _gateway() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
+    available = psutil.virtual_memory().available / 1e9
     found = f"{available:.1f} GB available"
     if _running():
         found += " beside the running stack"

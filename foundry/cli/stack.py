@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from foundry.cli.terminal import Json, note, print_json, print_table
@@ -51,19 +50,10 @@ def status(as_json: Json = False) -> None:
     serving = asyncio.run(look(state))
     if as_json:
         # The URL of Valkey stays out: it holds its password.
-        services = {name: {**asdict(service), "serving": serving[name]} for name, service in state.services.items()}
-        print_json(
-            {
-                "running": True,
-                "home": str(home.path),
-                "state": state.state,
-                "pid": state.pid,
-                "model": state.model,
-                "model_directory": state.model_directory,
-                "gateway_url": state.gateway_url,
-                "services": services,
-            }
-        )
+        shown = state.model_dump(mode="json", exclude={"start_time", "objects_url", "redis_url"})
+        for name, service in shown["services"].items():
+            service["serving"] = serving[name]
+        print_json({"running": True, "home": str(home.path), **shown})
     else:
         print(f"{state.gateway_url}  model {state.model}  home {home.path}  {state.state}")
         rows = [
@@ -71,6 +61,7 @@ def status(as_json: Json = False) -> None:
                 name,
                 "serving" if serving[name] else "not serving",
                 service.address,
+                service.metrics or "-",
                 service.pid,
                 service.restarts,
                 _resident_megabytes(service.pid),
@@ -78,14 +69,17 @@ def status(as_json: Json = False) -> None:
             )
             for name, service in state.services.items()
         ]
-        print_table(["service", "state", "address", "pid", "restarts", "MB", "log"], rows, empty="Nothing has started.")
+        print_table(
+            ["service", "state", "address", "metrics", "pid", "restarts", "MB", "log"],
+            rows,
+            empty="Nothing has started.",
+        )
     if state.state != "ready" or not all(serving.values()):
         raise typer.Exit(1)
 
 
 def _resident_megabytes(pid: int) -> str:
     try:
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-    except OSError:
+        return str(psutil.Process(pid).memory_info().rss // 10**6)
+    except psutil.Error:
         return "-"
-    return str(int(fields[1]) * 4096 // 10**6)

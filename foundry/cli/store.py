@@ -144,6 +144,7 @@ def store_settings() -> StoreSettings:
     """FOUNDRY_STORE__* where one is set, else the running local stack's. Raises InvalidArgument, Unavailable."""
     from pydantic import ValidationError
 
+    from foundry import variables
     from foundry.local.home import Home
     from foundry.store import StoreSettings
 
@@ -152,6 +153,10 @@ def store_settings() -> StoreSettings:
         for name, value in os.environ.items()
         if name.startswith(_VARIABLES)
     }
+    misspelt = list(variables.misspelt(StoreSettings, within=("store",)))
+    if misspelt:
+        # Or the local stack's store would be taken.
+        raise InvalidArgument("; ".join(misspelt), field="store")
     if not {"redis_url", "objects_url"} & values.keys():
         home = Home()
         state = home.running()
@@ -164,5 +169,6 @@ def store_settings() -> StoreSettings:
     try:
         return StoreSettings.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{_VARIABLES}{str(each['loc'][0]).upper()}: {each['msg']}" for each in error.errors())
+        found = variables.faults(error, StoreSettings, within=("store",))
+        wrong = "; ".join(f"{variables.variable(path)}: {message}" for path, message in found)
         raise InvalidArgument(f"the store's settings are wrong: {wrong}", field="store") from error

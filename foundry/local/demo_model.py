@@ -7,7 +7,6 @@ checked and converted once into the cache; `python -m foundry.local.demo_model` 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -16,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
 
 from foundry.errors import DigestMismatch, FoundryError, InvalidArgument, ModelNotFound, StoreFull, Unavailable
 
@@ -41,9 +42,7 @@ def say_on_stderr(line: str) -> None:
 
 def cache_directory() -> Path:
     """FOUNDRY_CACHE, or cartridge-foundry in the user's cache directory."""
-    if configured := os.environ.get("FOUNDRY_CACHE"):
-        return Path(configured).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "cartridge-foundry"
+    return Path(os.environ.get("FOUNDRY_CACHE") or user_cache_path("cartridge-foundry")).expanduser().absolute()
 
 
 def demo_model_directory() -> Path:
@@ -84,7 +83,7 @@ def fetch_demo_model(say: Say = say_on_stderr) -> Path:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(directory.parent / f".{DEMO_NAME}.lock"):
+        with FileLock(directory.parent / f".{DEMO_NAME}.lock"):
             if not is_model(directory):
                 _make_demo_model(directory, say)
     except OSError as error:
@@ -208,14 +207,6 @@ def _fetch_from_hub(model: str, say: Say) -> Path:
     if not is_model(directory):
         raise InvalidArgument(f"{model} has no *.safetensors weights; choose a model that has", field="model")
     return directory
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Hold `lock` exclusively; the kernel lets go of it when the process ends, however it ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 stack.json        what runs, where (0600: it holds the password of the private Valkey)
 supervisor.lock   held by the supervisor for as long as it lives
-up.lock           held while somebody starts or stops the stack
+up.lock           held while somebody starts the stack
 logs/             one file per process, the one before beside it as NAME.log.1
 objects/          cartridges, documents, checkpoints: the durable truth
 valkey/           pointers, runs, events
@@ -10,30 +10,39 @@ valkey/           pointers, runs, events
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import psutil
+from platformdirs import user_data_path
+from pydantic import BaseModel, ValidationError
+
+from foundry.local.process import find
 
 State = Literal["starting", "ready", "stopping"]
 
 
-@dataclass(slots=True)
-class ServiceState:
+class ProcessState(BaseModel):
+    pid: int = 0
+    start_time: float = 0.0
+
+    def process(self) -> psutil.Process | None:
+        """None if it does not run any more, whoever has its pid now."""
+        return find(self.pid, self.start_time)
+
+
+class ServiceState(ProcessState):
     address: str
-    pid: int
-    start_time: int
-    restarts: int
-    log: str
+    # Where it serves /metrics, if FOUNDRY_METRICS_PORT asks for that.
+    metrics: str | None
+    restarts: int = 0
+    log: Path
 
 
-@dataclass(slots=True)
-class StackState:
-    """The content of stack.json. `start_time` tells a process from a later one with the same pid."""
+class StackState(ProcessState):
+    """The content of stack.json; the process is the supervisor's."""
 
-    pid: int
-    start_time: int
     state: State
     # As the user wrote it, and the directory that it meant.
     model: str
@@ -41,15 +50,8 @@ class StackState:
     gateway_url: str
     objects_url: str
     redis_url: str
-    services: dict[str, ServiceState] = field(default_factory=dict)
-
-    def alive(self) -> bool:
-        return process_start_time(self.pid) == self.start_time
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> StackState:
-        services = {name: ServiceState(**service) for name, service in values.pop("services").items()}
-        return cls(**values, services=services)
+    # In the order in which they are started.
+    services: dict[str, ServiceState] = {}
 
 
 class Home:
@@ -72,36 +74,23 @@ class Home:
     def read(self) -> StackState | None:
         """What stack.json says, or None if there is none, or it is of another version or damaged."""
         try:
-            return StackState.from_dict(json.loads(self.state_file.read_text()))
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+            return StackState.model_validate_json(self.state_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
             return None
 
     def running(self) -> StackState | None:
         """The state of the stack whose supervisor is alive, whatever is left from one that died."""
         state = self.read()
-        return state if state is not None and state.alive() else None
+        return state if state is not None and state.process() else None
 
     def write(self, state: StackState) -> None:
         """Readers see the old file or the new one."""
         temporary = self.state_file.with_suffix(".json.new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(asdict(state), file, indent=2)
+        temporary.touch(mode=0o600)
+        temporary.write_text(state.model_dump_json(indent=2))
         temporary.rename(self.state_file)
 
 
 def default_home() -> Path:
     """FOUNDRY_HOME, or cartridge-foundry in the user's data directory."""
-    if configured := os.environ.get("FOUNDRY_HOME"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "cartridge-foundry"
-
-
-def process_start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of the process, None if it is gone or only waits to be reaped."""
-    try:
-        # The command's name, in parentheses, may hold spaces: fields are counted from its end (proc_pid_stat(5)).
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return Path(os.environ.get("FOUNDRY_HOME") or user_data_path("cartridge-foundry"))

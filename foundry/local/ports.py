@@ -2,7 +2,8 @@
 
 A reserved port is a socket bound and not listening: nothing else is given the port, neither by bind nor as the local
 end of a connection, also while the service is being restarted. The service itself can listen there, because all
-servers set SO_REUSEADDR and Linux lets two such sockets share a port as long as one at most listens.
+servers set SO_REUSEADDR and Linux lets two such sockets share a port as long as one at most listens. Other systems
+don't, and the supervisor lets go of the sockets there.
 """
 
 from __future__ import annotations
@@ -16,28 +17,21 @@ HOST = "127.0.0.1"
 _FIRST_GATEWAY_PORT = 8000
 
 
-def reserve(port: int = 0) -> socket.socket:
-    """Bind `port`, or any free one. Raises PortTaken if somebody has it."""
+def reserve(port: int = 0, *, lingering: bool = False) -> socket.socket:
+    """Bind `port`, or any free one; with `lingering` even while connections of an earlier server linger there.
+
+    Raises PortTaken if somebody has it: with `lingering`, who listens.
+    """
     held = socket.socket()
     try:
+        if lingering:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind((HOST, port))
     except OSError as error:
         held.close()
         raise _refused(port, error) from error
-    # Only now: bound with it, two stacks that start together would reserve the same port.
+    # Else only now: bound with it, two stacks that start together would reserve the same port.
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    return held
-
-
-def reserve_exactly(port: int) -> socket.socket:
-    """Bind `port` even while connections of an earlier server linger there. Raises PortTaken if somebody listens."""
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        held.bind((HOST, port))
-    except OSError as error:
-        held.close()
-        raise _refused(port, error) from error
     return held
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import signal
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import structlog
 
 from foundry.errors import DeadlineExceeded, Unavailable
 from foundry.local.health import START_SECONDS
-from foundry.local.home import process_start_time
-from foundry.local.process import spawn
+from foundry.local.home import ServiceState
+from foundry.local.process import child_options, start_time
 
 log = structlog.get_logger(__name__)
 
@@ -26,63 +25,48 @@ _STEADY_SECONDS = 60.0
 _LOG_LINES = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How to run one service. `ready` returns when it serves; it is called anew for every start."""
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """`ready` returns when the service serves; it is called anew for every start."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    address: str
     ready: Callable[[], Awaitable[None]]
     grace_seconds: float
+    state: ServiceState
+    _process: asyncio.subprocess.Process | None = None
 
-
-class Service:
-    def __init__(self, plan: Plan, log_file: Path) -> None:
-        self.plan = plan
-        self.log_file = log_file
-        self.restarts = 0
-        self.pid = self.start_time = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._exited = asyncio.Event()
-
-    def start(self) -> None:
+    async def start(self) -> None:
         """Spawn the process. Raises OSError."""
-        with self.log_file.open("ab") as sink:
-            process = spawn(self.plan.command, env=self.plan.environment, stdout=sink, stderr=sink)
-        self._process, self.pid = process, process.pid
-        self.start_time = process_start_time(process.pid) or 0
-        exited = self._exited = asyncio.Event()
-        # A pidfd becomes readable when its process ends: no polling, no thread, no signal handler.
-        descriptor = os.pidfd_open(process.pid)
-
-        def on_exit() -> None:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
-            process.wait()
-            exited.set()
-
-        loop = asyncio.get_running_loop()
-        loop.add_reader(descriptor, on_exit)
+        with self.state.log.open("ab") as sink:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.command, env=self.environment, stdout=sink, stderr=sink, **child_options()
+            )
+        self.state.pid = self._process.pid
+        # It may have ended already.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.state.start_time = start_time(psutil.Process(self._process.pid))
 
     async def wait_ready(self) -> None:
         """Return when the service serves.
 
         Raises Unavailable, with the end of its log, as soon as it exits instead, or DeadlineExceeded.
         """
-        serving = asyncio.ensure_future(self.plan.ready())
-        exited = asyncio.ensure_future(self._exited.wait())
+        assert self._process is not None, "started"
+        serving = asyncio.ensure_future(self.ready())
+        exited = asyncio.ensure_future(self._process.wait())
         try:
             await asyncio.wait({serving, exited}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
+                lines = self.state.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
                 raise Unavailable(
-                    f"{self.plan.name} ended with {self._how_it_ended()} while starting; its log is "
-                    f"{self.log_file}\n{self._last_lines()}"
+                    f"{self.name} ended with {how_it_ended(exited.result())} while starting; its log is "
+                    + "\n  ".join([str(self.state.log), *lines])
                 )
             if not serving.done():
                 raise DeadlineExceeded(
-                    f"{self.plan.name} was not ready within {START_SECONDS:.0f} s; its log is {self.log_file}"
+                    f"{self.name} was not ready within {START_SECONDS:.0f} s; its log is {self.state.log}"
                 )
             await serving
         finally:
@@ -93,42 +77,36 @@ class Service:
         """Start the process again whenever it ends, later and later if it keeps dying. Runs until cancelled."""
         failures = 0
         while True:
+            assert self._process is not None, "started"
             began = time.monotonic()
-            await self._exited.wait()
+            status = await self._process.wait()
             failures = 1 if time.monotonic() - began > _STEADY_SECONDS else failures + 1
             delay_seconds = min(_BACKOFF_SECONDS[1], _BACKOFF_SECONDS[0] * 2 ** (failures - 1))
-            log.error("died", name=self.plan.name, how=self._how_it_ended(), restart_in_seconds=delay_seconds)
+            log.error("died", name=self.name, how=how_it_ended(status), restart_in_seconds=delay_seconds)
             await asyncio.sleep(delay_seconds)
             try:
-                self.start()
+                await self.start()
             except OSError as error:
-                log.error("cannot be started", name=self.plan.name, error=str(error))
+                log.error("cannot be started", name=self.name, error=str(error))
                 continue
-            self.restarts += 1
-            log.info("restarted", name=self.plan.name, pid=self.pid, restarts=self.restarts)
+            self.state.restarts += 1
+            log.info("restarted", name=self.name, pid=self.state.pid, restarts=self.state.restarts)
             on_change()
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL if the grace period was not enough."""
         if self._process is None:
             return
-        if not self._exited.is_set():
+        if self._process.returncode is None:
             self._process.terminate()
             try:
-                async with asyncio.timeout(self.plan.grace_seconds):
-                    await self._exited.wait()
+                await asyncio.wait_for(self._process.wait(), self.grace_seconds)
             except TimeoutError:
-                log.warning("killed", name=self.plan.name, after_seconds=self.plan.grace_seconds)
+                log.warning("killed", name=self.name, after_seconds=self.grace_seconds)
                 self._process.kill()
-                await self._exited.wait()
-        log.info("stopped", name=self.plan.name)
+                await self._process.wait()
+        log.info("stopped", name=self.name)
 
-    def _how_it_ended(self) -> str:
-        code = self._process.returncode if self._process is not None else None
-        if code is not None and code < 0:
-            return signal.Signals(-code).name
-        return f"status {code}"
 
-    def _last_lines(self) -> str:
-        lines = self.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return "\n".join(f"  {line}" for line in lines)
+def how_it_ended(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"status {status}"

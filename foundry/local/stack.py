@@ -6,23 +6,21 @@ with LocalStack(model="demo") as stack:
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import select
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+import psutil
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from foundry import extras
 from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
-from foundry.local.home import Home, StackState, process_start_time
+from foundry.local.home import Home, StackState
+from foundry.local.process import end
 
 # Longer than the grace periods of all services one after the other.
 _STOP_SECONDS = 90.0
@@ -60,20 +58,20 @@ class LocalStack:
         """
         extras.require("local", extras.LOCAL)
         self.home.create()
-        with _exclusive(self.home.up_lock, self._say):
+        with self._lock_up():
             running = self.home.running()
             if running is not None and running.state == "ready":
                 self._check_same(running)
                 return running
             # One that is there and not ready is stopping: whoever could be starting it would hold the lock.
-            self._clear(None)
+            self._clear(stop=False)
             model = self._model or DEMO
             return self._start(model, resolve_model(model, self._say), tied=tied)
 
     def down(self) -> bool:
         """Stop the stack and return when its processes are gone. False if none was running."""
         was_running = self.home.running() is not None
-        self._clear(signal.SIGTERM)
+        self._clear(stop=True)
         if self._process is not None:
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -93,15 +91,25 @@ class LocalStack:
         if self._ours:
             self.down()
 
-    def _clear(self, number: signal.Signals | None) -> None:
-        """Return when nothing of the stack in stack.json runs any more; `number` is sent to its supervisor."""
+    def _lock_up(self) -> AcquireReturnProxy[FileLock]:
+        lock = FileLock(self.home.up_lock)
+        try:
+            return lock.acquire(blocking=False)
+        except Timeout:
+            self._say("Another 'foundry up' is at work; waiting for it ...")
+            return lock.acquire()
+
+    def _clear(self, *, stop: bool) -> None:
+        """Return when nothing of the stack in stack.json runs any more; with `stop` its supervisor is told to end."""
         state = self.home.read()
         if state is None:
             return
-        _end(state.pid, state.start_time, number, _STOP_SECONDS)
-        # Had their supervisor been killed, the services end by themselves, each in its own time.
-        for service in state.services.values():
-            _end(service.pid, service.start_time, None, _ORPHAN_SECONDS)
+        if supervisor := state.process():
+            end(supervisor, _STOP_SECONDS, tell=stop)
+        # Had it been killed, on Linux the services have been told already. Who calls ends before who is called.
+        for service in reversed(state.services.values()):
+            if orphan := service.process():
+                end(orphan, _ORPHAN_SECONDS, tell=True)
         self.home.state_file.unlink(missing_ok=True)
 
     def _start(self, model: str, directory: Path, *, tied: bool) -> StackState:
@@ -109,9 +117,8 @@ class LocalStack:
         command += ["--model", model, "--model-directory", str(directory)]
         command += ["--port", str(self._port)] if self._port is not None else []
         command += ["--tied"] if tied else []
-        for name in ("supervisor", "gateway", "trainer", "rollout", "teacher", "valkey"):
-            with contextlib.suppress(FileNotFoundError):
-                self.home.log_file(name).rename(self.home.logs / f"{name}.log.1")
+        for earlier in self.home.logs.glob("*.log"):
+            earlier.rename(f"{earlier}.1")
         self._say(f"Starting the stack with {model} ...")
         with self.home.log_file("supervisor").open("ab") as log_file:
             # A session of its own: Ctrl-C in this terminal is for us, and closing it does not end the stack.
@@ -130,7 +137,8 @@ class LocalStack:
         except BaseException:
             # The lifeline: the supervisor stops what it has started and ends.
             process.stdin.close()
-            _reap(process)
+            end(psutil.Process(process.pid), _STOP_SECONDS, tell=False)
+            process.wait()
             raise
         finally:
             process.stdout.close()
@@ -170,47 +178,3 @@ class LocalStack:
                 "it to another port",
                 field="port",
             )
-
-
-@contextlib.contextmanager
-def _exclusive(lock: Path, say: Say) -> Iterator[None]:
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("Another 'foundry up' is at work; waiting for it ...")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _end(pid: int, start_time: int, number: signal.Signals | None, timeout_seconds: float) -> None:
-    """Send the signal, if any, and SIGKILL if that process does not end in time. One that is gone already is fine."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # The descriptor holds on to the process; the check makes sure that it is the one that is meant.
-        if process_start_time(pid) != start_time:
-            return
-        if number is not None:
-            signal.pidfd_send_signal(descriptor, number)
-        if not _ends(descriptor, timeout_seconds):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            _ends(descriptor, timeout_seconds)
-    finally:
-        os.close(descriptor)
-
-
-def _ends(descriptor: int, timeout_seconds: float) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(timeout_seconds * 1000))
-
-
-def _reap(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(timeout=_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -11,23 +11,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import structlog
+from filelock import FileLock, Timeout
 
 from foundry import telemetry
 from foundry.errors import Conflict, FoundryError, Unavailable
 from foundry.local import ports
-from foundry.local.home import Home, ServiceState, StackState, State, process_start_time
-from foundry.local.plans import NAMES, make_plans
+from foundry.local.home import Home, StackState, State
+from foundry.local.layout import make_services
+from foundry.local.process import start_time
 from foundry.local.service import Service
 
 log = structlog.get_logger(__name__)
@@ -37,17 +38,17 @@ class Supervisor:
     def __init__(self, home: Home, model: str, model_directory: Path, port: int | None) -> None:
         """Reserves the ports. Raises PortTaken."""
         self.home = home
-        gateway = ports.reserve_gateway() if port is None else ports.reserve_exactly(port)
-        self._ports: dict[str, socket.socket] = {name: ports.reserve() for name in NAMES if name != "gateway"}
-        self._ports["gateway"] = gateway
+        self._ports = {name: ports.reserve() for name in ("valkey", "teacher", "rollout", "trainer")}
+        self._ports["gateway"] = ports.reserve_gateway() if port is None else ports.reserve(port, lingering=True)
         addresses = {name: ports.address_of(held) for name, held in self._ports.items()}
-        plans, redis_url = make_plans(home, model_directory, addresses)
-        self.services = {plan.name: Service(plan, home.log_file(plan.name)) for plan in plans}
-        start_time = process_start_time(os.getpid())
-        assert start_time is not None, "this process runs"
+        if sys.platform != "linux":
+            # Two sockets can't share a port there, so the numbers have to do: different, because all were held at once.
+            for held in self._ports.values():
+                held.close()
+        self.services, redis_url = make_services(home, model_directory, addresses)
         self._state = StackState(
             pid=os.getpid(),
-            start_time=start_time,
+            start_time=start_time(psutil.Process()),
             state="starting",
             model=model,
             model_directory=str(model_directory),
@@ -55,12 +56,33 @@ class Supervisor:
             objects_url=home.objects.as_uri(),
             redis_url=redis_url,
         )
-        self._keepers: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
-        """Return when all services serve. Raises Unavailable as soon as one ends instead."""
-        self.write_state("starting")
-        valkey, *others = self.services.values()
+    async def run(self, *, tied: bool) -> None:
+        """Start, report, keep running until told to stop, stop. Raises what made the start fail."""
+        loop = asyncio.get_running_loop()
+        working = loop.create_task(self._work())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, working.cancel)
+
+        def on_input() -> None:
+            if not os.read(0, 4096):
+                loop.remove_reader(0)
+                if tied or self._state.state != "ready":
+                    working.cancel()
+
+        loop.add_reader(0, on_input)
+        try:
+            await working
+        except asyncio.CancelledError:
+            if self._state.state != "ready":
+                raise Unavailable("the stack was told to stop while it was starting") from None
+        finally:
+            await self._stop()
+
+    async def _work(self) -> None:
+        """Start all services, keep them running until cancelled. Raises Unavailable if one ends while starting."""
+        self._write("starting")
+        valkey, *others = self.services
         # The others look for the store as soon as they run.
         await self._start(valkey)
         try:
@@ -70,38 +92,31 @@ class Supervisor:
         except* FoundryError as failures:
             # What failed first: the others failed because of it, or were cancelled.
             raise failures.exceptions[0] from None
-        self._keepers = [
-            asyncio.create_task(service.keep_running(lambda: self.write_state("ready")))
-            for service in self.services.values()
-        ]
-        self.write_state("ready")
-
-    async def stop(self) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        self.write_state("stopping")
-        for name in NAMES:
-            await self.services[name].stop()
-        self.home.state_file.unlink(missing_ok=True)
+        self._write("ready")
+        report("ready")
+        async with asyncio.TaskGroup() as group:
+            for service in self.services:
+                group.create_task(service.keep_running(lambda: self._write("ready")))
 
     async def _start(self, service: Service) -> None:
         began = time.monotonic()
-        service.start()
-        self.write_state("starting")
+        await service.start()
+        self._write("starting")
         await service.wait_ready()
         seconds = round(time.monotonic() - began, 1)
-        log.info("ready", name=service.plan.name, pid=service.pid, address=service.plan.address, seconds=seconds)
-        report("started", name=service.plan.name, seconds=seconds)
+        state = service.state
+        log.info("ready", name=service.name, pid=state.pid, address=state.address, seconds=seconds)
+        report("started", name=service.name, seconds=seconds)
 
-    def write_state(self, state: State) -> None:
+    async def _stop(self) -> None:
+        self._write("stopping")
+        for service in reversed(self.services):
+            await service.stop()
+        self.home.state_file.unlink(missing_ok=True)
+
+    def _write(self, state: State) -> None:
         self._state.state = state
-        self._state.services = {
-            name: ServiceState(
-                service.plan.address, service.pid, service.start_time, service.restarts, str(service.log_file)
-            )
-            for name, service in self.services.items()
-            if service.pid
-        }
+        self._state.services = {service.name: service.state for service in self.services if service.state.pid}
         self.home.write(self._state)
 
 
@@ -109,36 +124,6 @@ def report(event: str, **values: object) -> None:
     """Tell whoever started us, if they still listen."""
     with contextlib.suppress(BrokenPipeError, ValueError):
         print(json.dumps({"event": event, **values}), flush=True)
-
-
-async def run(supervisor: Supervisor, *, tied: bool) -> None:
-    """Start, report, keep running until told to stop, stop. Raises what made the start fail."""
-    loop = asyncio.get_running_loop()
-    stopping, ready = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, stopping.set)
-
-    def on_input() -> None:
-        if not os.read(0, 4096):
-            loop.remove_reader(0)
-            if tied or not ready.is_set():
-                stopping.set()
-
-    loop.add_reader(0, on_input)
-    starting = asyncio.create_task(supervisor.start())
-    told = asyncio.create_task(stopping.wait())
-    try:
-        await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.is_set():
-            raise Unavailable("the stack was told to stop while it was starting")
-        await starting
-        ready.set()
-        report("ready")
-        await told
-    finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        await supervisor.stop()
 
 
 def main() -> int:
@@ -154,17 +139,20 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home(options.home)
     try:
-        with home.supervisor_lock.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Conflict(f"another supervisor is at work in {home.path}: wait, or run 'foundry down'") from error
-            asyncio.run(run(Supervisor(home, options.model, options.model_directory, options.port), tied=options.tied))
+        with FileLock(home.supervisor_lock).acquire(blocking=False):
+            supervisor = Supervisor(home, options.model, options.model_directory, options.port)
+            asyncio.run(supervisor.run(tied=options.tied))
+    except Timeout:
+        return failed(Conflict(f"another supervisor is at work in {home.path}: wait, or run 'foundry down'"))
     except FoundryError as error:
-        log.error("stopped", reason=error.reason, error=error.message)
-        report("failed", reason=error.reason, message=error.message)
-        return 1
+        return failed(error)
     return 0
+
+
+def failed(error: FoundryError) -> int:
+    log.error("stopped", reason=error.reason, error=error.message)
+    report("failed", reason=error.reason, message=error.message)
+    return 1
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ Student and teacher must see the same ids after their prefix. For a template T:
     context = T([system(document)])
     turn    = T([system(document), user, ...], generation prompt) minus that context
 so the student reads `cartridge + turn`, the teacher `context + turn`.
+
+The same document has the same context on every machine and every day: nothing but the messages, the tokenizer and the
+clock of the settings decides what is rendered.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
 from foundry.identity import content_digest
+from foundry.model.pinning import clock_prefix
 
 Messages = Sequence[Mapping[str, str]]
 # Two unlike documents: what their contexts share at the end is the template's closing.
@@ -24,14 +29,24 @@ _PROBES = ("Alpha.", "Omega one two three")
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, split and checked. Raises TemplateUnsupported if it has no clean split."""
+    """The chat template of a tokenizer, split and checked; where it writes the date, that of `clock`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Of several templates it is the one called default. Raises TemplateUnsupported if it has no clean split, draws at
+    random, or uses the date in a way that can't be pinned.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, clock: datetime) -> None:
         if not tokenizer.chat_template:
             raise TemplateUnsupported("the model's tokenizer has no chat template")
         self._tokenizer = tokenizer
+        try:
+            text = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise TemplateUnsupported("none of the tokenizer's chat templates is the default") from error
+        dates = clock_prefix(text, clock)
+        self._text = dates + text
         # The tokenizer itself is in the model's fingerprint; this names how it is used.
-        self.digest = content_digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode())
+        self.digest = content_digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode() + dates.encode())
         self.closing = self._closing()
         self.turn([{"role": "user", "content": "?"}])
 
@@ -89,6 +104,9 @@ class ChatTemplate:
         try:
             rendered: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                chat_template=self._text,
                 add_generation_prompt=generation_prompt,
                 tokenize=True,
                 return_dict=False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from foundry.errors import AlignmentError, ContextNotFound, DocumentTooLong
+from foundry.errors import AlignmentError, ContextNotFound, DocumentTooLong, IdentityMismatch
 from foundry.identity import content_digest, ids_checksum, tensors_checksum
 from foundry.rpc.channel import decoded
 from foundry.rpc.limits import MAX_CONTENT_BYTES, batches
@@ -34,8 +34,8 @@ class TeacherClient:
         template_digest: str = "",
         context_digest: str = "",
     ) -> None:
-        """`context_digest` is of the ids that the document must become, `template_digest` of the template that made
-        the samples' ids: who scores needs both. `pods` are closed with it, by whom they belong to."""
+        """`context_digest` is of the ids that the document must become, with the template of `template_digest`: who
+        scores needs both. `close` closes the pods."""
         self._pods = pods
         self._pod: Pod | None = None
         # The document's and not the context's, which the gateway doesn't know: both must come to the same teacher.
@@ -49,8 +49,8 @@ class TeacherClient:
     async def put_context(self) -> int:
         """Have the document's KV computed, or found. Tokens of the document with its template.
 
-        Raises what the teacher raised, DocumentTooLong also where no message holds the document, and AlignmentError if
-        the teacher read another one.
+        Raises what the teacher raised, DocumentTooLong also where no message holds the document, IdentityMismatch if
+        the teacher's template is another, and AlignmentError if it read another document.
         """
         if (num_bytes := len(self._document.encode())) > MAX_CONTENT_BYTES:
             raise DocumentTooLong(
@@ -107,6 +107,11 @@ class TeacherClient:
                 timeout=self._timeout_seconds,
             )
         found = decoded(message, pod.name)
+        if self._template_digest and found.identity.template_digest != self._template_digest:
+            raise IdentityMismatch(
+                f"{pod.name} has template {found.identity.template_digest}, here it is {self._template_digest}: "
+                "give all services the same template_clock"
+            )
         if self._context_digest and found.context_digest != self._context_digest:
             raise AlignmentError(
                 f"{pod.name} read the document as {found.context_digest}, it is {self._context_digest}"

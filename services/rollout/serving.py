@@ -36,7 +36,7 @@ class Serving:
     @classmethod
     def build(cls, settings: RolloutSettings, info: ModelInfo, engine: Engine, source: CartridgeSource) -> Serving:
         """Raises TemplateUnsupported."""
-        template = ChatTemplate(info.tokenizer)
+        template = ChatTemplate(info.tokenizer, settings.template_clock)
         model_name = settings.model_name or settings.model.resolve().name
         max_sequences = settings.max_sequences + settings.max_waiting
         return cls(

@@ -39,7 +39,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     def __init__(self, lm: FrozenLM, settings: TeacherSettings) -> None:
         self._lm = lm
-        self._template = ChatTemplate(lm.tokenizer)
+        self._template = ChatTemplate(lm.tokenizer, settings.template_clock)
         self._contexts = Contexts(lm, settings.context_budget_bytes)
         self._max_context_tokens = lm.spec.max_tokens - min(settings.reserve_tokens, lm.spec.max_tokens // 4)
         self._micro_batch_tokens = settings.micro_batch_tokens

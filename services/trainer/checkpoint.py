@@ -26,6 +26,8 @@ class Progress:
     tokens_seen: int
     # Digest of the run's spec.
     config: str
+    # Digest of the chat template that made the prompts.
+    template: str
     heldout_kl_first: float
     heldout_kl_last: float
 
@@ -48,17 +50,23 @@ def write(progress: Progress, curriculum: Curriculum, training: TrainingStep) ->
     )
 
 
-def read(content: bytes, training: TrainingStep, *, config: str) -> tuple[Progress, Curriculum]:
+def read(content: bytes, training: TrainingStep, *, config: str, template: str) -> tuple[Progress, Curriculum]:
     """Put a checkpoint's tensors into `training` and return where it stands and what it asks.
 
     Raises InvalidArgument if the checkpoint is of another configuration.
     """
     length = int.from_bytes(content[:8], "little")
     values = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["progress"])
-    progress = Progress(**{**values, "policy": CartridgeId(**values["policy"])})
+    # Checkpoints of older releases don't name theirs.
+    progress = Progress(**{"template": template, **values, "policy": CartridgeId(**values["policy"])})
     if progress.config != config:
         raise InvalidArgument(
             f"the checkpoint at step {progress.step} is of configuration {progress.config}, the run's is {config}"
+        )
+    if progress.template != template:
+        raise InvalidArgument(
+            f"the checkpoint at step {progress.step} is of another configuration: its chat template is "
+            f"{progress.template}, this trainer's {template}; is template_clock another one?"
         )
     tensors = load(content)
     master = training.cartridge.master_L2GRD

@@ -50,7 +50,7 @@ class Preparation:
     ) -> None:
         self._claimed, self._spec, self._lm, self._settings = claimed, claimed.spec, lm, settings
         self._store, self._retry, self._leader = store, retry, leader
-        self._template = ChatTemplate(lm.tokenizer)
+        self._template = ChatTemplate(lm.tokenizer, settings.template_clock)
         self._rollouts = RolloutClient(
             Pods("rollout", settings.rollout_addresses, settings.tls),
             lm.spec.fingerprint,
@@ -110,14 +110,16 @@ class Preparation:
         kept = await self._retry.call("store", lambda: self._store.runs.load_checkpoint(self._claimed.run_id))
         if kept is None:
             return None
-        progress, curriculum = checkpoint.read(kept[1], training, config=config_digest(self._spec))
+        progress, curriculum = checkpoint.read(
+            kept[1], training, config=config_digest(self._spec), template=self._template.digest
+        )
         await self._tell({"type": "resumed", "step": progress.step, "attempt": self._claimed.attempt})
         return progress, curriculum
 
     async def _start(self, document: str, context: Sequence[int]) -> tuple[Progress, Curriculum]:
         curriculum = await self._curriculum(document, context)
         policy = CartridgeId(self._spec.name, 0, "")
-        return Progress(0, policy, 0, config_digest(self._spec), 0.0, 0.0), curriculum
+        return Progress(0, policy, 0, config_digest(self._spec), self._template.digest, 0.0, 0.0), curriculum
 
     async def _curriculum(self, document: str, context: Sequence[int]) -> Curriculum:
         heldout_spec, seed = self._spec.heldout, self._spec.seed
@@ -177,5 +179,5 @@ class Preparation:
 
 
 def config_digest(spec: RunSpec) -> str:
-    """Digest of everything that decides a run's numbers."""
+    """Digest of all that a run's specification says; the template of its contexts has a digest of its own."""
     return content_digest(spec.to_json().encode())

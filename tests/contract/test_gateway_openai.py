@@ -17,6 +17,7 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.template import ChatTemplate
 from foundry.store import Manifest
 from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
+from tests.tiny import CLOCK
 
 MESSAGES: list[Any] = [{"role": "user", "content": "What does the document say about the treaty?"}]
 BASE = "tiny"
@@ -56,7 +57,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         wait_serving(rollout)
         wait_ready(gateway)
         with openai_client(gateway) as client:
-            yield Served(stack, client, cartridges, manifests, tenant, ChatTemplate(stack.lm.tokenizer))
+            yield Served(stack, client, cartridges, manifests, tenant, ChatTemplate(stack.lm.tokenizer, CLOCK))
 
 
 def chat(served: Served, model: str = BASE, **options: Any) -> ChatCompletion:
@@ -291,7 +292,7 @@ def test_completions_behind_a_cartridge_with_several_prompts_and_choices(served:
 
 def test_a_stream_whose_prompts_end_out_of_order(served: Served) -> None:
     prompts = [[40] * 500, [40] * 3]
-    stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)  # type: ignore[call-overload]
+    stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)
     infos = {chunk.choices[0].index: extension(chunk) for chunk in stream}
     assert set(infos) == {0, 1}
     assert all([used["version"] for used in info["cartridges"]] == [2] for info in infos.values())

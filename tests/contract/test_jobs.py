@@ -82,7 +82,7 @@ async def test_each_run_that_waits_gets_one_job(kube: KubeApi, gateway: Gateway,
 async def test_two_gateways_racing_for_one_run_make_one_job(kube: KubeApi, gateway: Gateway, runs: RunStore) -> None:
     run_id = await runs.create(run_spec())
     kube.meeting = threading.Barrier(2)
-    assert await asyncio.gather(gateway().reconcile(), gateway().reconcile()) == [True, True]
+    assert all(await asyncio.gather(gateway().reconcile(), gateway().reconcile()))
     assert list(kube.jobs) == [name(run_id)]
     assert sorted(status for verb, _, status in kube.answers if verb == "create") == [201, 409]
 
@@ -184,7 +184,7 @@ async def test_a_job_that_failed_for_good_fails_its_run(kube: KubeApi, gateway: 
     first, second = gateway(), gateway()
     await first.reconcile()
     kube.end_job(name(run_id), "Failed", "BackoffLimitExceeded", "it has been tried often enough")
-    assert await asyncio.gather(first.reconcile(), second.reconcile()) == [True, True]
+    assert all(await asyncio.gather(first.reconcile(), second.reconcile()))
     record = await runs.get(run_id)
     assert record.state is RunState.FAILED
     assert record.error is not None

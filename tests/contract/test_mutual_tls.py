@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -55,7 +56,7 @@ async def lookup(host: str) -> Sequence[str]:
 
 
 async def ask(channel: grpc.aio.Channel) -> int:
-    stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
     return int(answer.status)
 
@@ -189,9 +190,8 @@ async def test_a_call_in_flight_keeps_its_channel(authority: Authority) -> None:
         pods = Pods("rollout", [f"{NAME}:{server.port}"], Tls(certificate, key, authority.file), lookup=lookup)
         (pod,) = await pods.look()
         with pod.calling() as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(  # type: ignore[no-untyped-call]
-                health_pb2.HealthCheckRequest(), timeout=30
-            )
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
             await watch.read()
             authority.issue("gateway.test")
             await call_again(pods)

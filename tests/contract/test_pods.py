@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from foundry.errors import InvalidArgument, PolicyMismatch, Unavailable
 from foundry.identity import ids_digest
@@ -28,7 +29,7 @@ from services.trainer.sample import Sample
 from services.trainer.signals import signals_of
 from services.trainer.update.proof import prove
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
-from tests.tiny import build_tiny_model
+from tests.tiny import CLOCK, build_tiny_model
 
 FIRST, SECOND, THIRD = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 PROMPTS = [Prompt([10 + index], seed=index, place=f"prompt {index}") for index in range(6)]
@@ -250,7 +251,7 @@ class Teachers:
         return Pods("teacher", [f"pods.test:{self.port}"], lookup=self.names)
 
     def trainers(self, document: str) -> TeacherClient:
-        template = ChatTemplate(self.lm.tokenizer)
+        template = ChatTemplate(self.lm.tokenizer, CLOCK)
         teacher = TeacherClient(
             self.pods(),
             self.lm.spec.fingerprint,
@@ -287,7 +288,7 @@ async def test_each_document_has_one_teacher(teachers: Teachers) -> None:
     for document in documents:
         # A second run, and the gateway before either, come to the same one.
         gateways = TeacherClient(teachers.pods(), teachers.lm.spec.fingerprint, document, timeout_seconds=30)
-        assert await gateways.put_context() == len(ChatTemplate(teachers.lm.tokenizer).context(document))
+        assert await gateways.put_context() == len(ChatTemplate(teachers.lm.tokenizer, CLOCK).context(document))
         await gateways.close()
         for _ in range(2):
             trainers = teachers.trainers(document)
@@ -308,7 +309,10 @@ async def test_another_teacher_takes_over_with_the_same_scores(teachers: Teacher
         return [signal for signal in await signals_of(trainers, SAMPLES, FORWARD) if isinstance(signal, torch.Tensor)]
 
     after = await retry.call("teacher", score)
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(
+        isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+        for one, other in zip(before, after, strict=True)
+    )
     assert sorted(teachers.holding().values()) == [0, 1, 1]
     # Where it went it stays, when the first is back too: there it would have to be computed again.
     teachers.names.numbers = [number for number in teachers.names.numbers if number != home]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -42,7 +43,12 @@ def make(stack: Stack, name: str) -> None:
         await store.acquire(name, "run-a", 1)
         for step in range(4):
             parent = cartridge(step - 1).digest() if step else None
-            values = {"parent": parent, "objective": "forward_kl", "tokens_seen": 100 * step, "metrics": {"kl": 0.5}}
+            values: dict[str, Any] = {
+                "parent": parent,
+                "objective": "forward_kl",
+                "tokens_seen": 100 * step,
+                "metrics": {"kl": 0.5},
+            }
             await store.publish(cartridge(step), draft(name, step=step, **values), durable=step != 2)
         await store.release(name, "run-a", 1)
 

@@ -13,9 +13,9 @@ from redis.exceptions import ConnectionError
 
 from foundry.errors import StoreUnavailable
 from foundry.local.ports import HOST, reserve
-from foundry.local.process import spawn
 from foundry.store import CartridgeStore
 from tests.contract.test_redis_access import refusal, settings, use_everything
+from tests.process import spawn
 from tests.tls import Authority
 from tests.valkey import PASSWORD, USER, documented_rules
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,12 @@ async def report(store: CartridgeStore) -> CartridgeStore:
 
 async def publish(store: CartridgeStore, step: int) -> Manifest:
     parent = cartridge(step - 1).digest() if step else None
-    values = {"document": "blake3:" + "cd" * 32, "objective": "forward_kl", "tokens_seen": step, "metrics": {"kl": 0.5}}
+    values: dict[str, Any] = {
+        "document": "blake3:" + "cd" * 32,
+        "objective": "forward_kl",
+        "tokens_seen": step,
+        "metrics": {"kl": 0.5},
+    }
     return await store.publish(cartridge(step), draft(step=step, parent=parent, **values), durable=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,18 +31,19 @@ from foundry.model.objectives import Objective, TopK
 from foundry.model.template import ChatTemplate
 from foundry.rpc import limits, tensors
 from foundry.rpc.channel import open_channel, typed_errors
-from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.rpc.limits import MAX_MESSAGE_BYTES, PART_BYTES
 from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
 from foundry.rpc.teacher import TeacherClient
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
+from services.teacher import scorer
 from services.teacher import servicer as teacher_servicer
 from services.teacher.scorer import Item, ItemScores, Want
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.sample import Sample
 from services.trainer.signals import signals_of
-from tests.tiny import build_tiny_model
+from tests.tiny import CHATML, CLOCK, build_tiny_model
 
 FORWARD = Objective("forward_kl")
 DOCUMENTS = ("The harbour is open again.", "The treaty was signed in spring, says the president of the congress.")
@@ -94,7 +97,7 @@ SAMPLES = [
 
 
 async def connect(lm: FrozenLM, address: str, document: str) -> TeacherClient:
-    template = ChatTemplate(lm.tokenizer)
+    template = ChatTemplate(lm.tokenizer, CLOCK)
     context_digest = ids_digest(template.context(document)) if document.strip() else ""
     teacher = TeacherClient(
         Pods("teacher", [address]),
@@ -112,7 +115,7 @@ async def connect(lm: FrozenLM, address: str, document: str) -> TeacherClient:
 def reference_logprobs(directory: Path, lm: FrozenLM, document: str, sample: Sample) -> Tensor:
     """What plain transformers predicts for the answer with the whole document before it."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    context = ChatTemplate(lm.tokenizer).context(document)
+    context = ChatTemplate(lm.tokenizer, CLOCK).context(document)
     logits = model(torch.tensor([[*context, *sample.ids]])).logits[0]
     return logits[len(context) + sample.score_from - 1 : -1].log_softmax(-1)
 
@@ -178,7 +181,7 @@ async def test_long_answers_come_in_parts_under_the_message_limit(
     monkeypatch.setattr(teacher_servicer, "PART_BYTES", 3 * 4 * lm.spec.hidden_size)
     parts = await signals_of(teacher, SAMPLES, FORWARD)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))  # type: ignore[arg-type]
-    assert teacher_servicer.PART_BYTES < MAX_MESSAGE_BYTES
+    assert PART_BYTES < MAX_MESSAGE_BYTES
     await teacher.close()
 
 
@@ -217,7 +220,7 @@ async def test_scores_of_several_requests_are_those_of_one(
 async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that moves the scored range by one, or scores other ids, does not get its scores trained on."""
     teacher = await connect(lm, address, DOCUMENTS[0])
-    honest = teacher_servicer.score
+    honest = scorer.score
 
     def shifted(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> object:
         return honest(model, [replace(item, score_from=item.score_from - 1) for item in items], contexts, want)
@@ -271,6 +274,36 @@ async def test_a_document_that_was_damaged_on_the_way_is_refused(
     with pytest.raises(AlignmentError, match="read the document as"):
         await teacher.put_context()
     await teacher.close()
+
+
+async def test_a_teacher_of_another_day_is_refused_before_it_scores(
+    lm: FrozenLM, directory: Path, tmp_path: Path
+) -> None:
+    dated = shutil.copytree(directory, tmp_path / "dated")
+    (dated / "chat_template.jinja").write_text("{{ 'On ' + strftime_now('%d %b %Y') + '\\n' }}" + CHATML)
+    dated_lm = FrozenLM.load(dated)
+    async with serving(dated_lm, TeacherSettings(model=dated, reserve_tokens=64)) as address:
+        teacher = await connect(dated_lm, address, DOCUMENTS[0])
+        assert len(await signals_of(teacher, SAMPLES, FORWARD)) == len(SAMPLES)
+        await teacher.close()
+        next_day = ChatTemplate(dated_lm.tokenizer, CLOCK + timedelta(days=1))
+        context_digest = ids_digest(next_day.context(DOCUMENTS[0]))
+        other = TeacherClient(
+            Pods("teacher", [address]),
+            dated_lm.spec.fingerprint,
+            DOCUMENTS[0],
+            timeout_seconds=30,
+            template_digest=next_day.digest,
+            context_digest=context_digest,
+        )
+        with pytest.raises(IdentityMismatch, match="template_clock"):
+            await other.put_context()
+        await other.close()
+        async with open_channel(address) as channel:
+            stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
+            wanted = [(context_digest, SAMPLES[0])], teacher_pb2.Want(hidden=True)
+            with pytest.raises(IdentityMismatch, match="template"):
+                await score(stub, dated_lm, *wanted, template_digest=next_day.digest)
 
 
 def test_checksum_binds_ids_and_range() -> None:
@@ -341,7 +374,7 @@ async def score(
 ) -> list[teacher_pb2.ScoreResponse]:
     request = teacher_pb2.ScoreRequest(
         model_fingerprint=lm.spec.fingerprint,
-        template_digest=template_digest or ChatTemplate(lm.tokenizer).digest,
+        template_digest=template_digest or ChatTemplate(lm.tokenizer, CLOCK).digest,
         items=[
             teacher_pb2.ScoreItem(
                 context_digest=digest, token_ids=common_pb2.TokenIds(ids=sample.ids), score_from=sample.score_from

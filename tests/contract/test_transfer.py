@@ -46,7 +46,7 @@ async def behind(proxy: CuttingProxy, settings: StoreSettings) -> AsyncIterator[
             settings.model_copy(update={"redis_url": type(settings.redis_url)(f"redis://127.0.0.1:{port}")})
         )
         direct = await CartridgeStore.open(settings)
-        direct._connection.open_blocking = through._connection.open_blocking  # type: ignore[method-assign]
+        direct._connection.open_blocking = through._connection.open_blocking
         try:
             yield direct
         finally:

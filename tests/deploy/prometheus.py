@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from foundry.local.ports import address_of, reserve
-from foundry.local.process import spawn
+from tests.process import spawn
 
 DIRECTORY = Path(__file__).parents[2] / "deploy" / "prometheus"
 RULES = DIRECTORY / "rules.yaml"

@@ -6,5 +6,5 @@ from foundry.model.lm import FrozenLM
 from services.teacher.main import main
 
 if __name__ == "__main__":
-    FrozenLM.load = lambda *arguments, **options: time.sleep(3600)  # type: ignore[method-assign,assignment,return-value]
+    FrozenLM.load = lambda *arguments, **options: time.sleep(3600)  # type: ignore[assignment]
     main()

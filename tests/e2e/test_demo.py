@@ -37,13 +37,16 @@ def test_demo_measures_and_leaves_nothing_behind(home: Path, tmp_path: Path) -> 
 
     result = json.loads(result_file.read_text())
     assert result["heldout_kl"]["first"] > 0
-    # Two steps teach little, but they don't unteach.
-    assert result["heldout_kl"]["last"] < 1.05 * result["heldout_kl"]["first"]
+    # Two steps of this seed take 8 % off (1.188 to 1.096); a step that changes nothing takes exactly nothing.
+    assert result["heldout_kl"]["last"] < 0.97 * result["heldout_kl"]["first"]
     assert result["policy_mismatch_kl_max"] < 1e-4
     assert result["cartridge"]["tokens"] == 64
     assert result["cartridge"]["digest"].startswith("blake3:")
     digest = result["cartridge"]["digest"].removeprefix("blake3:")
     assert list(home.glob(f"objects/**/{digest}.safetensors")), "the last version is durable"
+    # By version: the first is the untrained one.
+    manifests = [json.loads(path.read_text()) for path in sorted(home.glob("objects/cartridges/handbook/*.json"))]
+    assert manifests[-1]["digest"] == result["cartridge"]["digest"] != manifests[0]["digest"]
 
     nothing, cartridge, document = result["ways"]
     assert nothing["prefix_tokens"] == 0

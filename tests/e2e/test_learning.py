@@ -21,7 +21,7 @@ from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
-from tests.tiny import build_tiny_model
+from tests.tiny import CLOCK, build_tiny_model
 
 P, STEPS, BATCH, NEW_TOKENS = 24, 25, 8, 16
 WORDS = (
@@ -50,7 +50,7 @@ class Setting:
 
     def __init__(self, lm: FrozenLM, document: str) -> None:
         self.lm = lm
-        self.template = ChatTemplate(lm.tokenizer)
+        self.template = ChatTemplate(lm.tokenizer, CLOCK)
         self.context = self.template.context(document)
         self.context_kv = lm.prefill(self.context)
         self.engine = TorchEngine(lm, max_sequences=BATCH, max_sequence_tokens=512, prefill_tokens_per_step=512)

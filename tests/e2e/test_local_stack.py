@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -13,12 +13,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
+from filelock import FileLock
 
 from foundry.client import FoundryClient
 from foundry.errors import Conflict, FoundryError, PortTaken, Unavailable
-from foundry.local import health
-from foundry.local.home import Home, StackState, process_start_time
+from foundry.local import health, ports
+from foundry.local.home import Home, StackState
+from foundry.local.process import start_time
 from foundry.local.stack import LocalStack
 from tests.tiny import build_tiny_model
 
@@ -38,35 +42,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
     """A FOUNDRY_HOME in which nothing runs when the test is over, whatever happened in it."""
-    yield tmp_path / "home"
-    LocalStack(tmp_path / "home", say=quiet).down()
-    assert processes_of(tmp_path / "home") == []
+    # With a space, as in macOS' directory for data.
+    path = tmp_path / "Application Support"
+    yield path
+    LocalStack(path, say=quiet).down()
+    assert processes_of(path) == []
 
 
 def processes_of(home: Path) -> list[str]:
     """Command lines of the processes that were started for `home`."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and process_start_time(int(entry.name)) is not None:
-            with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
-                if str(home).encode() in environment and int(entry.name) != os.getpid():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            texts = [*process.cmdline(), *process.environ().values()]
+            ours = any(str(home) in text or home.as_uri() in text for text in texts)
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
     return found
 
 
 def wait_gone(pid: int) -> None:
     """Return when the process has ended. Fails after a while."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        assert poll.poll(WAIT_SECONDS * 1000), f"process {pid} still runs"
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(WAIT_SECONDS)
 
 
 def foundry(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -80,12 +78,24 @@ def foundry(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for first in range(20_000, 30_000, count):
+        with contextlib.ExitStack() as held, contextlib.suppress(PortTaken):
+            for port in range(first, first + count):
+                held.enter_context(ports.reserve(port))
+            return first
+    raise AssertionError("no ports are free")
+
+
 def broken_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the rollout service of the next stack refuse its settings."""
     monkeypatch.setenv("FOUNDRY_MAX_SEQUENCES", "none at all")
 
 
-def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
+def test_up_serves_and_down_leaves_nothing(home: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics_port = free_ports(4)
+    monkeypatch.setenv("FOUNDRY_METRICS_PORT", str(metrics_port))
     stack = LocalStack(home, model, say=quiet)
     state = stack.up()
     assert set(state.services) == {"valkey", "teacher", "rollout", "trainer", "gateway"}
@@ -93,6 +103,11 @@ def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
     with FoundryClient(state.gateway_url) as client:
         assert client.ready()["status"] == "ok"
         assert client.chat(client.models()[0]["id"], "What?", max_tokens=4, temperature=0.0).completion_tokens >= 1
+    # One port of metrics for all would let one service start.
+    for index, name in enumerate(["gateway", "rollout", "teacher", "trainer"]):
+        assert state.services[name].metrics == f"127.0.0.1:{metrics_port + index}"
+        served = httpx.get(f"http://{state.services[name].metrics}/metrics", trust_env=False).text
+        assert f'foundry_build_info{{service="{name}"' in served
     # The file holds the password of Valkey, and no command line does.
     assert home.joinpath("stack.json").stat().st_mode & 0o777 == 0o600
     password = state.redis_url.partition("://:")[2].partition("@")[0]
@@ -104,6 +119,21 @@ def test_up_serves_and_down_leaves_nothing(home: Path, model: str) -> None:
     assert foundry("up", home=home).stdout.strip() == state.gateway_url
     status = foundry("status", home=home)
     assert status.returncode == 0, status.stdout + status.stderr
+    assert str(metrics_port) in status.stdout
+    shown = json.loads(foundry("status", "--json", home=home).stdout)
+    assert {service["serving"] for service in shown["services"].values()} == {True}
+    assert password not in json.dumps(shown)
+    # While somebody else is at it, it waits.
+    command = [sys.executable, "-m", "foundry.cli.main", "up"]
+    environment = {**os.environ, "FOUNDRY_HOME": str(home)}
+    with (
+        FileLock(Home(home).up_lock) as lock,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other,
+    ):
+        assert other.stderr is not None
+        assert "waiting for it" in other.stderr.readline()
+        lock.release()
+        assert other.communicate(timeout=WAIT_SECONDS)[0].strip() == state.gateway_url
     # Asked for another model, or another port, it says so.
     with pytest.raises(Conflict, match="foundry down"):
         LocalStack(home, "demo", say=quiet).up()
@@ -222,9 +252,19 @@ def test_pid_of_another_process_is_not_taken_for_the_stack(home: Path) -> None:
     """After a restart of the machine the pid in stack.json may be anybody's."""
     place = Home(home)
     place.create()
-    start_time = process_start_time(os.getpid())
-    assert start_time is not None
-    state = StackState(os.getpid(), start_time - 1, "ready", "demo", "/", "http://127.0.0.1:1", "file:///", "redis://")
+    state = StackState(
+        pid=os.getpid(),
+        start_time=start_time(psutil.Process()),
+        state="ready",
+        model="demo",
+        model_directory="/",
+        gateway_url="http://127.0.0.1:1",
+        objects_url="file:///",
+        redis_url="redis://",
+    )
+    place.write(state)
+    assert place.running() == state
+    state.start_time -= 1
     place.write(state)
     assert place.read() == state
     assert place.running() is None

@@ -16,6 +16,7 @@ from docs import make_metrics
 from foundry.errors import BY_REASON, PortTaken
 from foundry.store import CartridgeStore
 from foundry.telemetry.metrics import serve_metrics
+from services.rollout import engine_metrics
 from tests.e2e.training import STEPS, create_run, step_events
 from tests.services import Process, Stack, open_stack, openai_client, wait_ready, wait_serving, wait_until
 
@@ -213,7 +214,7 @@ def test_vllm_buckets() -> None:
     """Of `vllm/v1/metrics/loggers.py`; a panel's quantile needs the same bounds on every server."""
     bounds = {
         metric._name: metric._kwargs["buckets"]
-        for metric in make_metrics.metrics_of(make_metrics.services.rollout.vllm_metrics)
+        for metric in make_metrics.metrics_of(engine_metrics)
         if metric._type == "histogram"
     }
     first = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"

@@ -101,8 +101,8 @@ def test_every_answer_is_exactly_one_version(stack: Stack) -> None:
             stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
             fingerprint = stack.lm.spec.fingerprint
             clients = [generate(stub, store, fingerprint, client, answered) for client in range(CLIENTS)]
-            *seen, _ = await asyncio.gather(*clients, publish_all(store, cartridges, answered))
-            return seen
+            seen, _ = await asyncio.gather(asyncio.gather(*clients), publish_all(store, cartridges, answered))
+            return list(seen)
 
     seen = stack.with_store(work)
     by_digest = {cartridge.to_bytes().digest(): (index, cartridge) for index, cartridge in enumerate(cartridges, 1)}

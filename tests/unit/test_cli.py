@@ -115,10 +115,12 @@ def test_gateway_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_store_settings_that_are_wrong_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_STORE__REDIS_URL", "redis://127.0.0.1:1")
-    assert "FOUNDRY_STORE__OBJECTS_URL: Field required" in refused("gc")
+    assert "FOUNDRY_STORE__OBJECTS_URL: required" in refused("gc")
     monkeypatch.setenv("FOUNDRY_STORE__OBJECTS_URL", "file:///nowhere")
     monkeypatch.setenv("FOUNDRY_STORE__KEEP_DURABLE", "0")
     assert "FOUNDRY_STORE__KEEP_DURABLE: Input should be greater" in refused("store", "verify")
+    monkeypatch.setenv("FOUNDRY_STORE_KEEP_HOT", "2")
+    assert "FOUNDRY_STORE__KEEP_HOT is one" in refused("gc")
 
 
 def test_doctor_is_content_here() -> None:
@@ -159,9 +161,9 @@ def test_size_prints_what_a_workload_takes() -> None:
     assert "An estimate before measuring" in result.stdout
 
 
-def test_size_takes_a_directory_options_and_another_gpu(tmp_path: Path) -> None:
+def test_size_takes_a_directory_and_prints_json(tmp_path: Path) -> None:
     config = {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -169,24 +171,23 @@ def test_size_takes_a_directory_options_and_another_gpu(tmp_path: Path) -> None:
         "dtype": "float32",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    own = ("--gpu-memory-gb", "96", "--gpu-tflops", "200", "--gpu-bandwidth", "1800")
-    values = json.loads(foundry("size", str(tmp_path), "--layers", "3", *own, "--json").stdout)
-    assert values["shape"]["num_layers"] == 3
-    assert values["shape"]["num_kv_heads"] == 4
-    assert values["device"]["memory_gb"] == 96
-    assert values["sizing"]["kv_bytes_per_token"] == 2 * 3 * 64 * 4
-    assert values["sizing"]["gpus"] == values["sizing"]["rollout"]["gpus"] == 1
+    values = json.loads(foundry("size", str(tmp_path), "--gpu", "l4", "--documents", "7", "--json").stdout)
+    assert values["sizing"]["model"]["num_kv_heads"] == 4
+    assert values["sizing"]["gpu"]["memory_gb"] == 24
+    assert values["sizes"]["kv_bytes_per_token"] == 2 * 3 * 64 * 4
+    assert values["sizes"]["redis_bytes"] == 7 * 4 * values["sizes"]["cartridge_bytes"]
+    assert values["gpus"] == values["services"]["rollout"]["gpus"] == 1
+    assert values["assumptions"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layers", "3"], "num_heads, num_kv_heads"),
         (["no/such-model"], "nothing is fetched"),
         (["no such model"], "nothing is fetched"),
-        (["llama-3.2-3b", "--gpu", "b9000"], "--gpu-memory-gb"),
+        (["llama-3.2-3b", "--gpu", "b9000"], "not one of a100-80, h100-80"),
         (["llama-3.2-3b", "--engine", "abacus"], "not one of torch, vllm"),
-        (["qwen2.5-32b"], "tokens/s with the torch engine"),
+        (["qwen2.5-32b", "--gpu", "l40s"], "does not fit"),
     ],
 )
 def test_size_refuses_what_it_cannot_reckon(arguments: list[str], message: str) -> None:

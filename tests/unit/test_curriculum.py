@@ -17,7 +17,7 @@ from foundry.rpc.rollout import Answer, Prompt
 from foundry.selfstudy.prompts import read_prompts
 from foundry.selfstudy.questions import SEEDS, chunk_document, write_prompts
 from services.trainer.curriculum import Curriculum, HeldOut
-from tests.tiny import build_tiny_model
+from tests.tiny import CLOCK, build_tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "handbook.md"
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 @pytest.fixture(scope="module")
 def template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, CLOCK)
 
 
 @given(num_turns=st.integers(1, 30), batch_size=st.integers(1, 20), seed=st.integers(0, 9))
@@ -95,7 +95,7 @@ class Echo:
         self.prompts: list[str] = []
 
     async def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        self.prompts += [self.tokenizer.decode(prompt.ids) for prompt in prompts]
+        self.prompts += [str(self.tokenizer.decode(list(prompt.ids))) for prompt in prompts]
         return [Answer([1], [0.0], self.text or f'"What is number {prompt.seed}?"\nmore', False) for prompt in prompts]
 
 

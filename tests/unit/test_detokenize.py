@@ -16,11 +16,17 @@ IDS = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40)
 
 
 def decode(ids: Sequence[int]) -> str:
-    return TOKENIZER.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(TOKENIZER.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def encode(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def id_of(token: str) -> int:
+    found = TOKENIZER.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def deltas(ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
@@ -68,7 +74,7 @@ def test_a_character_cut_by_the_end_is_flushed_as_the_decoder_writes_it() -> Non
 
 
 def test_special_tokens_are_not_text() -> None:
-    ids = [*encode("one"), TOKENIZER.convert_tokens_to_ids(SPECIAL_TOKENS[1]), *encode("two")]
+    ids = [*encode("one"), id_of(SPECIAL_TOKENS[1]), *encode("two")]
     assert "".join(deltas(ids)[0]) == "onetwo"
 
 
@@ -82,7 +88,7 @@ def test_stop_string_ends_the_text_before_it(stop: str) -> None:
 @given(st.text(alphabet="abc", max_size=30), st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3))
 def test_no_stop_string_is_ever_in_the_shown_text(text: str, stop: list[str]) -> None:
     # One character a token: every way to come upon a stop string bit by bit.
-    ids = [TOKENIZER.convert_tokens_to_ids(character) for character in text]
+    ids = [id_of(character) for character in text]
     shown, stream = deltas(ids, stop)
     ends = [text.find(each) + len(each) for each in stop if each in text]
     assert stream.stopped == bool(ends)
@@ -96,7 +102,7 @@ def test_no_stop_string_is_ever_in_the_shown_text(text: str, stop: list[str]) ->
 
 
 def test_text_that_only_begins_like_a_stop_string_is_held_and_then_shown() -> None:
-    ids = [TOKENIZER.convert_tokens_to_ids(character) for character in "xEEN"]
+    ids = [id_of(character) for character in "xEEN"]
     shown, stream = deltas(ids, ["END"])
     assert shown == ["x", "", "E", "", "EN"]
     assert not stream.stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foundry.errors import InvalidArgument, ModelUnsupported
-from foundry.model.lm import ATTENTION, FrozenLM
+from foundry.model.attention import ATTENTION
+from foundry.model.lm import FrozenLM
 from tests.tiny import build_tiny_model
 
 NUM_TOKENS = 90
@@ -77,7 +79,8 @@ def test_sequences_that_cannot_be_packed_are_refused(lm: FrozenLM) -> None:
 @pytest.mark.parametrize("extra", ["sliding_window", "softcap", "s_aux"])
 def test_attention_that_a_plan_would_leave_out_is_refused(lm: FrozenLM, extra: str) -> None:
     attention = ALL_ATTENTION_FUNCTIONS[ATTENTION]
-    layer = lm.model.base_model.layers[0].self_attn
+    base: Any = lm.model.base_model
+    layer = base.layers[0].self_attn
     tensor = torch.zeros(1, 4, 3, 16)
     with pytest.raises(ModelUnsupported, match=extra):
         attention(layer, tensor, tensor, tensor, None, scaling=1.0, plan=None, **{extra: 1.0})

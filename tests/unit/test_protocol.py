@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.store_protocol.state import DEAD, DONE, Protocol, Publisher, Reader, 
 
 PROTOCOL = Protocol()
 SWEEP_BLOBS = Sweeper(step=PROTOCOL.sweep.index("list_manifests"))
-ACCIDENTS = {"crashes_left": 1, "losses_left": 1}
+ACCIDENTS: dict[str, Any] = {"crashes_left": 1, "losses_left": 1}
 
 FIRST, SECOND = Publisher(1, "a", durable=True), Publisher(2, "b", durable=True)
 # Two attempts of a run, the second takes over at any moment; a reader; one of all dies, and Redis is lost.

@@ -19,7 +19,7 @@ from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
 from foundry.v1.common_pb2 import CartridgeId
-from services.rollout.engine import EngineStats
+from services.rollout.engine import EngineStats, TokenOutput
 from services.rollout.residency import Residency
 
 SPEC = ModelSpec(
@@ -93,7 +93,7 @@ class RecordingEngine:
 
     def admit(self, requests: object) -> None: ...
 
-    def step(self) -> list[object]:
+    def step(self) -> list[TokenOutput]:
         return []
 
     def cancel(self, sequence_id: int) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -103,7 +104,7 @@ def test_one_lying_server_among_many_is_named(lm: FrozenLM, wrong: str) -> None:
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
-    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", 1.5, 1.25)
+    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", 1.5, 1.25)
     straight, interrupted, resumed = make_step(lm), make_step(lm), make_step(lm)
 
     def train(step: TrainingStep) -> None:
@@ -115,9 +116,20 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
         train(step)
     curriculum = Curriculum([[5, 6], [7]], [HeldOut([8], [9, 10])])
     content = checkpoint.write(progress, curriculum, interrupted)
-    assert checkpoint.read(content, resumed, config="config") == (progress, curriculum)
+    assert checkpoint.read(content, resumed, config="config", template="template") == (progress, curriculum)
+    # An older release's, which names no template.
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    values = json.loads(header["__metadata__"]["progress"])
+    del values["template"]
+    header["__metadata__"]["progress"] = json.dumps(values)
+    older = json.dumps(header).encode()
+    older = len(older).to_bytes(8, "little") + older + content[8 + length :]
+    assert checkpoint.read(older, make_step(lm), config="config", template="template")[0] == progress
     train(straight)
     train(resumed)
     assert torch.equal(straight.cartridge.cast(), resumed.cartridge.cast())
-    with pytest.raises(InvalidArgument, match="configuration"):
-        checkpoint.read(content, make_step(lm), config="another")
+    with pytest.raises(InvalidArgument, match="of configuration config"):
+        checkpoint.read(content, make_step(lm), config="another", template="template")
+    with pytest.raises(InvalidArgument, match="another configuration: its chat template is template"):
+        checkpoint.read(content, make_step(lm), config="config", template="another")

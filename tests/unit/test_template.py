@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, timedelta
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
+from foundry.identity import content_digest
 from foundry.model.template import ChatTemplate
-from tests.tiny import CHATML, build_tokenizer
+from tests.tiny import CHATML, CLOCK, build_tokenizer
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+# As Llama 3.2 does.
+DATED = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
+    "        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
+    "{%- for m in messages %}\n    {{- '<|im_start|>' + m.role + '\\n' }}\n"
+    "    {%- if loop.first %}\n        {{- 'Today Date: ' + date_string + '\\n\\n' }}\n    {%- endif %}\n"
+    "    {{- m.content + '<|im_end|>' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
 )
 # Refuses two system messages in a row, as several published templates do.
 STRICT = (
@@ -23,14 +38,14 @@ STRICT = (
 QUESTION = [{"role": "user", "content": "What is open?"}]
 
 
-def template(text: str = CHATML) -> ChatTemplate:
+def template(text: str | dict[str, str] = CHATML, clock: datetime = CLOCK) -> ChatTemplate:
     tokenizer = build_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = text
-    return ChatTemplate(tokenizer)
+    return ChatTemplate(tokenizer, clock)
 
 
-@pytest.mark.parametrize("text", [CHATML, LLAMA3])
+@pytest.mark.parametrize("text", [CHATML, LLAMA3, DATED])
 def test_context_and_turn_are_the_whole_conversation(text: str) -> None:
     split = template(text)
     for document in ("The harbour is open.", "x", "Two\n\nparagraphs, one with 12 numbers.\n"):
@@ -73,7 +88,7 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(TemplateUnsupported, match="no chat template"):
-        ChatTemplate(tokenizer)
+        ChatTemplate(tokenizer, CLOCK)
 
 
 def test_messages_that_the_template_refuses_are_the_callers_fault() -> None:
@@ -96,3 +111,89 @@ def test_documents_that_can_be_no_context() -> None:
 
 def test_digest_names_the_template() -> None:
     assert template(CHATML).digest == template(CHATML).digest != template(LLAMA3).digest
+
+
+class AnotherDay(datetime):
+    @classmethod
+    def now(cls, tz: object = None) -> AnotherDay:
+        return cls(2031, 5, 17)
+
+
+def test_a_date_in_the_context_does_not_change_overnight(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = DATED
+    split = ChatTemplate(tokenizer, CLOCK)
+    context, turn = split.context("The harbour."), split.turn(QUESTION)
+    assert tokenizer.decode(context) == "<|im_start|>system\nToday Date: 26 Jul 2024\n\nThe harbour.<|im_end|>"
+    monkeypatch.setattr(chat_template_utils, "datetime", AnotherDay)
+    unpinned = tokenizer.apply_chat_template([{"role": "system", "content": "The harbour."}], tokenize=False)
+    assert "17 May 2031" in str(unpinned)
+    assert split.context("The harbour.") == context
+    assert split.turn(QUESTION) == turn
+
+
+def test_the_pinned_date_is_all_that_differs_from_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line ends and spaces at the template's beginning are rendered as before."""
+    monkeypatch.setattr(chat_template_utils, "datetime", AnotherDay)
+    for beginning in ("", "\n", "  {% if true %}\n  x\n  {% endif %}\n", "{# note #}\n", "  {{- 'x' }}\n"):
+        for text in (beginning + DATED, beginning + DATED.replace("{%- ", "{% ")):
+            tokenizer = build_tokenizer()
+            tokenizer.chat_template = text
+            messages = [{"role": "system", "content": "The harbour."}, *QUESTION]
+            expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert ChatTemplate(tokenizer, AnotherDay.now()).prompt(messages) == expected
+
+
+def test_the_date_is_in_the_digest_of_a_template_that_writes_it() -> None:
+    same_day, next_day = CLOCK + timedelta(hours=5), CLOCK + timedelta(days=1)
+    assert template(DATED).digest == template(DATED, same_day).digest != template(DATED, next_day).digest
+    for text in (CHATML, "{% if strftime_now is defined %}{% endif %}" + CHATML):
+        # That of the text alone, by which stores know it.
+        assert template(text).digest == template(text, next_day).digest == content_digest(json.dumps(text).encode())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{% set now = strftime_now %}{{ now('%d %b') }}",
+        "{{ strftime_now('%d ' + '%b') }}",
+        "{% for f in ['%d', '%b'] %}{{ strftime_now(f) }}{% endfor %}",
+        "{{ strftime_now(format='%d') }}",
+    ],
+)
+def test_a_date_that_cannot_be_pinned_is_refused(use: str) -> None:
+    with pytest.raises(TemplateUnsupported, match="strftime_now"):
+        template(use + CHATML)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ ['a', 'b'] | random }}",
+        "{% filter random %}ab{% endfilter %}",
+        "{{ [['a', 'b']] | map('random') | first }}",
+        "{% set how = 'random' %}{{ [['a', 'b']] | map(how) | first }}",
+        "{{ lipsum(1) }}",
+    ],
+)
+def test_chance_in_a_template_is_refused(use: str) -> None:
+    with pytest.raises(TemplateUnsupported, match="at random"):
+        template(use + CHATML)
+
+
+def test_marks_for_answers_and_attributes_named_random_are_fine() -> None:
+    marked = CHATML.replace("{{", "{% generation %}{{", 1).replace("}}", "}}{{ message.random }}{% endgeneration %}", 1)
+    text = "{% set roles = messages | map(attribute='role') %}" + marked
+    assert template(text).prompt(QUESTION) == template(CHATML).prompt(QUESTION)
+
+
+def test_of_several_templates_the_default_is_used() -> None:
+    several = template({"default": CHATML, "tool_use": STRICT})
+    assert several.context("The harbour.") == template(CHATML).context("The harbour.")
+    with pytest.raises(TemplateUnsupported, match="is the default"):
+        template({"rag": CHATML, "tool_use": CHATML})
+
+
+def test_a_template_that_is_no_jinja_is_refused() -> None:
+    with pytest.raises(TemplateUnsupported, match="can't be read"):
+        template("{% for m in messages %}")

@@ -37,7 +37,7 @@ def start() -> Iterator[Start]:
     engines = []
 
     def start(model: Path, **settings: Any) -> Bench:
-        values = {
+        values: dict[str, Any] = {
             "device": "cpu",
             "dtype": torch.float32,
             "max_sequences": 8,
@@ -149,7 +149,8 @@ def test_an_end_token_ends_a_sequence_and_is_among_its_ids(bench: Bench, monkeyp
     # A random model hardly ever ends by itself: let it end with what it says.
     eos = everything[7].token_id
     end = ids_of(everything).index(eos)
-    monkeypatch.setattr(bench.engine, "_info", replace(bench.engine._info, eos_ids=frozenset({eos})))
+    engine: Any = bench.engine
+    monkeypatch.setattr(engine, "_info", replace(engine._info, eos_ids=frozenset({eos})))
     outputs = bench.run({0: replace(asked, sampling=replace(asked.sampling, ignore_eos=False))})[0]
     assert ids_of(outputs) == ids_of(everything)[: end + 1]
     assert [output.finish_reason for output in outputs] == [None] * end + [FinishReason.STOP]

@@ -43,6 +43,7 @@ from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer
 from tests.chaos.faults.servers import CallSeam, RolloutHost, TeacherHost
 from tests.chaos.faults.storage import ObjectsSeam
+from tests.tiny import CLOCK
 from tests.valkey import Valkey
 
 NAME = "chaos"
@@ -95,7 +96,7 @@ class World:
 
     def __init__(self, lm: FrozenLM, model: Path, valkey: Valkey, directory: Path) -> None:
         self.lm, self.valkey, self.directory = lm, valkey, directory
-        self.template = ChatTemplate(lm.tokenizer)
+        self.template = ChatTemplate(lm.tokenizer, CLOCK)
         self.context = self.template.context(DOCUMENT)
         self.observer = Observer(lm, self.context)
         self.objects = ObjectsSeam()
@@ -205,9 +206,11 @@ class World:
             await retry.call("teacher", teacher.put_context)
             kept = await retry.call("store", lambda: self.store.runs.load_checkpoint(claimed.run_id))
             if kept is None:
-                progress, curriculum = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, 0.0, 0.0), self._curriculum()
+                policy = CartridgeId(NAME, 0, "")
+                progress = Progress(0, policy, 0, NAME, self.template.digest, 0.0, 0.0)
+                curriculum = self._curriculum()
             else:
-                progress, curriculum = checkpoint.read(kept[1], training, config=NAME)
+                progress, curriculum = checkpoint.read(kept[1], training, config=NAME, template=self.template.digest)
             yield Run(
                 claimed,
                 self.lm,

@@ -27,7 +27,7 @@ from services.rollout.settings import RolloutSettings
 
 TIMEOUT_SECONDS = 30.0
 MAX_SEQUENCES, MAX_WAITING = 4, 12
-STORE = {"redis_url": "redis://127.0.0.1:1/0", "objects_url": "memory://", "redis_timeout_seconds": 0.5}
+STORE: dict[str, Any] = {"redis_url": "redis://127.0.0.1:1/0", "objects_url": "memory://", "redis_timeout_seconds": 0.5}
 
 
 class DictSource:
@@ -143,7 +143,12 @@ async def served(parts: Serving, gate: Gate | None) -> AsyncIterator[str]:
     """The address of a server of `parts`."""
     step = parts.driver._engine.step
     if gate is not None:
-        parts.driver._engine.step = lambda: (gate.wait(), step())[1]
+
+        def gated_step() -> Any:
+            gate.wait()
+            return step()
+
+        parts.driver._engine.step = gated_step
     server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
     servicer = RolloutServicer(server.set_not_serving)
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
@@ -192,6 +197,7 @@ def long(rollout: Rollout, **fields: Any) -> rollout_pb2.GenerateRequest:
     return rollout.request(sampling={"max_new_tokens": 250}, **fields)
 
 
-async def status(channel: grpc.aio.Channel) -> health_pb2.HealthCheckResponse.ServingStatus:
+async def status(channel: grpc.aio.Channel) -> int:
     request = health_pb2.HealthCheckRequest(service="foundry.v1.Rollout")
-    return (await health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_SECONDS)).status
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return int((await stub.Check(request, timeout=TIMEOUT_SECONDS)).status)

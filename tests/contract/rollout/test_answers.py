@@ -20,7 +20,7 @@ from foundry.rpc.rollout import Answer, Prompt, RolloutClient
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Rollout, joined, serving
-from tests.tiny import CHATML
+from tests.tiny import CHATML, CLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ async def test_generate_streams_tokens_and_says_what_decoded_them(rollout: Rollo
     assert text == rollout.lm.tokenizer.decode(ids, skip_special_tokens=True)
     identity = chunks[0].identity
     assert identity.model_fingerprint == rollout.lm.spec.fingerprint
-    assert identity.template_digest == ChatTemplate(rollout.lm.tokenizer).digest
+    assert identity.template_digest == ChatTemplate(rollout.lm.tokenizer, CLOCK).digest
     assert list(identity.cartridges) == cartridges
     assert not any(chunk.HasField("identity") for chunk in chunks[1:])
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [rollout_pb2.FINISH_REASON_UNSPECIFIED] * (len(chunks) - 1)
@@ -77,7 +77,10 @@ async def test_a_batch_larger_than_the_servers_places_is_answered(rollout: Rollo
     policy = CartridgeId(named.name, named.version, named.digest)
     prompts = [Prompt([5, 6, 7 + index], seed=index) for index in range(2 * places + 3)]
     client = RolloutClient(
-        Pods("rollout", [rollout.address]), rollout.lm.spec.fingerprint, ChatTemplate(rollout.lm.tokenizer).digest, 30
+        Pods("rollout", [rollout.address]),
+        rollout.lm.spec.fingerprint,
+        ChatTemplate(rollout.lm.tokenizer, CLOCK).digest,
+        30,
     )
 
     async def ask(some: Sequence[Prompt]) -> list[Answer]:
@@ -96,7 +99,7 @@ async def test_conversation_behind_a_cartridge_is_the_turn_only(directory: Path)
     # Like many models: without a system message the template supplies one. Behind a cartridge that would be a second.
     default = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
     lm.tokenizer.chat_template = default + CHATML
-    template = ChatTemplate(lm.tokenizer)
+    template = ChatTemplate(lm.tokenizer, CLOCK)
     messages = [{"role": "user", "content": "What is open?"}]
     turn, prompt = template.turn(messages), template.prompt(messages)
     assert prompt[-len(turn) :] == turn

@@ -21,6 +21,7 @@ from foundry.errors import ExtraMissing, Unavailable
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
 from foundry.rpc.server import Server
+from foundry.store import StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout import main
 from services.rollout.engine import TokenOutput
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(directory: Path, **values: Any) -> RolloutSettings:
-    return RolloutSettings(model=directory, store=STORE, listen="127.0.0.1:0", **values)
+    return RolloutSettings(model=directory, store=StoreSettings.model_validate(STORE), listen="127.0.0.1:0", **values)
 
 
 @asynccontextmanager
@@ -85,7 +86,7 @@ async def test_listens_before_the_model_is_loaded_and_serves_after(
             ),
             timeout=TIMEOUT_SECONDS,
         )
-        chunks = [await call.read()]
+        chunks: list[Any] = [await call.read()]
         signal.raise_signal(signal.SIGTERM)
         chunks += [chunk async for chunk in call]
         assert len(joined(chunks)[0]) == 50
@@ -123,9 +124,8 @@ async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: p
             token_ids=common_pb2.TokenIds(ids=[5, 6]),
             sampling=rollout_pb2.Sampling(max_new_tokens=5),
         )
-        statuses = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(service="foundry.v1.Rollout"), timeout=TIMEOUT_SECONDS
-        )
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        statuses = health.Watch(health_pb2.HealthCheckRequest(service="foundry.v1.Rollout"), timeout=TIMEOUT_SECONDS)
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(Unavailable, match="out of memory"), typed_errors("rollout"):
             async for _ in stub.Generate(request, timeout=TIMEOUT_SECONDS):

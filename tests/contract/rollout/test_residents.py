@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ async def test_references_while_decoding(lm: FrozenLM, directory: Path) -> None:
 
 async def test_tiers_are_reported(lm: FrozenLM, directory: Path) -> None:
     num_bytes = lm.spec.header(16, 1, torch.float32).num_bytes
-    budgets = {"cartridge_budget_bytes": 2 * num_bytes, "host_cartridge_budget_bytes": 4 * num_bytes}
+    budgets: dict[str, Any] = {"cartridge_budget_bytes": 2 * num_bytes, "host_cartridge_budget_bytes": 4 * num_bytes}
     async with serving(lm, directory, **budgets) as rollout:
         older, old, new = (rollout.publish(seed, version=seed) for seed in range(3))
         for cartridge in (older, old, new):
@@ -88,7 +89,7 @@ async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, d
         )
         submission = await rollout.submitted.get()
         gate.allow(2)
-        chunks = [await call.read()]
+        chunks: list[Any] = [await call.read()]
         meanwhile = asyncio.create_task(rollout.generate(rollout.request(cartridges=[new])))
         await rollout.submitted.get()
         gate.allow(8)

@@ -75,7 +75,7 @@ def _selects(policy: Manifest, pod: Peer, direction: Direction) -> bool:
 def _is_port(entry: Manifest, target: Peer, port: int, protocol: str) -> bool:
     if entry.get("protocol", "TCP") != protocol:
         return False
-    first = entry.get("port")
+    first: Any = entry.get("port")
     if isinstance(first, str):
         return target.ports.get(first) == port
     return first is None or int(first) <= port <= int(entry.get("endPort", first))

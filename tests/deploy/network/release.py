@@ -24,7 +24,6 @@ import httpx
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from redis import Redis
 
-from foundry.local.process import spawn
 from tests import seaweed, valkey
 from tests.collector import Collector
 from tests.deploy.chart import NAME, NAMESPACE, SERVICES, Manifest, job_of, of_kind, one, pods, render
@@ -35,6 +34,7 @@ from tests.deploy.network.hub import MODEL, Hub
 from tests.deploy.network.name_server import NameServer
 from tests.deploy.network.policy import NAMESPACE_LABEL, Peer
 from tests.kube_api import KubeApi
+from tests.process import spawn
 from tests.tiny import build_tiny_model
 
 # Who is not of the release. The address of the last is one that nobody has a reason to speak to.

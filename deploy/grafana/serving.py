@@ -211,10 +211,11 @@ def _kv() -> Panels:
     queries, hits = chosen("vllm:prefix_cache_queries_total"), chosen("vllm:prefix_cache_hits_total")
     return [
         series(
-            "KV slots held",
+            "KV slots and memory held",
             "percentunit",
-            "Can more sequences run at once? At 100 % the next one waits.",
-            query(chosen("vllm:kv_cache_usage_perc"), PROCESS),
+            "Can more sequences run at once? At 100 % of either the next one waits.",
+            query(f"{chosen('foundry_kv_slots_used')} / {chosen('foundry_kv_slots')}", f"{PROCESS} slots"),
+            query(chosen("vllm:kv_cache_usage_perc"), f"{PROCESS} memory"),
             limit=0.95,
             maximum=1,
         ),

@@ -24,7 +24,7 @@ def open_channel(address: str, credentials: Credentials | None = None, *, server
 
     With credentials in mutual TLS, where the server's certificate must carry `server_name`, by default the host.
     """
-    interceptors = [_RequireDeadline(), _RequireDeadlineStream(), _RequireDeadlineBidirectional()]
+    interceptors = [_RequireDeadline(), _RequireDeadlineStream()]
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
     options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name or host_of(address)))
@@ -84,10 +84,3 @@ class _RequireDeadlineStream(grpc.aio.UnaryStreamClientInterceptor):
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
         return await continuation(_prepared(details), request)
-
-
-class _RequireDeadlineBidirectional(grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(
-        self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request_iterator: Any
-    ) -> Any:
-        return await continuation(_prepared(details), request_iterator)

@@ -57,13 +57,12 @@ def entered(method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> 
 
 
 def bind_request(request: Any) -> None:
-    """Bind to the log context what a message names: run, request, and the first cartridge. A stream names nothing."""
+    """Bind to the log context what a message names: the request and its first cartridge; of a batch, the first's."""
     first = next(iter(getattr(request, "requests", ())), request)
-    cartridge = next(iter(getattr(first, "cartridges", ())), getattr(first, "cartridge", None))
+    cartridge = next(iter(getattr(first, "cartridges", ())), None)
     named = {
-        "run": getattr(first, "run_id", ""),
         "request_id": getattr(first, "request_id", ""),
         "version": getattr(cartridge, "version", 0),
-        "digest": getattr(cartridge, "digest", getattr(first, "digest", "")),
+        "digest": getattr(cartridge, "digest", ""),
     }
     structlog.contextvars.bind_contextvars(**{key: value for key, value in named.items() if value})

@@ -78,16 +78,11 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         method = details.method.rsplit("/", 1)[-1]
         if handler is None or not details.method.startswith("/foundry."):
             return handler
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
+        # No call of ours streams requests.
         if handler.response_streaming:
-            behaviour = _stream(handler.unary_stream or handler.stream_stream, method)
+            make, behaviour = grpc.unary_stream_rpc_method_handler, _stream(handler.unary_stream, method)
         else:
-            behaviour = _unary(handler.unary_unary or handler.stream_unary, method)
+            make, behaviour = grpc.unary_unary_rpc_method_handler, _unary(handler.unary_unary, method)
         return make(behaviour, handler.request_deserializer, handler.response_serializer)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from foundry.errors import InvalidArgument
-from foundry.identity import tensors_checksum
 from foundry.v1 import common_pb2
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int32": torch.int32}
@@ -22,11 +20,6 @@ def to_message(tensor: Tensor) -> common_pb2.Tensor:
         raise InvalidArgument(f"a {dtype} tensor does not travel; use one of {sorted(_DTYPES)}")
     flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1) if tensor.numel() else torch.empty(0)
     return common_pb2.Tensor(dtype=dtype, shape=tensor.shape, data=flat.numpy().tobytes())
-
-
-def checksum(messages: Iterable[common_pb2.Tensor]) -> str:
-    """Of tensors in a message, in the order of their fields."""
-    return tensors_checksum([(message.dtype, message.shape, message.data) for message in messages])
 
 
 def from_message(message: common_pb2.Tensor) -> Tensor:

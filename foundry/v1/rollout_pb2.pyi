@@ -30,7 +30,6 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """The model's end-of-sequence token (then part of the ids) or a stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -38,7 +37,6 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The model's end-of-sequence token (then part of the ids) or a stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _Tier:
@@ -384,86 +382,6 @@ class GenerateBatchResponse(_message.Message):
 Global___GenerateBatchResponse: _TypeAlias = GenerateBatchResponse  # noqa: Y015
 
 @_typing.final
-class LoadRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CARTRIDGE_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    PIN_FIELD_NUMBER: _builtins.int
-    model_fingerprint: _builtins.str
-    pin: _builtins.bool
-    """Keep it on the device until Unload."""
-    @_builtins.property
-    def cartridge(self) -> _common_pb2.CartridgeId: ...
-    def __init__(
-        self,
-        *,
-        cartridge: _common_pb2.CartridgeId | None = ...,
-        model_fingerprint: _builtins.str = ...,
-        pin: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "model_fingerprint", b"model_fingerprint", "pin", b"pin"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
-
-@_typing.final
-class LoadResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ALREADY_RESIDENT_FIELD_NUMBER: _builtins.int
-    already_resident: _builtins.bool
-    def __init__(
-        self,
-        *,
-        already_resident: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_resident", b"already_resident"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
-
-@_typing.final
-class UnloadRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DIGEST_FIELD_NUMBER: _builtins.int
-    digest: _builtins.str
-    def __init__(
-        self,
-        *,
-        digest: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UnloadRequest: _TypeAlias = UnloadRequest  # noqa: Y015
-
-@_typing.final
-class UnloadResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UnloadResponse: _TypeAlias = UnloadResponse  # noqa: Y015
-
-@_typing.final
 class ResidentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -485,12 +403,10 @@ class ResidentCartridge(_message.Message):
     CARTRIDGE_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
-    PINNED_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     references: _builtins.int
     """Sequences decoding with it now."""
-    pinned: _builtins.bool
     tier: Global___Tier.ValueType
     """The nearest of those that hold it."""
     @_builtins.property
@@ -501,12 +417,11 @@ class ResidentCartridge(_message.Message):
         cartridge: _common_pb2.CartridgeId | None = ...,
         num_bytes: _builtins.int = ...,
         references: _builtins.int = ...,
-        pinned: _builtins.bool = ...,
         tier: Global___Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "pinned", b"pinned", "references", b"references", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "references", b"references", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,6 +438,7 @@ class ResidentResponse(_message.Message):
     CARTRIDGES_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     HOST_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     model_name: _builtins.str
     """The name under which the base model is served."""
@@ -531,6 +447,8 @@ class ResidentResponse(_message.Message):
     budget_bytes: _builtins.int
     """Of the device tier."""
     host_budget_bytes: _builtins.int
+    max_sequences: _builtins.int
+    """Completions that one call may ask for."""
     @_builtins.property
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentCartridge]: ...
     def __init__(
@@ -543,10 +461,11 @@ class ResidentResponse(_message.Message):
         cartridges: _abc.Iterable[Global___ResidentCartridge] | None = ...,
         budget_bytes: _builtins.int = ...,
         host_budget_bytes: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "host_budget_bytes", b"host_budget_bytes", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template_digest", b"template_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "host_budget_bytes", b"host_budget_bytes", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template_digest", b"template_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

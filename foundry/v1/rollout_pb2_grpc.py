@@ -45,16 +45,6 @@ class RolloutStub(object):
                 request_serializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.FromString,
                 _registered_method=True)
-        self.Load = channel.unary_unary(
-                '/foundry.v1.Rollout/Load',
-                request_serializer=foundry_dot_v1_dot_rollout__pb2.LoadRequest.SerializeToString,
-                response_deserializer=foundry_dot_v1_dot_rollout__pb2.LoadResponse.FromString,
-                _registered_method=True)
-        self.Unload = channel.unary_unary(
-                '/foundry.v1.Rollout/Unload',
-                request_serializer=foundry_dot_v1_dot_rollout__pb2.UnloadRequest.SerializeToString,
-                response_deserializer=foundry_dot_v1_dot_rollout__pb2.UnloadResponse.FromString,
-                _registered_method=True)
         self.Resident = channel.unary_unary(
                 '/foundry.v1.Rollout/Resident',
                 request_serializer=foundry_dot_v1_dot_rollout__pb2.ResidentRequest.SerializeToString,
@@ -80,20 +70,6 @@ class RolloutServicer(object):
 
     def GenerateBatch(self, request, context):
         """Many prompts admitted together, in order; each completion is sent when it ends.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Load(self, request, context):
-        """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Unload(self, request, context):
-        """Forget a cartridge that no sequence is using, pinned or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,16 +101,6 @@ def add_RolloutServicer_to_server(servicer, server):
                     servicer.GenerateBatch,
                     request_deserializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.FromString,
                     response_serializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.SerializeToString,
-            ),
-            'Load': grpc.unary_unary_rpc_method_handler(
-                    servicer.Load,
-                    request_deserializer=foundry_dot_v1_dot_rollout__pb2.LoadRequest.FromString,
-                    response_serializer=foundry_dot_v1_dot_rollout__pb2.LoadResponse.SerializeToString,
-            ),
-            'Unload': grpc.unary_unary_rpc_method_handler(
-                    servicer.Unload,
-                    request_deserializer=foundry_dot_v1_dot_rollout__pb2.UnloadRequest.FromString,
-                    response_serializer=foundry_dot_v1_dot_rollout__pb2.UnloadResponse.SerializeToString,
             ),
             'Resident': grpc.unary_unary_rpc_method_handler(
                     servicer.Resident,
@@ -202,60 +168,6 @@ class Rollout(object):
             '/foundry.v1.Rollout/GenerateBatch',
             foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.SerializeToString,
             foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Load(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/foundry.v1.Rollout/Load',
-            foundry_dot_v1_dot_rollout__pb2.LoadRequest.SerializeToString,
-            foundry_dot_v1_dot_rollout__pb2.LoadResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Unload(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/foundry.v1.Rollout/Unload',
-            foundry_dot_v1_dot_rollout__pb2.UnloadRequest.SerializeToString,
-            foundry_dot_v1_dot_rollout__pb2.UnloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,10 +37,6 @@ class RolloutStub:
     """One prompt, tokens streamed as they are sampled."""
     GenerateBatch: _grpc.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
-    Load: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.LoadRequest, _rollout_pb2.LoadResponse]
-    """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
-    Unload: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.UnloadRequest, _rollout_pb2.UnloadResponse]
-    """Forget a cartridge that no sequence is using, pinned or not."""
     Resident: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]
     """What this server serves and holds."""
     Drain: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]
@@ -55,10 +51,6 @@ class RolloutAsyncStub(RolloutStub):
     """One prompt, tokens streamed as they are sampled."""
     GenerateBatch: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]  # type: ignore[assignment]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
-    Load: _aio.UnaryUnaryMultiCallable[_rollout_pb2.LoadRequest, _rollout_pb2.LoadResponse]  # type: ignore[assignment]
-    """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
-    Unload: _aio.UnaryUnaryMultiCallable[_rollout_pb2.UnloadRequest, _rollout_pb2.UnloadResponse]  # type: ignore[assignment]
-    """Forget a cartridge that no sequence is using, pinned or not."""
     Resident: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]  # type: ignore[assignment]
     """What this server serves and holds."""
     Drain: _aio.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]  # type: ignore[assignment]
@@ -82,22 +74,6 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rollout_pb2.GenerateBatchResponse], _abc.AsyncIterator[_rollout_pb2.GenerateBatchResponse]]:
         """Many prompts admitted together, in order; each completion is sent when it ends."""
-
-    @_abc_1.abstractmethod
-    def Load(
-        self,
-        request: _rollout_pb2.LoadRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_rollout_pb2.LoadResponse, _abc.Awaitable[_rollout_pb2.LoadResponse]]:
-        """Fetch a cartridge before it is needed. A hint, unless pinned: Generate fetches what is missing."""
-
-    @_abc_1.abstractmethod
-    def Unload(
-        self,
-        request: _rollout_pb2.UnloadRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_rollout_pb2.UnloadResponse, _abc.Awaitable[_rollout_pb2.UnloadResponse]]:
-        """Forget a cartridge that no sequence is using, pinned or not."""
 
     @_abc_1.abstractmethod
     def Resident(

@@ -24,29 +24,21 @@ class PutContextRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DOCUMENT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
     """Rendered as the system message of the model's chat template."""
-    @_builtins.property
-    def token_ids(self) -> _common_pb2.TokenIds:
-        """Used as they are."""
-
     def __init__(
         self,
         *,
         model_fingerprint: _builtins.str = ...,
-        token_ids: _common_pb2.TokenIds | None = ...,
         document: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "document", b"document", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "document", b"document", "model_fingerprint", b"model_fingerprint", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_context: _TypeAlias = _typing.Literal["token_ids", "document"]  # noqa: Y015
-    _WhichOneofArgType_context: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_context) -> _WhichOneofReturnType_context | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PutContextRequest: _TypeAlias = PutContextRequest  # noqa: Y015
 
@@ -56,12 +48,10 @@ class PutContextResponse(_message.Message):
 
     CONTEXT_DIGEST_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    ALREADY_RESIDENT_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     context_digest: _builtins.str
     """"blake3:<hex>" over the context's token ids."""
     num_tokens: _builtins.int
-    already_resident: _builtins.bool
     @_builtins.property
     def identity(self) -> _common_pb2.Identity: ...
     def __init__(
@@ -69,12 +59,11 @@ class PutContextResponse(_message.Message):
         *,
         context_digest: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
-        already_resident: _builtins.bool = ...,
         identity: _common_pb2.Identity | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_resident", b"already_resident", "context_digest", b"context_digest", "identity", b"identity", "num_tokens", b"num_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_digest", b"context_digest", "identity", b"identity", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -115,31 +104,21 @@ class Want(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CHOSEN_FIELD_NUMBER: _builtins.int
     TOPK_FIELD_NUMBER: _builtins.int
-    CANDIDATES_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
-    chosen: _builtins.bool
-    """The logprob of the given token."""
     topk: _builtins.int
     """The k most likely tokens with their logprobs and the log of the remaining mass. 0: off."""
     hidden: _builtins.bool
     """The last hidden state (after the final norm) that predicts the position."""
-    @_builtins.property
-    def candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The logprobs of these ids."""
-
     def __init__(
         self,
         *,
-        chosen: _builtins.bool = ...,
         topk: _builtins.int = ...,
-        candidates: _abc.Iterable[_builtins.int] | None = ...,
         hidden: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "chosen", b"chosen", "hidden", b"hidden", "topk", b"topk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "topk", b"topk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,13 +128,10 @@ Global___Want: _TypeAlias = Want  # noqa: Y015
 class ScoreRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     WANT_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.int
-    """Echoed in the answers."""
     model_fingerprint: _builtins.str
     template_digest: _builtins.str
     @_builtins.property
@@ -167,7 +143,6 @@ class ScoreRequest(_message.Message):
     def __init__(
         self,
         *,
-        request_id: _builtins.int = ...,
         model_fingerprint: _builtins.str = ...,
         template_digest: _builtins.str = ...,
         items: _abc.Iterable[Global___ScoreItem] | None = ...,
@@ -175,7 +150,7 @@ class ScoreRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["want", b"want"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "template_digest", b"template_digest", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_fingerprint", b"model_fingerprint", "template_digest", b"template_digest", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,21 +162,17 @@ class ScoreResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     ITEM_FIELD_NUMBER: _builtins.int
     BEGIN_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     IDS_CHECKSUM_FIELD_NUMBER: _builtins.int
     CONTEXT_DIGEST_FIELD_NUMBER: _builtins.int
-    CHOSEN_FIELD_NUMBER: _builtins.int
     TOPK_IDS_FIELD_NUMBER: _builtins.int
     TOPK_LOGPROBS_FIELD_NUMBER: _builtins.int
     TAIL_LOGPROB_FIELD_NUMBER: _builtins.int
-    CANDIDATES_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     TENSORS_CHECKSUM_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.int
     item: _builtins.int
     begin: _builtins.int
     end: _builtins.int
@@ -210,10 +181,6 @@ class ScoreResponse(_message.Message):
     context_digest: _builtins.str
     tensors_checksum: _builtins.str
     """foundry.identity.tensors_checksum of the tensors above, in the order of their fields."""
-    @_builtins.property
-    def chosen(self) -> _common_pb2.Tensor:
-        """float32 [n]"""
-
     @_builtins.property
     def topk_ids(self) -> _common_pb2.Tensor:
         """int32 [n, k]"""
@@ -227,10 +194,6 @@ class ScoreResponse(_message.Message):
         """float32 [n], log of the mass outside the top k."""
 
     @_builtins.property
-    def candidates(self) -> _common_pb2.Tensor:
-        """float32 [n, candidates]"""
-
-    @_builtins.property
     def hidden(self) -> _common_pb2.Tensor:
         """[n, hidden_size] in the model's dtype."""
 
@@ -239,94 +202,22 @@ class ScoreResponse(_message.Message):
     def __init__(
         self,
         *,
-        request_id: _builtins.int = ...,
         item: _builtins.int = ...,
         begin: _builtins.int = ...,
         end: _builtins.int = ...,
         ids_checksum: _builtins.str = ...,
         context_digest: _builtins.str = ...,
-        chosen: _common_pb2.Tensor | None = ...,
         topk_ids: _common_pb2.Tensor | None = ...,
         topk_logprobs: _common_pb2.Tensor | None = ...,
         tail_logprob: _common_pb2.Tensor | None = ...,
-        candidates: _common_pb2.Tensor | None = ...,
         hidden: _common_pb2.Tensor | None = ...,
         identity: _common_pb2.Identity | None = ...,
         tensors_checksum: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "chosen", b"chosen", "hidden", b"hidden", "identity", b"identity", "tail_logprob", b"tail_logprob", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "identity", b"identity", "tail_logprob", b"tail_logprob", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "candidates", b"candidates", "chosen", b"chosen", "context_digest", b"context_digest", "end", b"end", "hidden", b"hidden", "identity", b"identity", "ids_checksum", b"ids_checksum", "item", b"item", "request_id", b"request_id", "tail_logprob", b"tail_logprob", "tensors_checksum", b"tensors_checksum", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "context_digest", b"context_digest", "end", b"end", "hidden", b"hidden", "identity", b"identity", "ids_checksum", b"ids_checksum", "item", b"item", "tail_logprob", b"tail_logprob", "tensors_checksum", b"tensors_checksum", "topk_ids", b"topk_ids", "topk_logprobs", b"topk_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
-
-@_typing.final
-class ContextsRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ContextsRequest: _TypeAlias = ContextsRequest  # noqa: Y015
-
-@_typing.final
-class Context(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CONTEXT_DIGEST_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    NUM_BYTES_FIELD_NUMBER: _builtins.int
-    context_digest: _builtins.str
-    num_tokens: _builtins.int
-    num_bytes: _builtins.int
-    def __init__(
-        self,
-        *,
-        context_digest: _builtins.str = ...,
-        num_tokens: _builtins.int = ...,
-        num_bytes: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_digest", b"context_digest", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Context: _TypeAlias = Context  # noqa: Y015
-
-@_typing.final
-class ContextsResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
-    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    CONTEXTS_FIELD_NUMBER: _builtins.int
-    model_fingerprint: _builtins.str
-    template_digest: _builtins.str
-    max_context_tokens: _builtins.int
-    @_builtins.property
-    def contexts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Context]: ...
-    def __init__(
-        self,
-        *,
-        model_fingerprint: _builtins.str = ...,
-        template_digest: _builtins.str = ...,
-        max_context_tokens: _builtins.int = ...,
-        contexts: _abc.Iterable[Global___Context] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contexts", b"contexts", "max_context_tokens", b"max_context_tokens", "model_fingerprint", b"model_fingerprint", "template_digest", b"template_digest"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ContextsResponse: _TypeAlias = ContextsResponse  # noqa: Y015

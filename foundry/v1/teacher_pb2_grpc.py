@@ -40,15 +40,10 @@ class TeacherStub(object):
                 request_serializer=foundry_dot_v1_dot_teacher__pb2.PutContextRequest.SerializeToString,
                 response_deserializer=foundry_dot_v1_dot_teacher__pb2.PutContextResponse.FromString,
                 _registered_method=True)
-        self.Score = channel.stream_stream(
+        self.Score = channel.unary_stream(
                 '/foundry.v1.Teacher/Score',
                 request_serializer=foundry_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=foundry_dot_v1_dot_teacher__pb2.ScoreResponse.FromString,
-                _registered_method=True)
-        self.Contexts = channel.unary_unary(
-                '/foundry.v1.Teacher/Contexts',
-                request_serializer=foundry_dot_v1_dot_teacher__pb2.ContextsRequest.SerializeToString,
-                response_deserializer=foundry_dot_v1_dot_teacher__pb2.ContextsResponse.FromString,
                 _registered_method=True)
 
 
@@ -63,15 +58,9 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Score(self, request_iterator, context):
-        """Score token ids behind a context. Requests are answered in the order they were sent.
+    def Score(self, request, context):
+        """Score token ids behind contexts, in the order of the items.
         """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Contexts(self, request, context):
-        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -84,15 +73,10 @@ def add_TeacherServicer_to_server(servicer, server):
                     request_deserializer=foundry_dot_v1_dot_teacher__pb2.PutContextRequest.FromString,
                     response_serializer=foundry_dot_v1_dot_teacher__pb2.PutContextResponse.SerializeToString,
             ),
-            'Score': grpc.stream_stream_rpc_method_handler(
+            'Score': grpc.unary_stream_rpc_method_handler(
                     servicer.Score,
                     request_deserializer=foundry_dot_v1_dot_teacher__pb2.ScoreRequest.FromString,
                     response_serializer=foundry_dot_v1_dot_teacher__pb2.ScoreResponse.SerializeToString,
-            ),
-            'Contexts': grpc.unary_unary_rpc_method_handler(
-                    servicer.Contexts,
-                    request_deserializer=foundry_dot_v1_dot_teacher__pb2.ContextsRequest.FromString,
-                    response_serializer=foundry_dot_v1_dot_teacher__pb2.ContextsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,7 +118,7 @@ class Teacher(object):
             _registered_method=True)
 
     @staticmethod
-    def Score(request_iterator,
+    def Score(request,
             target,
             options=(),
             channel_credentials=None,
@@ -144,39 +128,12 @@ class Teacher(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
             '/foundry.v1.Teacher/Score',
             foundry_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
             foundry_dot_v1_dot_teacher__pb2.ScoreResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Contexts(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/foundry.v1.Teacher/Contexts',
-            foundry_dot_v1_dot_teacher__pb2.ContextsRequest.SerializeToString,
-            foundry_dot_v1_dot_teacher__pb2.ContextsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,9 +35,8 @@ class TeacherStub:
     def __new__(cls, channel: _aio.Channel) -> TeacherAsyncStub: ...
     PutContext: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.PutContextRequest, _teacher_pb2.PutContextResponse]
     """Compute the KV of a document's context once and keep it."""
-    Score: _grpc.StreamStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]
-    """Score token ids behind a context. Requests are answered in the order they were sent."""
-    Contexts: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.ContextsRequest, _teacher_pb2.ContextsResponse]
+    Score: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]
+    """Score token ids behind contexts, in the order of the items."""
 
 @_typing.type_check_only
 class TeacherAsyncStub(TeacherStub):
@@ -46,9 +45,8 @@ class TeacherAsyncStub(TeacherStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutContext: _aio.UnaryUnaryMultiCallable[_teacher_pb2.PutContextRequest, _teacher_pb2.PutContextResponse]  # type: ignore[assignment]
     """Compute the KV of a document's context once and keep it."""
-    Score: _aio.StreamStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Score token ids behind a context. Requests are answered in the order they were sent."""
-    Contexts: _aio.UnaryUnaryMultiCallable[_teacher_pb2.ContextsRequest, _teacher_pb2.ContextsResponse]  # type: ignore[assignment]
+    Score: _aio.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Score token ids behind contexts, in the order of the items."""
 
 class TeacherServicer(metaclass=_abc_1.ABCMeta):
     """Says what the frozen model would have predicted with the whole document in its context."""
@@ -64,16 +62,9 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Score(
         self,
-        request_iterator: _MaybeAsyncIterator[_teacher_pb2.ScoreRequest],
+        request: _teacher_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ScoreResponse], _abc.AsyncIterator[_teacher_pb2.ScoreResponse]]:
-        """Score token ids behind a context. Requests are answered in the order they were sent."""
-
-    @_abc_1.abstractmethod
-    def Contexts(
-        self,
-        request: _teacher_pb2.ContextsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.ContextsResponse, _abc.Awaitable[_teacher_pb2.ContextsResponse]]: ...
+        """Score token ids behind contexts, in the order of the items."""
 
 def add_TeacherServicer_to_server(servicer: TeacherServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

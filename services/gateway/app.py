@@ -22,7 +22,6 @@ from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, health, runs
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
-from services.gateway.teacher import Teacher
 
 _ROUTERS = (
     chat.router,
@@ -68,10 +67,8 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             poll_seconds=settings.poll_seconds,
             retry_timeout_seconds=settings.retry_timeout_seconds,
         )
-        teacher = (
-            Teacher(Pods("teacher", [settings.teacher_address], settings.tls))
-            if settings.teacher_address is not None
-            else None
+        teachers = (
+            Pods("teacher", [settings.teacher_address], settings.tls) if settings.teacher_address is not None else None
         )
         jobs = None
         watching = asyncio.create_task(usage.watch(store, settings.census_seconds))
@@ -84,15 +81,15 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
                 jobs = Jobs(settings.jobs, store.runs)
                 jobs.start()
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
-            app.state.gateway = Gateway(settings, store, rollouts, teacher, TokenSpelling(settings.tokenizer), jobs)
+            app.state.gateway = Gateway(settings, store, rollouts, teachers, TokenSpelling(settings.tokenizer), jobs)
             yield
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             if jobs is not None:
                 await jobs.close()
-            if teacher is not None:
-                await teacher.close()
+            if teachers is not None:
+                await teachers.close()
             await rollouts.close()
             await store.close()
             # uvicorn ends the process by the signal that stopped it.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from foundry.errors import ResourceExhausted, Unavailable
+from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from services.gateway import metrics
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.settings import GatewaySettings
-from services.gateway.teacher import Teacher
 
 if TYPE_CHECKING:
     # Not imported where there are no Jobs: the Kubernetes client is large.
@@ -27,7 +27,7 @@ class Gateway:
     settings: GatewaySettings
     store: CartridgeStore
     rollouts: RolloutBalancer
-    teacher: Teacher | None
+    teachers: Pods | None
     spelling: TokenSpelling
     # None: runs are trained by workers that take them from the queue.
     jobs: Jobs | None = None

@@ -20,7 +20,7 @@ import structlog
 from foundry.errors import FoundryError, ResourceExhausted, Unavailable
 from services.rollout import metrics
 from services.rollout.engine import Engine, EngineStats, SequenceRequest, TokenOutput
-from services.rollout.engine_metrics import VllmMetrics
+from services.rollout.engine_metrics import EngineMetrics
 from services.rollout.timeline import Timeline
 
 log = structlog.get_logger(__name__)
@@ -32,12 +32,12 @@ _RETRY_AFTER_SECONDS = 1.0
 class _Open:
     """A sequence that has not ended."""
 
-    job: Job
+    submission: Submission
     index: int
     timeline: Timeline
 
 
-class Job:
+class Submission:
     """The sequences of one call, admitted together.
 
     Iterating yields what has come since the last time, each output with its sequence's place in the call, until all
@@ -71,7 +71,7 @@ class Job:
 class Driver:
     """Call everything from the event loop that `start` was called in."""
 
-    def __init__(self, engine: Engine, metrics: VllmMetrics, *, max_sequences: int) -> None:
+    def __init__(self, engine: Engine, metrics: EngineMetrics, *, max_sequences: int) -> None:
         """`max_sequences` bounds those that run and those that wait, together."""
         self._engine = engine
         self._metrics = metrics
@@ -81,6 +81,7 @@ class Driver:
         self._ids = count()
         self._open: dict[int, _Open] = {}
         self._refusal: str | None = None
+        self._drained_at: float | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self.failed = asyncio.Event()
@@ -93,7 +94,7 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def submit(self, requests: Sequence[SequenceRequest], *, arrived_at: float) -> Job:
+    def submit(self, requests: Sequence[SequenceRequest], *, arrived_at: float) -> Submission:
         """Queue sequences together and in order. `arrived_at` is the call's `time.perf_counter()`.
 
         Raises ResourceExhausted if there are too many in flight, Unavailable.
@@ -105,26 +106,31 @@ class Driver:
                 f"{len(self._open)} of {self._max_sequences} places are taken, the call needs {len(requests)}",
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
             )
-        job = Job(requests)
+        submission = Submission(requests)
         admitted = {next(self._ids): request for request in requests}
         now = time.perf_counter()
         for index, (sequence_id, request) in enumerate(admitted.items()):
             timeline = Timeline(self._metrics, request, arrived_at=arrived_at, submitted_at=now)
-            self._open[sequence_id] = _Open(job, index, timeline)
+            self._open[sequence_id] = _Open(submission, index, timeline)
         self._idle.clear()
         self._commands.put(lambda: self._engine.admit(admitted))
-        return job
+        return submission
 
-    def cancel(self, job: Job) -> None:
-        """Let go of what has not ended, before the next step. Nothing happens to a job that has."""
-        sequence_ids = [sequence_id for sequence_id, each in self._open.items() if each.job is job]
+    def cancel(self, submission: Submission) -> None:
+        """Let go of what has not ended, before the next step. Nothing happens to a submission that has."""
+        sequence_ids = [sequence_id for sequence_id, each in self._open.items() if each.submission is submission]
         if sequence_ids:
             self._commands.put(lambda: self._cancel(sequence_ids))
 
     async def drain(self) -> None:
         """Refuse new work; return when the work in flight has ended."""
+        self._drained_at = self._drained_at or time.monotonic()
         self._refusal = self._refusal or "the server is draining"
         await self._idle.wait()
+
+    def grace_left(self, grace_seconds: float) -> float:
+        """What of the time for the work in flight is left, if `drain` was called before."""
+        return max(0.0, grace_seconds - (time.monotonic() - self._drained_at if self._drained_at else 0.0))
 
     async def close(self) -> None:
         """End the thread after the step in hand. What is in flight gets Unavailable."""
@@ -172,7 +178,7 @@ class Driver:
         for output in outputs:
             each = self._open[output.sequence_id]
             num_prompt_tokens += each.timeline.token(output, now)
-            each.job.put((each.index, output))
+            each.submission.put((each.index, output))
             if output.finish_reason is not None:
                 self._close_sequence(output.sequence_id, output.finish_reason)
         if outputs:
@@ -184,10 +190,10 @@ class Driver:
     def _close_sequence(self, sequence_id: int, finished_reason: str) -> None:
         closed = self._open.pop(sequence_id)
         closed.timeline.end(finished_reason)
-        job = closed.job
-        job.num_open -= 1
-        if not job.num_open:
-            job.ended.set_result(None)
+        submission = closed.submission
+        submission.num_open -= 1
+        if not submission.num_open:
+            submission.ended.set_result(None)
         if not self._open:
             self._idle.set()
 
@@ -197,15 +203,15 @@ class Driver:
 
     def _end_all(self, message: str) -> None:
         self._refusal = message
-        for job in {id(each.job): each.job for each in self._open.values()}.values():
+        for submission in {id(each.submission): each.submission for each in self._open.values()}.values():
             # One error each: raising a shared one would pile up the tracebacks of all.
-            job.put(Unavailable(message))
+            submission.put(Unavailable(message))
         for sequence_id in list(self._open):
             self._close_sequence(sequence_id, "abort")
 
     def _observe(self, stats: EngineStats) -> None:
         self._metrics.num_requests_running.set(stats.num_running)
         self._metrics.num_requests_waiting.set(stats.num_waiting)
-        self._metrics.kv_cache_usage.set(stats.num_running / stats.num_slots)
+        self._metrics.kv_cache_usage.set(stats.kv_used_bytes / stats.kv_bytes)
         metrics.KV_SLOTS_USED.set(stats.num_running)
         metrics.KV_USED_BYTES.set(stats.kv_used_bytes)

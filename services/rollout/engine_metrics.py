@@ -29,7 +29,7 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 NUM_REQUESTS_RUNNING = Gauge("vllm:num_requests_running", "Sequences in the batch.", _LABELS)
 NUM_REQUESTS_WAITING = Gauge("vllm:num_requests_waiting", "Sequences that wait for a slot.", _LABELS)
-KV_CACHE_USAGE = Gauge("vllm:kv_cache_usage_perc", "Share of the KV slots that is held, 0 to 1.", _LABELS)
+KV_CACHE_USAGE = Gauge("vllm:kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", _LABELS)
 PREFIX_CACHE_QUERIES = Counter(
     "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", _LABELS
 )
@@ -82,8 +82,8 @@ ITERATION_TOKENS = Histogram(
 )
 
 
-class VllmMetrics:
-    """The metrics of one model, their labels bound once and not at every token."""
+class EngineMetrics:
+    """What the engine of one model does, its labels bound once and not at every token."""
 
     def __init__(self, model_name: str) -> None:
         labels = (model_name, _ENGINE)

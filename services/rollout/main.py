@@ -16,7 +16,7 @@ from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.rollout.prefetch import Prefetch
 from services.rollout.servicer import RolloutServicer
-from services.rollout.serving import Parts, load_engine
+from services.rollout.serving import Serving, load_engine
 from services.rollout.settings import RolloutSettings
 
 log = structlog.get_logger(__name__)
@@ -35,14 +35,14 @@ async def serve(settings: RolloutSettings) -> int:
         info, engine = await asyncio.to_thread(load_engine, settings)
         observe_gpus()
         store = await CartridgeStore.open(settings.store)
-        parts = Parts.build(settings, info, engine, store)
+        serving = Serving.build(settings, info, engine, store)
     except BaseException:
         # Or gRPC would have the last word, about a loop that is closed.
         await server.stop(0)
         raise
-    parts.driver.start()
-    servicer.begin(parts)
-    prefetch = Prefetch(parts.residency, store.subscribe)
+    serving.driver.start()
+    servicer.begin(serving)
+    prefetch = Prefetch(serving.residency, store.subscribe)
     if settings.prefetch:
         prefetch.start()
     # What is there now stays: the collector need not walk it again and again.
@@ -54,16 +54,16 @@ async def serve(settings: RolloutSettings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await server.set_serving()
     log.info("serving", port=server.port, engine=settings.engine, model_fingerprint=info.spec.fingerprint)
-    ends = [asyncio.create_task(event.wait()) for event in (told, parts.driver.failed)]
+    ends = [asyncio.create_task(event.wait()) for event in (told, serving.driver.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     # Refuses new calls at once and ends those in flight after the grace period.
-    await server.stop(settings.grace_seconds)
+    await server.stop(serving.driver.grace_left(settings.grace_seconds))
     await prefetch.close()
-    await parts.residency.close()
-    await parts.driver.close()
+    await serving.residency.close()
+    await serving.driver.close()
     await store.close()
     # With a failed engine: an exit that a supervisor restarts.
-    return int(parts.driver.failed.is_set())
+    return int(serving.driver.failed.is_set())
 
 
 def main() -> None:

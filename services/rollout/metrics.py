@@ -1,4 +1,4 @@
-"""What the rollout service reports about cartridges and KV memory; vLLM's own metrics stand in vllm_metrics.py."""
+"""What the rollout service reports about cartridges and KV memory; what the engine does stands in engine_metrics.py."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

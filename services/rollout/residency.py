@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 from opentelemetry import trace
 
-from foundry.errors import Conflict, DigestMismatch
+from foundry.errors import DigestMismatch
 from foundry.identity import DTYPE_BYTES, CartridgeBytes, CartridgeHeader, check_digest
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
@@ -100,20 +100,18 @@ class Residency:
             raise
         return hold
 
-    async def load(self, cartridge: CartridgeId, *, pin: bool = False) -> bool:
+    async def load(self, cartridge: CartridgeId) -> bool:
         """Make a cartridge resident; concurrent calls share one load. True if it was there already.
 
-        A pinned one stays until `unload`. Raises CartridgeNotFound, DigestMismatch, ShapeMismatch, InvalidArgument
-        and ResourceExhausted if there is no room for it, and what the store raises.
+        Raises CartridgeNotFound, DigestMismatch, ShapeMismatch, InvalidArgument and ResourceExhausted if there is no
+        room for it, and what the store raises.
         """
         self._note_served(cartridge.name)
         already_resident = await self.prefetch(cartridge)
         if already_resident:
             metrics.CARTRIDGE_HITS.labels("device").inc()
-        resident = self.device.use(cartridge.digest)
         # Each keeps its place by use, not by when it came: what leaves the device last was in the host tier last.
         self.host.use(cartridge.digest)
-        resident.pinned |= pin
         return already_resident
 
     async def prefetch(self, cartridge: CartridgeId) -> bool:
@@ -130,16 +128,6 @@ class Residency:
             await asyncio.shield(task)
         self.device.use(digest).named = cartridge
         return already_resident
-
-    def unload(self, digest: str) -> None:
-        """Forget a cartridge, pinned or not; one that is not resident is none. Raises Conflict while it is in use."""
-        check_digest(digest)
-        resident = self.device.get(digest)
-        if resident is not None and resident.references:
-            raise Conflict(f"{resident.references} sequences are decoding with cartridge {digest}")
-        if resident is not None:
-            self.device.remove(digest)
-        self.host.remove(digest)
 
     def served_within(self, name: str, seconds: float) -> bool:
         """Whether somebody asked for a cartridge of this name so lately."""

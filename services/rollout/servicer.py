@@ -14,11 +14,11 @@ import structlog
 from foundry.errors import Unavailable
 from foundry.identity import answer_checksum
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.rollout.admission import Admission, check_cartridge
-from services.rollout.driver import Job
+from services.rollout.admission import Admission
+from services.rollout.driver import Submission
 from services.rollout.engine import FinishReason, TokenOutput
 from services.rollout.residency import Residency
-from services.rollout.serving import Parts
+from services.rollout.serving import Serving
 
 log = structlog.get_logger(__name__)
 
@@ -38,20 +38,20 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     def __init__(self, say_not_serving: Callable[[], Awaitable[None]]) -> None:
         """`say_not_serving` tells those who watch the server's health that it takes no more work."""
         self._say_not_serving = say_not_serving
-        self._parts: Parts | None = None
+        self._serving: Serving | None = None
 
-    def begin(self, parts: Parts) -> None:
-        self._parts = parts
+    def begin(self, serving: Serving) -> None:
+        self._serving = serving
 
     async def Generate(
         self, request: rollout_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[rollout_pb2.GenerateChunk]:
-        parts = self._loaded()
+        serving = self._loaded()
         arrived_at = time.perf_counter()
-        admission = parts.admissions.check(request)
-        answers = [_Answer(parts, admission) for _ in admission.sequences]
-        async with _submitted(parts, [admission], arrived_at) as job:
-            async for outputs in job:
+        admission = serving.admissions.check(request)
+        answers = [_Answer(serving, admission) for _ in admission.sequences]
+        async with _submitted(serving, [admission], arrived_at) as submission:
+            async for outputs in submission:
                 for begin in range(0, len(outputs), _CHUNK_TOKENS):
                     for index, some in _by_sequence(outputs[begin : begin + _CHUNK_TOKENS]):
                         first = not answers[index].num_tokens
@@ -63,17 +63,17 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     async def GenerateBatch(
         self, request: rollout_pb2.GenerateBatchRequest, context: Context
     ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
-        parts = self._loaded()
+        serving = self._loaded()
         arrived_at = time.perf_counter()
-        admissions = parts.admissions.check_batch(request)
+        admissions = serving.admissions.check_batch(request)
         places = [
-            (request_index, index, _Answer(parts, admission))
+            (request_index, index, _Answer(serving, admission))
             for request_index, admission in enumerate(admissions)
             for index in range(len(admission.sequences))
         ]
         waiting: list[list[TokenOutput]] = [[] for _ in places]
-        async with _submitted(parts, admissions, arrived_at) as job:
-            async for outputs in job:
+        async with _submitted(serving, admissions, arrived_at) as submission:
+            async for outputs in submission:
                 for place, output in outputs:
                     waiting[place].append(output)
                     if output.finish_reason is not None:
@@ -92,40 +92,30 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             seconds=round(time.perf_counter() - arrived_at, 6),
         )
 
-    async def Load(self, request: rollout_pb2.LoadRequest, context: Context) -> rollout_pb2.LoadResponse:
-        parts = self._loaded()
-        parts.admissions.check_fingerprint(request.model_fingerprint)
-        check_cartridge(request.cartridge, "cartridge")
-        already_resident = await parts.residency.load(request.cartridge, pin=request.pin)
-        return rollout_pb2.LoadResponse(already_resident=already_resident)
-
-    async def Unload(self, request: rollout_pb2.UnloadRequest, context: Context) -> rollout_pb2.UnloadResponse:
-        self._loaded().residency.unload(request.digest)
-        return rollout_pb2.UnloadResponse()
-
     async def Resident(self, request: rollout_pb2.ResidentRequest, context: Context) -> rollout_pb2.ResidentResponse:
-        parts = self._loaded()
+        serving = self._loaded()
         return rollout_pb2.ResidentResponse(
-            model_fingerprint=parts.spec.fingerprint,
-            model_name=parts.model_name,
-            template_digest=parts.template_digest,
-            max_sequence_tokens=parts.admissions.max_sequence_tokens,
-            cartridges=_residents(parts.residency),
-            budget_bytes=parts.residency.device.budget_bytes,
-            host_budget_bytes=parts.residency.host.budget_bytes,
+            model_fingerprint=serving.spec.fingerprint,
+            model_name=serving.model_name,
+            template_digest=serving.template_digest,
+            max_sequence_tokens=serving.admissions.max_sequence_tokens,
+            cartridges=_residents(serving.residency),
+            budget_bytes=serving.residency.device.budget_bytes,
+            host_budget_bytes=serving.residency.host.budget_bytes,
+            max_sequences=serving.max_sequences,
         )
 
     async def Drain(self, request: rollout_pb2.DrainRequest, context: Context) -> rollout_pb2.DrainResponse:
-        parts = self._loaded()
+        serving = self._loaded()
         # First, so that clients which balance by health are gone before they are refused.
         await self._say_not_serving()
-        await parts.driver.drain()
+        await serving.driver.drain()
         return rollout_pb2.DrainResponse()
 
-    def _loaded(self) -> Parts:
-        if self._parts is None:
+    def _loaded(self) -> Serving:
+        if self._serving is None:
             raise Unavailable("the model is still loading", retry_after_seconds=1.0)
-        return self._parts
+        return self._serving
 
 
 def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
@@ -135,7 +125,6 @@ def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
             cartridge=resident.named,
             num_bytes=resident.num_bytes,
             references=resident.references,
-            pinned=resident.pinned,
             tier=rollout_pb2.TIER_DEVICE,
         )
         for resident in residency.device.residents()
@@ -149,31 +138,31 @@ def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
 
 
 @asynccontextmanager
-async def _submitted(parts: Parts, admissions: Sequence[Admission], arrived_at: float) -> AsyncIterator[Job]:
-    """The job of these requests, with their cartridges held until the engine has let go of it."""
+async def _submitted(serving: Serving, admissions: Sequence[Admission], arrived_at: float) -> AsyncIterator[Submission]:
+    """The submission of these requests, with their cartridges held until the engine has let go of it."""
     sequences = [sequence for admission in admissions for sequence in admission.sequences]
     cartridges = {named.digest: named for admission in admissions for named in admission.cartridges}
     references = Counter(digest for sequence in sequences for digest in sequence.digests)
-    hold = await parts.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
+    hold = await serving.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
     try:
-        fitting = [parts.admissions.fit(admission, hold.num_tokens) for admission in admissions]
-        job = parts.driver.submit([each for fit in fitting for each in fit.sequences], arrived_at=arrived_at)
+        fitting = [serving.admissions.fit(admission, hold.num_tokens) for admission in admissions]
+        submission = serving.driver.submit([each for fit in fitting for each in fit.sequences], arrived_at=arrived_at)
     except BaseException:
         hold.release()
         raise
-    job.ended.add_done_callback(lambda _: hold.release())
+    submission.ended.add_done_callback(lambda _: hold.release())
     try:
-        yield job
+        yield submission
     finally:
         # The client went away, or its time is over.
-        parts.driver.cancel(job)
+        serving.driver.cancel(submission)
 
 
 class _Answer:
     """One completion as it grows."""
 
-    def __init__(self, parts: Parts, admission: Admission) -> None:
-        self._parts = parts
+    def __init__(self, serving: Serving, admission: Admission) -> None:
+        self._serving = serving
         self._cartridges = admission.cartridges
         self._num_prompt_tokens = len(admission.sequences[0].prompt_ids)
         self.num_tokens = 0
@@ -181,12 +170,12 @@ class _Answer:
     def identity(self, output: TokenOutput) -> common_pb2.Identity:
         """The digests are those that the engine decoded with; names and versions are the caller's."""
         return common_pb2.Identity(
-            model_fingerprint=self._parts.spec.fingerprint,
+            model_fingerprint=self._serving.spec.fingerprint,
             cartridges=[
                 common_pb2.CartridgeId(name=named.name, version=named.version, digest=digest)
                 for named, digest in zip(self._cartridges, output.digests, strict=True)
             ],
-            template_digest=self._parts.template_digest,
+            template_digest=self._serving.template_digest,
         )
 
     def add(self, outputs: Sequence[TokenOutput]) -> dict[str, Any]:

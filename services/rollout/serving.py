@@ -1,4 +1,4 @@
-"""What serves the calls, put together for one model."""
+"""A model's server behind its RPCs: admission, residency and the driven engine, built from the settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.rollout.admission import Admissions
 from services.rollout.driver import Driver
 from services.rollout.engine import Engine
 from services.rollout.engine.torch.engine import TorchEngine
-from services.rollout.engine_metrics import VllmMetrics
+from services.rollout.engine_metrics import EngineMetrics
 from services.rollout.residency import CartridgeSource, Residency
 from services.rollout.settings import RolloutSettings
 
@@ -21,27 +21,29 @@ _HOST_BUDGET_BYTES = 8 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Serving:
     """Use `driver.start()` before the first call; close residency, then driver."""
 
     spec: ModelSpec
     model_name: str
     template_digest: str
+    # Running and waiting ones; a call that needs more could never be admitted.
+    max_sequences: int
     admissions: Admissions
     residency: Residency
     driver: Driver
 
     @classmethod
-    def build(cls, settings: RolloutSettings, info: ModelInfo, engine: Engine, source: CartridgeSource) -> Parts:
+    def build(cls, settings: RolloutSettings, info: ModelInfo, engine: Engine, source: CartridgeSource) -> Serving:
         """Raises TemplateUnsupported."""
         template = ChatTemplate(info.tokenizer, settings.template_clock)
         model_name = settings.model_name or settings.model.resolve().name
-        # Running and waiting ones; a call that needs more could never be admitted.
         max_sequences = settings.max_sequences + settings.max_waiting
         return cls(
             spec=info.spec,
             model_name=model_name,
             template_digest=template.digest,
+            max_sequences=max_sequences,
             admissions=Admissions(
                 info,
                 template,
@@ -57,7 +59,7 @@ class Parts:
                 host_budget_bytes=_host_budget_bytes(settings),
                 element_bytes=resolve_dtype(settings.dtype, settings.device).itemsize,
             ),
-            driver=Driver(engine, VllmMetrics(model_name), max_sequences=max_sequences),
+            driver=Driver(engine, EngineMetrics(model_name), max_sequences=max_sequences),
         )
 
 

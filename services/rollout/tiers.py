@@ -31,15 +31,10 @@ class Resident:
     num_tokens: int
     num_bytes: int
     references: int = 0
-    pinned: bool = False
-
-    @property
-    def idle(self) -> bool:
-        return not self.references and not self.pinned
 
 
 class DeviceTier:
-    """The engine's cartridges. Those in use and pinned ones stay; of the others the least recently used make room."""
+    """The engine's cartridges. Those in use stay; of the others the least recently used make room."""
 
     def __init__(self, engine: Engine, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -55,9 +50,6 @@ class DeviceTier:
 
     def residents(self) -> Sequence[Resident]:
         return list(self._residents.values())
-
-    def get(self, digest: str) -> Resident | None:
-        return self._residents.get(digest)
 
     def use(self, digest: str) -> Resident:
         """The resident, which is now the most recently used."""
@@ -96,15 +88,13 @@ class DeviceTier:
             )
         residents = self.residents()
         in_use = sum(resident.num_bytes for resident in residents if resident.references)
-        pinned = sum(resident.num_bytes for resident in residents if resident.pinned and not resident.references)
-        if in_use + pinned + self._loading_bytes + num_bytes > self.budget_bytes:
+        if in_use + self._loading_bytes + num_bytes > self.budget_bytes:
             raise ResourceExhausted(
                 f"no room for cartridge {digest} of {num_bytes} bytes: of {self.budget_bytes} bytes {in_use} are in "
-                f"use, {pinned} more are pinned and {self._loading_bytes} are of cartridges being loaded; wait, unload "
-                "a pinned one, or raise cartridge_budget_bytes",
+                f"use and {self._loading_bytes} are of cartridges being loaded; wait, or raise cartridge_budget_bytes",
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
             )
-        idle = (resident for resident in residents if resident.idle)
+        idle = (resident for resident in residents if not resident.references)
         while self._used_bytes() + num_bytes > self.budget_bytes:
             self.remove(next(idle).digest)
             metrics.CARTRIDGE_EVICTIONS.labels("device").inc()
@@ -185,11 +175,6 @@ class HostTier:
         """At the end of `moving`: what takes the room that was made for it."""
         if stored.header.num_bytes <= self.budget_bytes:
             self._entries[named.digest] = Kept(named, stored)
-
-    def remove(self, digest: str) -> None:
-        """Nothing there is no error."""
-        self._entries.pop(digest, None)
-        self._observe()
 
     def _make_room(self, num_bytes: int) -> None:
         while self._entries and self._entry_bytes() + self._moving_bytes + num_bytes > self.budget_bytes:

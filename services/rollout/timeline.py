@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.rollout.engine import SequenceRequest, TokenOutput
-from services.rollout.engine_metrics import VllmMetrics
+from services.rollout.engine_metrics import EngineMetrics
 
 
 class Timeline:
@@ -22,7 +22,7 @@ class Timeline:
     )
 
     def __init__(
-        self, metrics: VllmMetrics, request: SequenceRequest, *, arrived_at: float, submitted_at: float
+        self, metrics: EngineMetrics, request: SequenceRequest, *, arrived_at: float, submitted_at: float
     ) -> None:
         self._metrics = metrics
         self._num_prompt_tokens = len(request.prompt_ids)

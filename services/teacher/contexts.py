@@ -23,13 +23,13 @@ class Contexts:
         # Oldest use first.
         self._resident: OrderedDict[str, Tensor] = OrderedDict()
 
-    def put(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The context's digest, and whether its KV was there already. Raises ResourceExhausted if it can never fit."""
+    def put(self, ids: Sequence[int]) -> str:
+        """The digest of the context, whose KV is resident then. Raises ResourceExhausted if it can never fit."""
         digest = ids_digest(ids)
         if digest in self._resident:
             self._resident.move_to_end(digest)
             metrics.CONTEXT_REQUESTS.labels("hit").inc()
-            return digest, True
+            return digest
         metrics.CONTEXT_REQUESTS.labels("miss").inc()
         num_bytes = len(ids) * self._lm.spec.kv_bytes_per_token(self._lm.dtype)
         if num_bytes > self._budget_bytes:
@@ -44,7 +44,7 @@ class Contexts:
             self._resident[digest] = self._lm.prefill(ids)
         metrics.CONTEXTS.set(len(self._resident))
         metrics.CONTEXT_BYTES.set(self.num_bytes())
-        return digest, False
+        return digest
 
     def get(self, digest: str) -> Tensor:
         """The KV of a context. Raises ContextNotFound: nothing else is ever scored in its place."""
@@ -56,7 +56,3 @@ class Contexts:
 
     def num_bytes(self) -> int:
         return sum(kv.nbytes for kv in self._resident.values())
-
-    def listing(self) -> list[tuple[str, int, int]]:
-        """(digest, tokens, bytes) of what is resident, least recently used first."""
-        return [(digest, kv.shape[3], kv.nbytes) for digest, kv in self._resident.items()]

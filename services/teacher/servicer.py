@@ -20,10 +20,11 @@ from foundry.model.packing import micro_batches
 from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
 from foundry.rpc.limits import PART_BYTES
+from foundry.rpc.teacher import scores_checksum
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import metrics
 from services.teacher.contexts import Contexts
-from services.teacher.scorer import Item, Scores, Want, check_item, score
+from services.teacher.scorer import Item, ItemScores, Want, check_item, score
 from services.teacher.settings import TeacherSettings
 
 log = structlog.get_logger(__name__)
@@ -31,16 +32,6 @@ log = structlog.get_logger(__name__)
 MAX_TOPK = 1024
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
-
-# Field of ScoreResponse by field of Scores.
-_MESSAGE_FIELDS = {
-    "chosen_N": "chosen",
-    "topk_ids_NK": "topk_ids",
-    "topk_logprobs_NK": "topk_logprobs",
-    "tail_logprob_N": "tail_logprob",
-    "candidates_NC": "candidates",
-    "hidden_NE": "hidden",
-}
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
@@ -62,48 +53,27 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
-        match request.WhichOneof("context"):
-            case "document":
-                ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
-            case "token_ids":
-                ids = self._checked_context(list(request.token_ids.ids))
-            case _:
-                raise InvalidArgument("set token_ids or document", field="context")
-        digest, already_resident = await self._run(lambda: self._contexts.put(ids))
-        return teacher_pb2.PutContextResponse(
-            context_digest=digest, num_tokens=len(ids), already_resident=already_resident, identity=self._identity()
-        )
+        ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+        digest = await self._run(lambda: self._contexts.put(ids))
+        return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
 
     async def Score(
-        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Context
+        self, request: teacher_pb2.ScoreRequest, context: Context
     ) -> AsyncIterator[teacher_pb2.ScoreResponse]:
-        async for request in request_iterator:
-            began = time.perf_counter()
-            items = self._checked_items(request)
-            want = self._checked_want(request.want)
-            index = 0
-            for some in micro_batches(items, self._micro_batch_tokens):
-                for scores in await self._run(partial(self._score, items[some], want)):
-                    for part in self._parts(request, index, scores):
-                        yield part
-                    index += 1
-            log.info(
-                "scored",
-                num_answers=len(items),
-                num_tokens=sum(len(item.ids) - item.score_from for item in items),
-                seconds=round(time.perf_counter() - began, 6),
-            )
-
-    async def Contexts(self, request: teacher_pb2.ContextsRequest, context: Context) -> teacher_pb2.ContextsResponse:
-        listing = await self._run(self._contexts.listing)
-        return teacher_pb2.ContextsResponse(
-            model_fingerprint=self._lm.spec.fingerprint,
-            template_digest=self._template.digest,
-            max_context_tokens=self._max_context_tokens,
-            contexts=[
-                teacher_pb2.Context(context_digest=digest, num_tokens=num_tokens, num_bytes=num_bytes)
-                for digest, num_tokens, num_bytes in listing
-            ],
+        began = time.perf_counter()
+        items = self._checked_items(request)
+        want = self._checked_want(request.want)
+        index = 0
+        for some in micro_batches(items, self._micro_batch_tokens):
+            for scores in await self._run(partial(self._score, items[some], want)):
+                for part in self._parts(request, index, scores):
+                    yield part
+                index += 1
+        log.info(
+            "scored",
+            num_answers=len(items),
+            num_tokens=sum(len(item.ids) - item.score_from for item in items),
+            seconds=round(time.perf_counter() - began, 6),
         )
 
     def close(self) -> None:
@@ -120,7 +90,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             self._pending -= 1
             metrics.PENDING.set(self._pending)
 
-    def _score(self, items: Sequence[Item], want: Want) -> list[Scores]:
+    def _score(self, items: Sequence[Item], want: Want) -> list[ItemScores]:
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
         contexts = [self._contexts.get(item.context_digest) for item in items]
         with metrics.SCORE_SECONDS.time():
@@ -129,11 +99,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
         return scores
 
-    def _parts(self, request: teacher_pb2.ScoreRequest, index: int, scores: Scores) -> list[teacher_pb2.ScoreResponse]:
+    def _parts(
+        self, request: teacher_pb2.ScoreRequest, index: int, scores: ItemScores
+    ) -> list[teacher_pb2.ScoreResponse]:
         """One item's scores as messages of at most PART_BYTES."""
         item = request.items[index]
+        # Fields of the message are named as those of ItemScores, without the shape.
         present = {
-            _MESSAGE_FIELDS[field.name]: value
+            field.name.rpartition("_")[0]: value
             for field in fields(scores)
             if (value := getattr(scores, field.name)) is not None
         }
@@ -146,31 +119,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             messages = {name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()}
             parts.append(
                 teacher_pb2.ScoreResponse(
-                    request_id=request.request_id,
                     item=index,
                     begin=begin,
                     end=end,
                     ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
                     context_digest=item.context_digest,
                     identity=self._identity(),
-                    tensors_checksum=tensors.checksum(messages.values()),
+                    tensors_checksum=scores_checksum(messages.values()),
                     **messages,
                 )
             )
         return parts
-
-    def _checked_context(self, ids: list[int]) -> list[int]:
-        if not ids:
-            raise InvalidArgument("token_ids is empty", field="token_ids")
-        if len(ids) > self._max_context_tokens:
-            raise InvalidArgument(
-                f"the context has {len(ids)} tokens, the teacher takes {self._max_context_tokens}", field="token_ids"
-            )
-        if max(ids) >= self._lm.spec.vocab_size:
-            raise InvalidArgument(
-                f"token id {max(ids)} is outside the vocabulary of {self._lm.spec.vocab_size}", field="token_ids"
-            )
-        return ids
 
     def _checked_items(self, request: teacher_pb2.ScoreRequest) -> list[Item]:
         self._check_fingerprint(request.model_fingerprint)
@@ -192,12 +151,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             raise InvalidArgument(
                 f"want.topk is {want.topk}, at most {min(MAX_TOPK, vocab_size - 1)}", field="want.topk"
             )
-        if any(candidate >= vocab_size for candidate in want.candidates):
-            raise InvalidArgument("want.candidates has ids outside the vocabulary", field="want.candidates")
-        wanted = Want(want.chosen, want.topk, list(want.candidates), want.hidden)
-        if not wanted.logits and not wanted.hidden:
+        if not want.topk and not want.hidden:
             raise InvalidArgument("want asks for nothing", field="want")
-        return wanted
+        return Want(want.topk, want.hidden)
 
     def _check_fingerprint(self, fingerprint: str) -> None:
         if fingerprint != self._lm.spec.fingerprint:

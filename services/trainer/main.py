@@ -11,13 +11,11 @@ import structlog
 from foundry import telemetry
 from foundry.errors import RankLost
 from foundry.store import CartridgeStore, RunState
-from foundry.v1 import trainer_pb2_grpc
 from services.trainer.exits import FAILED, RANK_LOST, STOPPED
 from services.trainer.parts import join, listen, load
 from services.trainer.ranks.accompany import accompany
 from services.trainer.ranks.group import Seat
 from services.trainer.ranks.leader import Leader
-from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker import Worker
 
@@ -35,7 +33,6 @@ async def serve(settings: TrainerSettings, seat: Seat) -> int:
     store = await CartridgeStore.open(settings.store)
     leader = Leader(await join(settings, seat, lm)) if seat.num_ranks > 1 else None
     worker = Worker(lm, settings, store, leader)
-    trainer_pb2_grpc.add_TrainerServicer_to_server(TrainerServicer(worker, store.runs), server.grpc)
     await server.start()
     await server.set_serving()
     log.info("serving", port=server.port, model_fingerprint=lm.spec.fingerprint)

@@ -6,6 +6,7 @@ from functools import partial
 from prometheus_client import Counter, Gauge, Histogram
 
 from foundry.errors import AlignmentError, DigestMismatch, FoundryError, IdentityMismatch, PolicyMismatch, Unavailable
+from foundry.rpc.retry import passes
 from foundry.store import RunState
 
 RUN_STATE = Gauge(
@@ -71,6 +72,14 @@ for _call in ("rollout", "teacher", "store"):
     RETRIES.labels(_call, Unavailable.reason)
 for _end in ("succeeded", "failed", "cancelled", "fenced", "requeued"):
     RUNS.labels(_end)
+
+
+def count_failure(call: str, error: FoundryError) -> None:
+    """Of one attempt of a call."""
+    if isinstance(error, GUARDS):
+        REFUSED.labels(error.reason).inc()
+    if passes(error):
+        RETRIES.labels(call, error.reason).inc()
 
 
 def observe_state(state: Callable[[], str]) -> None:

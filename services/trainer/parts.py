@@ -9,14 +9,13 @@ import torch
 from foundry.model.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.telemetry.gpu import observe_gpus
-from foundry.v1 import trainer_pb2
 from services.trainer.ranks.group import Group, Seat
 from services.trainer.settings import TrainerSettings
 
 
 def listen(settings: TrainerSettings) -> Server:
-    """Raises PortTaken."""
-    return Server(settings.listen, [trainer_pb2.DESCRIPTOR.services_by_name["Trainer"]], settings.tls)
+    """Answers for the process's health alone. Raises PortTaken."""
+    return Server(settings.listen, [], settings.tls)
 
 
 async def load(settings: TrainerSettings) -> FrozenLM:

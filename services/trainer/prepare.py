@@ -14,7 +14,9 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Answer, Prompt
+from foundry.rpc.retry import Retry
+from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.rpc.teacher import TeacherClient
 from foundry.seeds import derive_seed
 from foundry.selfstudy.prompts import read_prompts
 from foundry.selfstudy.questions import write_prompts
@@ -23,12 +25,9 @@ from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
-from services.trainer.patience import Patience
 from services.trainer.ranks.leader import Leader
-from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
-from services.trainer.teacher import Teacher
 from services.trainer.update.step import TrainingStep
 
 # Where no held-out file is given one prompt in eight is held out, at least four, at most half.
@@ -46,19 +45,19 @@ class Preparation:
         settings: TrainerSettings,
         *,
         store: CartridgeStore,
-        patience: Patience,
+        retry: Retry,
         leader: Leader | None = None,
     ) -> None:
         self._claimed, self._spec, self._lm, self._settings = claimed, claimed.spec, lm, settings
-        self._store, self._patience, self._leader = store, patience, leader
+        self._store, self._retry, self._leader = store, retry, leader
         self._template = ChatTemplate(lm.tokenizer, settings.template_clock)
-        self._rollouts = Rollouts(
+        self._rollouts = RolloutClient(
             Pods("rollout", settings.rollout_addresses, settings.tls),
             lm.spec.fingerprint,
             self._template.digest,
             settings.rollout_timeout_seconds,
         )
-        self._teacher: Teacher | None = None
+        self._teacher: TeacherClient | None = None
 
     async def run(self, control: Control) -> Run:
         """The run, ready to train. Raises what makes it impossible, e.g. DocumentTooLong or CartridgeTooLong."""
@@ -67,18 +66,18 @@ class Preparation:
             raise FingerprintMismatch(
                 f"the run is for model {spec.model_fingerprint}, this trainer has {lm.spec.fingerprint}"
             )
-        document = await self._patience.call("store", lambda: self._store.documents.get(spec.document))
+        document = await self._retry.call("store", lambda: self._store.documents.get(spec.document))
         context = self._template.context(document, max_tokens=lm.spec.max_tokens)
         start = cut_context(context, self._template.closing, spec.num_tokens)
-        self._teacher = Teacher(
+        self._teacher = TeacherClient(
             Pods("teacher", [self._settings.teacher_address], self._settings.tls),
             lm.spec.fingerprint,
-            self._template.digest,
             document,
-            ids_digest(context),
-            self._settings.teacher_timeout_seconds,
+            timeout_seconds=self._settings.teacher_timeout_seconds,
+            template_digest=self._template.digest,
+            context_digest=ids_digest(context),
         )
-        await self._patience.call("teacher", self._teacher.put_context)
+        await self._retry.call("teacher", self._teacher.put_context)
         training = TrainingStep(
             lm,
             TrainableCartridge(lm, await asyncio.to_thread(lm.prefill, start), num_frozen=spec.num_frozen),
@@ -99,7 +98,7 @@ class Preparation:
             rollouts=self._rollouts,
             teacher=self._teacher,
             control=control,
-            patience=self._patience,
+            retry=self._retry,
         )
 
     async def close(self) -> None:
@@ -108,7 +107,7 @@ class Preparation:
             await self._teacher.close()
 
     async def _resume(self, training: TrainingStep) -> tuple[Progress, Curriculum] | None:
-        kept = await self._patience.call("store", lambda: self._store.runs.load_checkpoint(self._claimed.run_id))
+        kept = await self._retry.call("store", lambda: self._store.runs.load_checkpoint(self._claimed.run_id))
         if kept is None:
             return None
         progress, curriculum = checkpoint.read(
@@ -136,7 +135,7 @@ class Preparation:
             raise InvalidArgument("no training prompts are left beside the held-out ones: bring more", field="prompts")
         prompts = [Prompt([*context, *turn], derive_seed(seed, "heldout", place)) for place, turn in enumerate(heldout)]
         await self._tell({"type": "progress", "stage": "teacher answers", "done": 0, "total": len(prompts)})
-        answers = await self._patience.call(
+        answers = await self._retry.call(
             "rollout",
             lambda: self._rollouts.ask_base(prompts, temperature=0.0, max_new_tokens=self._spec.max_new_tokens),
         )
@@ -146,11 +145,11 @@ class Preparation:
     async def _turns(self, document: str, source: Prompts, field: str) -> list[list[int]]:
         if isinstance(source, DocumentPrompts):
             digest = source.digest
-            text = await self._patience.call("store", lambda: self._store.documents.get(digest))
+            text = await self._retry.call("store", lambda: self._store.documents.get(digest))
             return [self._template.turn(messages) for messages in read_prompts(text, field=field)]
 
         async def ask(prompts: Sequence[Prompt]) -> list[Answer]:
-            return await self._patience.call(
+            return await self._retry.call(
                 "rollout",
                 lambda: self._rollouts.ask_base(
                     prompts, temperature=0.8, max_new_tokens=source.max_prompt_tokens, stop=["\n"]
@@ -176,7 +175,7 @@ class Preparation:
 
     async def _tell(self, event: dict[str, Any]) -> None:
         run_id, attempt = self._claimed.run_id, self._claimed.attempt
-        await self._patience.call("store", lambda: self._store.runs.report(run_id, attempt, event))
+        await self._retry.call("store", lambda: self._store.runs.report(run_id, attempt, event))
 
 
 def config_digest(spec: RunSpec) -> str:

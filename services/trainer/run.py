@@ -18,7 +18,9 @@ from foundry.errors import CartridgeNotFound, DigestMismatch, PolicyMismatch, Un
 from foundry.identity import Buffer
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
-from foundry.rpc.rollout import Prompt
+from foundry.rpc.retry import Retry
+from foundry.rpc.rollout import Prompt, RolloutClient
+from foundry.rpc.teacher import TeacherClient
 from foundry.seeds import derive_seed
 from foundry.store import CartridgeId, CartridgeStore, ClaimedRun, ManifestDraft
 from foundry.telemetry.traces import links_to
@@ -26,10 +28,8 @@ from services.trainer import checkpoint, metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum
-from services.trainer.patience import Patience
-from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Guards, Sample
-from services.trainer.teacher import Teacher
+from services.trainer.signals import signals_of
 from services.trainer.update.gradient import Signal
 from services.trainer.update.heldout import MEASURE, HeldOutSet
 from services.trainer.update.step import TrainingStep, Update
@@ -53,10 +53,10 @@ class Run:
         progress: Progress,
         *,
         store: CartridgeStore,
-        rollouts: Rollouts,
-        teacher: Teacher,
+        rollouts: RolloutClient,
+        teacher: TeacherClient,
         control: Control,
-        patience: Patience,
+        retry: Retry,
     ) -> None:
         self.claimed, self.spec = claimed, claimed.spec
         self.progress = progress
@@ -64,7 +64,7 @@ class Run:
         self._heldout = HeldOutSet(curriculum.heldout)
         self._objective = Objective(self.spec.objective, beta=self.spec.jsd_beta, k=self.spec.topk)
         self._store, self._rollouts, self._teacher = store, rollouts, teacher
-        self._control, self._patience = control, patience
+        self._control, self._retry = control, retry
         self._seconds: dict[str, float] = {}
         self._links: Sequence[trace.Link] = ()
 
@@ -103,7 +103,7 @@ class Run:
         async def attempt() -> list[Sample]:
             policy = self.progress.policy
             try:
-                return await self._rollouts.sample(
+                answers = await self._rollouts.sample(
                     prompts, policy, temperature=self.spec.temperature, max_new_tokens=self.spec.max_new_tokens
                 )
             except (CartridgeNotFound, DigestMismatch) as error:
@@ -112,14 +112,15 @@ class Run:
                 # Redis was emptied and this version was not durable, or all copies are damaged: the bytes are here.
                 await self._publish_policy(durable=True)
                 raise Unavailable(f"{error.message}; it was published again") from error
+            return [Sample.of(prompt, answer, policy) for prompt, answer in zip(prompts, answers, strict=True)]
 
         with self._timed("rollout"):
-            return await self._patience.call("rollout", attempt)
+            return await self._retry.call("rollout", attempt)
 
     async def _score(self, samples: Sequence[Sample], objective: Objective | None = None) -> list[Signal]:
         with self._timed("teacher"):
-            return await self._patience.call(
-                "teacher", lambda: self._teacher.score(samples, objective or self._objective)
+            return await self._retry.call(
+                "teacher", lambda: signals_of(self._teacher, samples, objective or self._objective)
             )
 
     async def _update(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
@@ -196,11 +197,11 @@ class Run:
         metrics.STEP.set(self.progress.step)
         metrics.NUM_STEPS.set(self.spec.num_steps)
         metrics.POLICY_MISMATCH_THRESHOLD.set(self.spec.policy_mismatch_threshold)
-        await self._patience.call(
+        await self._retry.call(
             "store", lambda: self._store.acquire(self.spec.name, self.claimed.run_id, self.claimed.attempt)
         )
         self._links = links_to(
-            await self._patience.call("store", lambda: self._store.runs.traceparent(self.claimed.run_id))
+            await self._retry.call("store", lambda: self._store.runs.traceparent(self.claimed.run_id))
         )
         # Before the first step: version of step 0. After a resume: the same bytes, hence the same version, again.
         await self._publish_policy()
@@ -218,7 +219,7 @@ class Run:
         last = step == spec.num_steps
         if last or (spec.heldout_every and step % spec.heldout_every == 0):
             await self._evaluate()
-        if last or step % spec.checkpoint_every == 0 or self._control.wants_checkpoint:
+        if last or step % spec.checkpoint_every == 0:
             await self._keep()
 
     async def _end(self) -> None:
@@ -226,7 +227,7 @@ class Run:
             await self._keep()
         # The same version again, unless Redis lost it.
         await self._publish_policy(durable=True)
-        await self._patience.call(
+        await self._retry.call(
             "store", lambda: self._store.release(self.spec.name, self.claimed.run_id, self.claimed.attempt)
         )
 
@@ -244,8 +245,7 @@ class Run:
         parts: list[Buffer] = [checkpoint.write(self.progress, self._curriculum, self._training)]
         run_id, attempt, step = self.claimed.run_id, self.claimed.attempt, self.progress.step
         with _tracer.start_as_current_span("checkpoint"), metrics.STAGE_SECONDS.labels("checkpoint").time():
-            await self._patience.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
-        self._control.checkpointed(step)
+            await self._retry.call("store", lambda: self._store.runs.save_checkpoint(run_id, attempt, step, parts))
 
     async def _publish_policy(
         self, measured: Mapping[str, float] | None = None, *, parent: str | None = None, durable: bool = False
@@ -266,13 +266,13 @@ class Run:
             metrics=measured or {},
         )
         durable = durable or progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
-        manifest = await self._patience.call("store", lambda: self._store.publish(stored, draft, durable=durable))
+        manifest = await self._retry.call("store", lambda: self._store.publish(stored, draft, durable=durable))
         self.progress = replace(progress, policy=CartridgeId(spec.name, manifest.version, manifest.digest))
         metrics.VERSION.set(manifest.version)
 
     async def _tell(self, event: dict[str, Any]) -> None:
         run_id, attempt = self.claimed.run_id, self.claimed.attempt
-        await self._patience.call("store", lambda: self._store.runs.report(run_id, attempt, event))
+        await self._retry.call("store", lambda: self._store.runs.report(run_id, attempt, event))
 
     def _traced_step(self) -> AbstractContextManager[trace.Span]:
         """The root of one step's trace, with a link to the request that made the run."""

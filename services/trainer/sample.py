@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foundry.rpc.rollout import Answer, Prompt
+from foundry.store import CartridgeId
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -21,6 +24,20 @@ class Sample:
     # Address of the rollout server that answered, and the prompt's place: whom to look at when the proof fails.
     server: str = ""
     place: str = ""
+
+    @classmethod
+    def of(cls, prompt: Prompt, answer: Answer, policy: CartridgeId) -> Sample:
+        """`answer` is what the policy gave to `prompt`."""
+        return cls(
+            prompt.ids,
+            answer.ids,
+            answer.logprobs,
+            policy.digest,
+            policy.version,
+            answer.truncated,
+            server=answer.server,
+            place=prompt.place,
+        )
 
     @property
     def ids(self) -> list[int]:

@@ -11,11 +11,11 @@ import structlog
 
 from foundry.errors import Fenced, FoundryError, RankLost, RunOver, StoreUnavailable
 from foundry.model.lm import FrozenLM
+from foundry.rpc.retry import Retry
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer import metrics
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.patience import Patience
 from services.trainer.prepare import Preparation
 from services.trainer.ranks.leader import Leader
 from services.trainer.run import Run
@@ -31,22 +31,18 @@ class Hand:
 
     claimed: ClaimedRun
     control: Control
-    patience: Patience
+    retry: Retry
     run: Run | None = None
 
     @property
     def state(self) -> RunState:
-        if self.patience.waiting_for:
+        if self.retry.waiting_for:
             return RunState.WAITING
         return RunState.PAUSED if self.control.paused else RunState.RUNNING
 
     @property
     def progress(self) -> Progress | None:
         return self.run.progress if self.run is not None else None
-
-    @property
-    def step(self) -> int:
-        return self.progress.step if self.progress is not None else 0
 
 
 class Worker:
@@ -83,10 +79,10 @@ class Worker:
                 return await runs.claim_run(run_id, worker, lease_seconds, timeout_seconds=CLAIM_SECONDS)
             return await runs.claim(worker, lease_seconds, timeout_seconds=CLAIM_SECONDS)
 
-        return await Patience(self._settings.patience_seconds).call("store", attempt)
+        return await self._retry().call("store", attempt)
 
     async def _see_through(self, claimed: ClaimedRun) -> None:
-        self.hand = Hand(claimed, Control(), Patience(self._settings.patience_seconds))
+        self.hand = Hand(claimed, Control(), self._retry())
         metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
         with structlog.contextvars.bound_contextvars(run=claimed.run_id, attempt=claimed.attempt):
             log.info("claimed", name=claimed.spec.name)
@@ -125,8 +121,10 @@ class Worker:
             finally:
                 heart.cancel()
                 training.cancel()
-                self.hand.control.end()
                 self.hand = None
+
+    def _retry(self) -> Retry:
+        return Retry(self._settings.patience_seconds, on_failure=metrics.count_failure)
 
     async def _train(self, hand: Hand) -> None:
         preparation = Preparation(
@@ -134,7 +132,7 @@ class Worker:
             self.lm,
             self._settings,
             store=self._store,
-            patience=hand.patience,
+            retry=hand.retry,
             leader=self._leader,
         )
         try:
@@ -153,7 +151,7 @@ class Worker:
                     claimed.attempt,
                     lease_seconds,
                     state=hand.state,
-                    waiting_for=hand.patience.waiting_for,
+                    waiting_for=hand.retry.waiting_for,
                 )
             except Fenced as error:
                 log.warning("fenced", error=str(error))
@@ -172,7 +170,7 @@ class Worker:
     def _obey(self, hand: Hand, desired: Desired, abandon: Callable[[], object]) -> None:
         if desired is Desired.CANCEL:
             hand.control.cancel()
-            if hand.run is None or hand.patience.waiting_for:
+            if hand.run is None or hand.retry.waiting_for:
                 # No step is in hand that could end well: preparing, or waiting for what may never come back.
                 abandon()
         elif desired is Desired.PAUSE:
@@ -188,7 +186,7 @@ class Worker:
     async def _finish(self, hand: Hand, state: RunState, error: str | None) -> None:
         run_id, attempt, result = hand.claimed.run_id, hand.claimed.attempt, _result(hand.progress)
         finishing = asyncio.ensure_future(
-            hand.patience.call(
+            hand.retry.call(
                 "store", lambda: self._store.runs.finish(run_id, attempt, state, error=error, result=result)
             )
         )

@@ -21,8 +21,8 @@ import structlog
 
 from foundry.identity import Digester
 from foundry.model.lm import FrozenLM
-from services.trainer.rollouts import Rollouts
-from services.trainer.teacher import Teacher
+from foundry.rpc.rollout import RolloutClient
+from foundry.rpc.teacher import TeacherClient
 from tests.chaos.faults.catalogue import KINDS
 from tests.chaos.faults.episode import Episode, Report
 from tests.chaos.faults.tally import Tally
@@ -119,13 +119,15 @@ GUARDS = {
     "proof": Guard(None, ("rollout-lie",), "no engine decoded", mismatch_threshold=float("inf")),
     # With the proof off as well, which stands behind this check.
     "answer-against-question": Guard(
-        (Rollouts, "_check"),
+        (RolloutClient, "_check"),
         ("rollout-other-version", "rollout-swap", "rollout-flip-ids"),
         "no engine decoded",
         mismatch_threshold=float("inf"),
     ),
     "score-against-sample": Guard(
-        (Teacher, "_check"), ("teacher-other-samples", "teacher-flip-hidden", "teacher-flip-ids"), "teacher's signal"
+        (TeacherClient, "_check"),
+        ("teacher-other-samples", "teacher-flip-hidden", "teacher-flip-ids"),
+        "teacher's signal",
     ),
 }
 

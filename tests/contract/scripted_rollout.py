@@ -18,6 +18,7 @@ POLICY = CartridgeId("name", 7, "blake3:" + "7" * 64)
 
 class Scripted(rollout_pb2_grpc.RolloutServicer):
     def __init__(self) -> None:
+        self.max_sequences = 64
         self.changes: dict[str, Any] = {}
         self.leave_out = False
         # Set: every call is refused, once this is set.
@@ -26,11 +27,17 @@ class Scripted(rollout_pb2_grpc.RolloutServicer):
         # Set: answers don't come until the call is cancelled.
         self.cancelled: asyncio.Event | None = None
         self.requests: list[rollout_pb2.GenerateRequest] = []
+        # How many each call had.
+        self.calls: list[int] = []
+
+    async def Resident(self, request: object, context: object) -> rollout_pb2.ResidentResponse:
+        return rollout_pb2.ResidentResponse(max_sequences=self.max_sequences)
 
     async def GenerateBatch(
         self, request: rollout_pb2.GenerateBatchRequest, context: object
     ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
         self.requests += request.requests
+        self.calls.append(len(request.requests))
         self.asked.set()
         if self.refuses is not None:
             await self.refuses.wait()

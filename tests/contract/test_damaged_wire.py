@@ -13,12 +13,11 @@ from redis.asyncio import Redis
 
 from foundry.errors import AlignmentError, DigestMismatch, StoreUnavailable, Unavailable
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Prompt
+from foundry.rpc.rollout import Prompt, RolloutClient
 from foundry.rpc.server import Server
 from foundry.rpc.status import from_rpc_error
 from foundry.store import CartridgeId, CartridgeStore, StoreSettings
 from foundry.v1 import rollout_pb2
-from services.trainer.rollouts import Rollouts
 from tests.chaos.faults.fault import Fault
 from tests.chaos.faults.link import Direction, Harm, Link
 from tests.store_data import cartridge, draft
@@ -99,14 +98,18 @@ async def test_a_message_that_cannot_be_read_is_an_error() -> None:
     async def garbage(request: bytes, context: object) -> AsyncIterator[bytes]:
         yield b"\xff\xff\xff"
 
+    async def nothing(request: bytes, context: object) -> bytes:
+        return b""
+
     server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(garbage)
-    server.grpc.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler("foundry.v1.Rollout", {"GenerateBatch": handler})]
-    )
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "GenerateBatch": grpc.unary_stream_rpc_method_handler(garbage),
+        "Resident": grpc.unary_unary_rpc_method_handler(nothing),
+    }
+    server.grpc.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("foundry.v1.Rollout", handlers)])
     await server.start()
     pods = Pods("rollout", [f"127.0.0.1:{server.port}"])
-    rollouts = Rollouts(pods, "blake3:model", "blake3:template", timeout_seconds=10)
+    rollouts = RolloutClient(pods, "blake3:model", "blake3:template", timeout_seconds=10)
     with pytest.raises(AlignmentError, match="damaged"):
         await rollouts.sample([Prompt([1], seed=0)], POLICY, temperature=1.0, max_new_tokens=8)
     await rollouts.close()

@@ -18,16 +18,15 @@ from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.resolve import Endpoint, Resolver
-from foundry.rpc.rollout import Prompt
+from foundry.rpc.retry import Retry
+from foundry.rpc.rollout import Prompt, RolloutClient
 from foundry.rpc.server import Server
+from foundry.rpc.teacher import TeacherClient
 from foundry.v1 import teacher_pb2, teacher_pb2_grpc
-from services.gateway.teacher import Teacher as GatewayTeacher
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
-from services.trainer.patience import Patience
-from services.trainer.rollouts import Rollouts
 from services.trainer.sample import Sample
-from services.trainer.teacher import Teacher
+from services.trainer.signals import signals_of
 from services.trainer.update.proof import prove
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
 from tests.tiny import CLOCK, build_tiny_model
@@ -109,9 +108,9 @@ class Scaled:
         """The name knows it still."""
         await self._running[number].aclose()
 
-    def rollouts(self, *, silent_seconds: float = 10.0) -> Rollouts:
+    def rollouts(self, *, silent_seconds: float = 10.0) -> RolloutClient:
         pods = Pods("rollout", [f"pods.test:{self.port}"], lookup=self.names, silent_seconds=silent_seconds)
-        rollouts = Rollouts(pods, "blake3:model", "blake3:template", timeout_seconds=10)
+        rollouts = RolloutClient(pods, "blake3:model", "blake3:template", timeout_seconds=10)
         self._stack.push_async_callback(rollouts.close)
         return rollouts
 
@@ -122,13 +121,13 @@ async def scaled() -> AsyncIterator[Scaled]:
         yield Scaled(stack)
 
 
-async def answered_by(rollouts: Rollouts) -> list[str]:
+async def answered_by(rollouts: RolloutClient) -> list[str]:
     """The number of the server of each answer; the answers themselves are always the same."""
-    samples = await Patience(10, max_wait_seconds=0.01).call(
+    answers = await Retry(10, max_wait_seconds=0.01).call(
         "rollout", lambda: rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
     )
-    assert [list(sample.answer_ids) for sample in samples] == [[prompt.ids[0], 2] for prompt in PROMPTS]
-    return [sample.server.rpartition(":")[0] for sample in samples]
+    assert [list(answer.ids) for answer in answers] == [[prompt.ids[0], 2] for prompt in PROMPTS]
+    return [answer.server.rpartition(":")[0] for answer in answers]
 
 
 async def test_batches_follow_the_name_up_and_down(scaled: Scaled) -> None:
@@ -189,7 +188,7 @@ async def test_a_server_given_by_number_is_waited_for(scaled: Scaled) -> None:
     await scaled.add(FIRST)
     await scaled.add(SECOND)
     addresses = [f"{FIRST}:{scaled.port}", f"{SECOND}:{scaled.port}"]
-    rollouts = Rollouts(Pods("rollout", addresses), "blake3:model", "blake3:template", timeout_seconds=10)
+    rollouts = RolloutClient(Pods("rollout", addresses), "blake3:model", "blake3:template", timeout_seconds=10)
     assert await answered_by(rollouts) == [FIRST, SECOND] * 3
     await scaled.kill(SECOND)
     with pytest.raises(Unavailable, match=SECOND):
@@ -201,7 +200,7 @@ async def test_a_server_given_by_number_is_waited_for(scaled: Scaled) -> None:
 
 
 async def test_a_name_without_addresses_says_so() -> None:
-    rollouts = Rollouts(Pods("rollout", ["pods.test:7"], lookup=Names()), "", "", timeout_seconds=1)
+    rollouts = RolloutClient(Pods("rollout", ["pods.test:7"], lookup=Names()), "", "", timeout_seconds=1)
     with pytest.raises(Unavailable, match=r"no rollout server is behind pods\.test:7"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
@@ -210,7 +209,9 @@ async def test_the_proof_names_the_pod(scaled: Scaled) -> None:
     await scaled.add(FIRST)
     liar = await scaled.add(SECOND)
     rollouts = scaled.rollouts()
-    samples = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    answers = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    samples = [Sample.of(prompt, answer, POLICY) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    assert [sample.place for sample in samples] == [prompt.place for prompt in PROMPTS]
     trainers_word = torch.tensor([word for sample in samples for word in truth(sample, SECOND)])
     with pytest.raises(PolicyMismatch, match=f"from 1 of 2 .* Rollout {SECOND}:{scaled.port} claimed version 7"):
         prove(samples, trainers_word, threshold=0.01)
@@ -249,18 +250,22 @@ class Teachers:
     def pods(self) -> Pods:
         return Pods("teacher", [f"pods.test:{self.port}"], lookup=self.names)
 
-    def trainers(self, document: str) -> Teacher:
+    def trainers(self, document: str) -> TeacherClient:
         template = ChatTemplate(self.lm.tokenizer, CLOCK)
-        context_digest = ids_digest(template.context(document))
-        teacher = Teacher(
-            self.pods(), self.lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30
+        teacher = TeacherClient(
+            self.pods(),
+            self.lm.spec.fingerprint,
+            document,
+            timeout_seconds=30,
+            template_digest=template.digest,
+            context_digest=ids_digest(template.context(document)),
         )
         self._stack.push_async_callback(teacher.close)
         return teacher
 
     def holding(self) -> dict[str, int]:
         """Contexts on each."""
-        return {number: len(servicer._contexts.listing()) for number, servicer in self.servicers.items()}
+        return {number: len(servicer._contexts._resident) for number, servicer in self.servicers.items()}
 
 
 @pytest.fixture
@@ -282,28 +287,28 @@ async def test_each_document_has_one_teacher(teachers: Teachers) -> None:
     documents = [f"The harbour {number} is open again." for number in range(60)]
     for document in documents:
         # A second run, and the gateway before either, come to the same one.
-        gateways = GatewayTeacher(teachers.pods())
-        assert await gateways.context_tokens(document, teachers.lm.spec.fingerprint)
+        gateways = TeacherClient(teachers.pods(), teachers.lm.spec.fingerprint, document, timeout_seconds=30)
+        assert await gateways.put_context() == len(ChatTemplate(teachers.lm.tokenizer, CLOCK).context(document))
         await gateways.close()
         for _ in range(2):
             trainers = teachers.trainers(document)
             await trainers.put_context()
-            await trainers.score(SAMPLES, FORWARD)
+            await signals_of(trainers, SAMPLES, FORWARD)
     assert sum(teachers.holding().values()) == len(documents)
     assert min(teachers.holding().values()) > 0
 
 
 async def test_another_teacher_takes_over_with_the_same_scores(teachers: Teachers) -> None:
-    trainers, patience = teachers.trainers(DOCUMENTS[0]), Patience(30, max_wait_seconds=0.01)
+    trainers, retry = teachers.trainers(DOCUMENTS[0]), Retry(30, max_wait_seconds=0.01)
     await trainers.put_context()
-    before = await trainers.score(SAMPLES, FORWARD)
+    before = await signals_of(trainers, SAMPLES, FORWARD)
     (home,) = (number for number, count in teachers.holding().items() if count)
     await teachers.running[home].stop(0)
 
     async def score() -> list[torch.Tensor]:
-        return [signal for signal in await trainers.score(SAMPLES, FORWARD) if isinstance(signal, torch.Tensor)]
+        return [signal for signal in await signals_of(trainers, SAMPLES, FORWARD) if isinstance(signal, torch.Tensor)]
 
-    after = await patience.call("teacher", score)
+    after = await retry.call("teacher", score)
     assert all(
         isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
         for one, other in zip(before, after, strict=True)
@@ -311,7 +316,7 @@ async def test_another_teacher_takes_over_with_the_same_scores(teachers: Teacher
     assert sorted(teachers.holding().values()) == [0, 1, 1]
     # Where it went it stays, when the first is back too: there it would have to be computed again.
     teachers.names.numbers = [number for number in teachers.names.numbers if number != home]
-    await patience.call("teacher", score)
+    await retry.call("teacher", score)
     await teachers.add(home)
-    await patience.call("teacher", score)
+    await retry.call("teacher", score)
     assert teachers.holding()[home] == 0

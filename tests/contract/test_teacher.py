@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,19 +29,20 @@ from foundry.identity import ids_checksum, ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective, TopK
 from foundry.model.template import ChatTemplate
-from foundry.rpc import tensors
+from foundry.rpc import limits, tensors
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.limits import MAX_MESSAGE_BYTES, PART_BYTES
 from foundry.rpc.pods import Pods
 from foundry.rpc.server import Server
+from foundry.rpc.teacher import TeacherClient
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import scorer
 from services.teacher import servicer as teacher_servicer
-from services.teacher.scorer import Item, Want
+from services.teacher.scorer import Item, ItemScores, Want
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.sample import Sample
-from services.trainer.teacher import Teacher
+from services.trainer.signals import signals_of
 from tests.tiny import CHATML, CLOCK, build_tiny_model
 
 FORWARD = Objective("forward_kl")
@@ -94,11 +96,17 @@ SAMPLES = [
 ]
 
 
-async def connect(lm: FrozenLM, address: str, document: str) -> Teacher:
+async def connect(lm: FrozenLM, address: str, document: str) -> TeacherClient:
     template = ChatTemplate(lm.tokenizer, CLOCK)
     context_digest = ids_digest(template.context(document)) if document.strip() else ""
-    pods = Pods("teacher", [address])
-    teacher = Teacher(pods, lm.spec.fingerprint, template.digest, document, context_digest, timeout_seconds=30)
+    teacher = TeacherClient(
+        Pods("teacher", [address]),
+        lm.spec.fingerprint,
+        document,
+        timeout_seconds=30,
+        template_digest=template.digest,
+        context_digest=context_digest,
+    )
     await teacher.put_context()
     return teacher
 
@@ -115,7 +123,7 @@ def reference_logprobs(directory: Path, lm: FrozenLM, document: str, sample: Sam
 async def test_each_sample_is_scored_with_its_own_document(address: str, lm: FrozenLM, directory: Path) -> None:
     for document in DOCUMENTS:
         teacher = await connect(lm, address, document)
-        for signal, sample in zip(await teacher.score(SAMPLES, FORWARD), SAMPLES, strict=True):
+        for signal, sample in zip(await signals_of(teacher, SAMPLES, FORWARD), SAMPLES, strict=True):
             assert isinstance(signal, Tensor)
             found = lm.logits(signal).log_softmax(-1)
             torch.testing.assert_close(found, reference_logprobs(directory, lm, document, sample), atol=1e-4, rtol=0)
@@ -127,19 +135,18 @@ async def test_two_documents_in_one_batch(
 ) -> None:
     digests = [await put(stub, lm, document) for document in DOCUMENTS]
     pairs = [(digest, sample) for sample in SAMPLES for digest in digests]
-    parts = await score(stub, lm, pairs, teacher_pb2.Want(chosen=True))
+    parts = await score(stub, lm, pairs, teacher_pb2.Want(topk=5))
     assert len(parts) == len(pairs)
     for part, (digest, sample) in zip(parts, pairs, strict=True):
         document = DOCUMENTS[digests.index(digest)]
         expected = reference_logprobs(directory, lm, document, sample)
-        chosen = expected.gather(-1, torch.tensor(sample.answer_ids)[:, None]).squeeze(-1)
-        torch.testing.assert_close(tensors.from_message(part.chosen), chosen, atol=1e-4, rtol=0)
+        torch.testing.assert_close(tensors.from_message(part.topk_logprobs), expected.topk(5).values, atol=1e-4, rtol=0)
         assert part.context_digest == digest
 
 
 async def test_every_kind_of_score(stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM, directory: Path) -> None:
     digest = await put(stub, lm, DOCUMENTS[0])
-    want = teacher_pb2.Want(topk=5, candidates=[9, 300], chosen=True)
+    want = teacher_pb2.Want(topk=5)
     for part, sample in zip(await score(stub, lm, [(digest, s) for s in SAMPLES], want), SAMPLES, strict=True):
         expected = reference_logprobs(directory, lm, DOCUMENTS[0], sample)
         top = expected.topk(5, -1)
@@ -147,13 +154,12 @@ async def test_every_kind_of_score(stub: teacher_pb2_grpc.TeacherAsyncStub, lm: 
         torch.testing.assert_close(tensors.from_message(part.topk_logprobs), top.values, atol=1e-4, rtol=0)
         tail = torch.log1p(-top.values.double().exp().sum(-1)).float()
         torch.testing.assert_close(tensors.from_message(part.tail_logprob), tail, atol=1e-3, rtol=0)
-        torch.testing.assert_close(tensors.from_message(part.candidates), expected[:, [9, 300]], atol=1e-4, rtol=0)
         assert not part.HasField("hidden")
 
 
 async def test_topk_signal_has_the_same_rows(address: str, lm: FrozenLM) -> None:
     teacher = await connect(lm, address, DOCUMENTS[0])
-    for signal, sample in zip(await teacher.score(SAMPLES, Objective("topk", k=4)), SAMPLES, strict=True):
+    for signal, sample in zip(await signals_of(teacher, SAMPLES, Objective("topk", k=4)), SAMPLES, strict=True):
         assert isinstance(signal, TopK)
         assert signal.ids_NK.shape == (len(sample.answer_ids), 4)
     await teacher.close()
@@ -161,7 +167,7 @@ async def test_topk_signal_has_the_same_rows(address: str, lm: FrozenLM) -> None
 
 async def test_equal_requests_give_equal_bits(address: str, lm: FrozenLM) -> None:
     teacher = await connect(lm, address, DOCUMENTS[0])
-    first, second = await teacher.score(SAMPLES, FORWARD), await teacher.score(SAMPLES, FORWARD)
+    first, second = await signals_of(teacher, SAMPLES, FORWARD), await signals_of(teacher, SAMPLES, FORWARD)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
     await teacher.close()
 
@@ -170,12 +176,44 @@ async def test_long_answers_come_in_parts_under_the_message_limit(
     address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = await connect(lm, address, DOCUMENTS[0])
-    whole = await teacher.score(SAMPLES, FORWARD)
+    whole = await signals_of(teacher, SAMPLES, FORWARD)
     # Three rows of hidden states a part.
     monkeypatch.setattr(teacher_servicer, "PART_BYTES", 3 * 4 * lm.spec.hidden_size)
-    parts = await teacher.score(SAMPLES, FORWARD)
+    parts = await signals_of(teacher, SAMPLES, FORWARD)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))  # type: ignore[arg-type]
     assert PART_BYTES < MAX_MESSAGE_BYTES
+    await teacher.close()
+
+
+async def test_more_samples_than_a_message_holds_are_scored(
+    address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+
+    def ends(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> list[ItemScores]:
+        """No forward: the tiny model's context is not so long."""
+        return [ItemScores(hidden_NE=torch.tensor([[float(item.ids[-1])]])) for item in items]
+
+    monkeypatch.setattr(teacher_servicer, "score", ends)
+    # Of 2 MB each: two bytes an id.
+    samples = [
+        Sample([300] * 1_000_000, [10 + index], (), "", 0, truncated=False) for index in range(MAX_MESSAGE_BYTES >> 20)
+    ]
+    signals = await signals_of(teacher, samples, FORWARD)
+    assert [float(signal) for signal in signals if isinstance(signal, Tensor)] == [10, 11, 12, 13]
+    await teacher.close()
+
+
+async def test_scores_of_several_requests_are_those_of_one(
+    address: str, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = await connect(lm, address, DOCUMENTS[0])
+    whole = await signals_of(teacher, SAMPLES, FORWARD)
+    # One sample a request.
+    monkeypatch.setattr(limits, "MAX_CONTENT_BYTES", 1)
+    parts = await signals_of(teacher, SAMPLES, FORWARD)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
     await teacher.close()
 
 
@@ -190,13 +228,13 @@ async def test_a_shift_by_one_is_caught(address: str, lm: FrozenLM, monkeypatch:
     samples = [sample for sample in SAMPLES if sample.score_from > 1]
     monkeypatch.setattr(teacher_servicer, "score", shifted)
     with pytest.raises(AlignmentError):
-        await teacher.score(samples, FORWARD)
+        await signals_of(teacher, samples, FORWARD)
     monkeypatch.setattr(teacher_servicer, "score", honest)
     monkeypatch.setattr(
         teacher_servicer, "ids_checksum", lambda ids, begin, end: ids_checksum([*ids[1:], ids[0]], begin, end)
     )
     with pytest.raises(AlignmentError, match="do not belong"):
-        await teacher.score(samples, FORWARD)
+        await signals_of(teacher, samples, FORWARD)
     await teacher.close()
 
 
@@ -221,7 +259,7 @@ async def test_scores_that_were_damaged_on_the_way_are_refused(
 
     monkeypatch.setattr(TeacherServicer, "_parts", damaged)
     with pytest.raises(AlignmentError, match="damaged"):
-        await teacher.score(SAMPLES, objective)
+        await signals_of(teacher, SAMPLES, objective)
     await teacher.close()
 
 
@@ -246,13 +284,17 @@ async def test_a_teacher_of_another_day_is_refused_before_it_scores(
     dated_lm = FrozenLM.load(dated)
     async with serving(dated_lm, TeacherSettings(model=dated, reserve_tokens=64)) as address:
         teacher = await connect(dated_lm, address, DOCUMENTS[0])
-        assert len(await teacher.score(SAMPLES, FORWARD)) == len(SAMPLES)
+        assert len(await signals_of(teacher, SAMPLES, FORWARD)) == len(SAMPLES)
         await teacher.close()
         next_day = ChatTemplate(dated_lm.tokenizer, CLOCK + timedelta(days=1))
         context_digest = ids_digest(next_day.context(DOCUMENTS[0]))
-        pods = Pods("teacher", [address])
-        other = Teacher(
-            pods, dated_lm.spec.fingerprint, next_day.digest, DOCUMENTS[0], context_digest, timeout_seconds=30
+        other = TeacherClient(
+            Pods("teacher", [address]),
+            dated_lm.spec.fingerprint,
+            DOCUMENTS[0],
+            timeout_seconds=30,
+            template_digest=next_day.digest,
+            context_digest=context_digest,
         )
         with pytest.raises(IdentityMismatch, match="template_clock"):
             await other.put_context()
@@ -275,14 +317,12 @@ def test_checksum_binds_ids_and_range() -> None:
 async def test_evicted_context_is_put_again(lm: FrozenLM, directory: Path) -> None:
     token_bytes = lm.spec.num_layers * 2 * lm.spec.num_kv_heads * lm.spec.head_dim * 4
     settings = TeacherSettings(model=directory, reserve_tokens=64, context_budget_bytes=30 * token_bytes)
-    async with serving(lm, settings) as address, open_channel(address) as channel:
+    async with serving(lm, settings) as address:
         first = await connect(lm, address, DOCUMENTS[0])
-        before = await first.score(SAMPLES, FORWARD)
+        before = await signals_of(first, SAMPLES, FORWARD)
         second = await connect(lm, address, DOCUMENTS[1])
-        stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
-        held = await stub.Contexts(teacher_pb2.ContextsRequest(), timeout=5)
-        assert [context.num_tokens for context in held.contexts] == [23]
-        after = await first.score(SAMPLES, FORWARD)
+        assert REGISTRY.get_sample_value("foundry_teacher_resident_contexts") == 1
+        after = await signals_of(first, SAMPLES, FORWARD)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
         with pytest.raises(ResourceExhausted, match="budget"):
             await connect(lm, address, DOCUMENTS[1] * 2)
@@ -344,4 +384,4 @@ async def score(
         want=want,
     )
     with typed_errors("teacher"):
-        return [part async for part in stub.Score(iter([request]), timeout=30)]
+        return [part async for part in stub.Score(request, timeout=30)]

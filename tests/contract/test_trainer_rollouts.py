@@ -12,21 +12,20 @@ import pytest
 from foundry.errors import AlignmentError, Unavailable
 from foundry.identity import answer_checksum
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Prompt
+from foundry.rpc.rollout import Prompt, RolloutClient
 from foundry.v1 import common_pb2, rollout_pb2
-from services.trainer.rollouts import Rollouts
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
 
 OTHER = common_pb2.CartridgeId(name="name", version=7, digest="blake3:" + "8" * 64)
 
 
 @pytest.fixture
-async def servers() -> AsyncIterator[tuple[list[Scripted], Rollouts]]:
+async def servers() -> AsyncIterator[tuple[list[Scripted], RolloutClient]]:
     scripted = [Scripted(), Scripted()]
     async with AsyncExitStack() as stack:
         running = [await stack.enter_async_context(serving(servicer)) for servicer in scripted]
         addresses = [f"127.0.0.1:{server.port}" for server in running]
-        rollouts = Rollouts(Pods("rollout", addresses), "blake3:model", "blake3:template", timeout_seconds=10)
+        rollouts = RolloutClient(Pods("rollout", addresses), "blake3:model", "blake3:template", timeout_seconds=10)
         stack.push_async_callback(rollouts.close)
         yield scripted, rollouts
 
@@ -34,18 +33,45 @@ async def servers() -> AsyncIterator[tuple[list[Scripted], Rollouts]]:
 PROMPTS = [Prompt([10 + index], seed=index, place=f"prompt {index}") for index in range(5)]
 
 
-async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list[Scripted], Rollouts]) -> None:
+async def test_answers_come_back_in_the_order_of_the_prompts(servers: tuple[list[Scripted], RolloutClient]) -> None:
     scripted, rollouts = servers
-    samples = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
-    assert [list(sample.answer_ids) for sample in samples] == [[10 + index, 2] for index in range(5)]
-    assert {sample.digest for sample in samples} == {POLICY.digest}
-    assert [sample.server for sample in samples] == [rollouts._pods.addresses[index % 2] for index in range(5)]
-    assert [sample.place for sample in samples] == [prompt.place for prompt in PROMPTS]
+    answers = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert [list(answer.ids) for answer in answers] == [[10 + index, 2] for index in range(5)]
+    assert [answer.server for answer in answers] == [rollouts._pods.addresses[index % 2] for index in range(5)]
     assert [len(each.requests) for each in scripted] == [3, 2]
     request = scripted[1].requests[0]
     assert request.skip_prefix_cache
     assert request.sampling.seed == 1
     assert [each.digest for each in request.cartridges] == [POLICY.digest]
+
+
+async def test_calls_are_cut_to_what_each_server_takes(servers: tuple[list[Scripted], RolloutClient]) -> None:
+    scripted, rollouts = servers
+    scripted[0].max_sequences = 2
+    answers = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert [list(answer.ids) for answer in answers] == [[10 + index, 2] for index in range(5)]
+    assert [each.calls for each in scripted] == [[2, 1], [2]]
+    # Remembered, until the server was away: then it may be another, with other settings.
+    scripted[0].max_sequences = 64
+    await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert scripted[0].calls[2:] == [2, 1]
+    scripted[0].refuses = scripted[0].asked
+    with pytest.raises(Unavailable):
+        await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    scripted[0].refuses = None
+    await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
+    assert scripted[0].calls[-1:] == [3]
+
+
+async def test_prompts_that_no_message_holds_together_are_answered(
+    servers: tuple[list[Scripted], RolloutClient],
+) -> None:
+    scripted, rollouts = servers
+    # Of 1.5 MB each: five bytes an id. One server is asked for three of them.
+    prompts = [Prompt([10 + index, *[2**30] * 300_000], seed=index) for index in range(5)]
+    answers = await rollouts.sample(prompts, POLICY, temperature=1.0, max_new_tokens=8)
+    assert [list(answer.ids) for answer in answers] == [[10 + index, 2] for index in range(5)]
+    assert [each.calls for each in scripted] == [[2, 1], [2]]
 
 
 def other_bytes(completion: rollout_pb2.Completion) -> None:
@@ -74,7 +100,7 @@ def other_template(completion: rollout_pb2.Completion) -> None:
 
 
 def cut_off(completion: rollout_pb2.Completion) -> None:
-    completion.finish_reason = rollout_pb2.FINISH_REASON_CANCELLED
+    completion.finish_reason = rollout_pb2.FINISH_REASON_UNSPECIFIED
 
 
 def flipped_last_id(completion: rollout_pb2.Completion) -> None:
@@ -98,14 +124,16 @@ DAMAGES = [flipped_last_id, flipped_logprob, unknown_finish_reason, another_prom
 
 
 @pytest.mark.parametrize("lie", [*LIES, *DAMAGES], ids=lambda f: f.__name__)
-async def test_answers_of_another_policy_are_refused(servers: tuple[list[Scripted], Rollouts], lie: Any) -> None:
+async def test_answers_of_another_policy_are_refused(servers: tuple[list[Scripted], RolloutClient], lie: Any) -> None:
     scripted, rollouts = servers
     scripted[1].changes["lie"] = lie
     with pytest.raises(AlignmentError, match="rollout 127"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
 
-async def test_a_wrong_identity_names_the_server_and_both_digests(servers: tuple[list[Scripted], Rollouts]) -> None:
+async def test_a_wrong_identity_names_the_server_and_both_digests(
+    servers: tuple[list[Scripted], RolloutClient],
+) -> None:
     scripted, rollouts = servers
     scripted[1].changes["lie"] = other_bytes
     with pytest.raises(AlignmentError) as caught:
@@ -118,14 +146,16 @@ async def test_a_wrong_identity_names_the_server_and_both_digests(servers: tuple
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
 
-async def test_a_missing_answer_is_an_error(servers: tuple[list[Scripted], Rollouts]) -> None:
+async def test_a_missing_answer_is_an_error(servers: tuple[list[Scripted], RolloutClient]) -> None:
     scripted, rollouts = servers
     scripted[0].leave_out = True
     with pytest.raises(AlignmentError, match="answered 2 of 3"):
         await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
 
 
-async def test_what_one_server_refuses_is_cancelled_on_the_others(servers: tuple[list[Scripted], Rollouts]) -> None:
+async def test_what_one_server_refuses_is_cancelled_on_the_others(
+    servers: tuple[list[Scripted], RolloutClient],
+) -> None:
     """Otherwise the same prompts, asked again, would be decoded beside their first copies, to other bits."""
     scripted, rollouts = servers
     scripted[0].cancelled = asyncio.Event()

@@ -118,9 +118,15 @@ def test_grace_periods_add_up(name: str) -> None:
         (container,) = pod["spec"]["containers"]
         variables = {variable["name"]: variable.get("value") for variable in container["env"]}
         hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        grace_seconds = math.ceil(float(variables["FOUNDRY_GRACE_SECONDS"]))
+        if service == "rollout":
+            wait, drain = hook[2].split("; ")
+            assert hook[:2] == ["sh", "-c"]
+            # What is not through by then is ended at SIGTERM: the drain's time is that of the calls in flight.
+            assert drain == f"exec python -m foundry.rpc.probe --drain {grace_seconds}"
+            hook = wait.split()
         assert hook[0] == "sleep"
-        needed = float(hook[1]) + math.ceil(float(variables["FOUNDRY_GRACE_SECONDS"]))
-        assert pod["spec"]["terminationGracePeriodSeconds"] == needed + 10, service
+        assert pod["spec"]["terminationGracePeriodSeconds"] == float(hook[1]) + grace_seconds + 10, service
 
 
 def test_grace_periods_follow_the_settings() -> None:

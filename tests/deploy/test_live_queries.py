@@ -59,7 +59,7 @@ class Site:
         rollout: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(rollouts)
         teacher: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(teachers)
         with suppress(grpc.aio.AioRpcError):
-            await rollout.Load(rollout_pb2.LoadRequest(cartridge=absent), timeout=10)
+            await rollout.Generate(rollout_pb2.GenerateRequest(cartridges=[absent]), timeout=10).read()
         with suppress(grpc.aio.AioRpcError):
             await teacher.PutContext(teacher_pb2.PutContextRequest(), timeout=10)
         await rollouts.close()

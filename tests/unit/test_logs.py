@@ -36,14 +36,13 @@ def test_our_lines_carry_what_is_bound() -> None:
     program = """
 import structlog
 from foundry.rpc.context import bind_request
-from foundry.v1 import common_pb2, rollout_pb2, trainer_pb2
+from foundry.v1 import common_pb2, rollout_pb2, teacher_pb2
 log = structlog.get_logger('ours')
 named = common_pb2.CartridgeId(name='a', version=3, digest='blake3:00')
 bind_request(rollout_pb2.GenerateBatchRequest(requests=[rollout_pb2.GenerateRequest(cartridges=[named])]))
 log.info('first', number=1)
-bind_request(trainer_pb2.StatusRequest())
-bind_request(trainer_pb2.PauseRequest(run_id='run-a'))
-bind_request(iter(()))
+bind_request(teacher_pb2.ScoreRequest())
+bind_request(rollout_pb2.GenerateRequest(request_id='req-a'))
 log.debug('not this one')
 log.warning('second\\nline', strange=object)
 """
@@ -52,8 +51,8 @@ log.warning('second\\nline', strange=object)
     assert [line["event"] for line in lines] == ["first", "second\nline"]
     assert [(line["level"], line["logger"]) for line in lines] == [("info", "ours"), ("warning", "ours")]
     assert (lines[0]["version"], lines[0]["digest"], lines[0]["number"]) == (3, "blake3:00", 1)
-    assert "run" not in lines[0]
-    assert lines[1]["run"] == "run-a"
+    assert "request_id" not in lines[0]
+    assert lines[1]["request_id"] == "req-a"
 
 
 def test_lines_within_a_caller_s_call_carry_trace_and_run() -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from foundry.telemetry.metrics import TextHandler
-from services.rollout.engine_metrics import VllmMetrics
+from services.rollout.engine_metrics import EngineMetrics
 
 PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 PROMETHEUS_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=1.0.0;q=0.4"
@@ -17,7 +17,7 @@ PROMETHEUS_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;
 
 @pytest.mark.parametrize("accepted", [PROMETHEUS_2, PROMETHEUS_3, "*/*"])
 def test_names_keep_their_colon(accepted: str) -> None:
-    VllmMetrics("tiny")
+    EngineMetrics("tiny")
     with ThreadingHTTPServer(("127.0.0.1", 0), TextHandler) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()

@@ -10,7 +10,6 @@ import torch
 
 from foundry.errors import (
     CartridgeNotFound,
-    Conflict,
     DigestMismatch,
     InvalidArgument,
     ResourceExhausted,
@@ -309,18 +308,6 @@ async def test_concurrent_loads_never_exceed_the_budget() -> None:
     results = await asyncio.gather(*holds, return_exceptions=True)
     assert sum(isinstance(result, ResourceExhausted) for result in results) == 4
     assert len(engine.loaded) == 2
-
-
-async def test_unload() -> None:
-    a = stored(0)
-    residency, engine = make(DictSource(a))
-    hold = await residency.hold([(named(a), 2)])
-    with pytest.raises(Conflict, match="2 sequences"):
-        residency.unload(a.digest())
-    hold.release()
-    residency.unload(a.digest())
-    residency.unload(a.digest())
-    assert not engine.loaded
 
 
 async def test_close_ends_loads_under_way() -> None:

@@ -25,10 +25,11 @@ class Ends(rollout_pb2_grpc.RolloutServicer):
     async def Resident(self, request: Any, context: Any) -> rollout_pb2.ResidentResponse:
         return rollout_pb2.ResidentResponse()
 
-    async def Unload(self, request: Any, context: Any) -> rollout_pb2.UnloadResponse:
+    async def GenerateBatch(self, request: Any, context: Any) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
+        yield rollout_pb2.GenerateBatchResponse()
         raise CartridgeNotFound("no such cartridge")
 
-    async def Load(self, request: Any, context: Any) -> rollout_pb2.LoadResponse:
+    async def Drain(self, request: Any, context: Any) -> rollout_pb2.DrainResponse:
         raise RuntimeError("a fault of ours")
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[rollout_pb2.GenerateChunk]:
@@ -50,8 +51,8 @@ def failed(method: str, reason: str) -> float:
 
 
 async def test_calls_are_counted_by_how_they_end() -> None:
-    codes = [("Resident", "OK"), ("Unload", "NOT_FOUND"), ("Load", "UNKNOWN"), ("Generate", "CANCELLED")]
-    reasons = [("Unload", "CARTRIDGE_NOT_FOUND"), ("Load", "INTERNAL"), ("Generate", "CANCELLED")]
+    codes = [("Resident", "OK"), ("GenerateBatch", "NOT_FOUND"), ("Drain", "UNKNOWN"), ("Generate", "CANCELLED")]
+    reasons = [("GenerateBatch", "CARTRIDGE_NOT_FOUND"), ("Drain", "INTERNAL"), ("Generate", "CANCELLED")]
     before = [answered(*each) for each in codes], [failed(*each) for each in reasons]
     server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
     ends = Ends()
@@ -62,9 +63,10 @@ async def test_calls_are_counted_by_how_they_end() -> None:
         stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
         await stub.Resident(rollout_pb2.ResidentRequest(), timeout=10)
         with pytest.raises(CartridgeNotFound), typed_errors("rollout"):
-            await stub.Unload(rollout_pb2.UnloadRequest(), timeout=10)
+            async for _ in stub.GenerateBatch(rollout_pb2.GenerateBatchRequest(), timeout=10):
+                pass
         with pytest.raises(FoundryError), typed_errors("rollout"):
-            await stub.Load(rollout_pb2.LoadRequest(), timeout=10)
+            await stub.Drain(rollout_pb2.DrainRequest(), timeout=10)
         call: grpc.aio.UnaryStreamCall[Any, Any] = stub.Generate(rollout_pb2.GenerateRequest(), timeout=10)
         await call.read()
         call.cancel()

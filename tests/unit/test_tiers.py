@@ -92,43 +92,21 @@ async def test_a_header_that_the_bytes_deny_is_refused() -> None:
     assert in_host(residency) == []
 
 
-async def test_pinned_ones_stay_until_they_are_unloaded() -> None:
-    residency, engine = make(DictSource(A, B, C, D), host_budget_bytes=4 * ONE)
-    await residency.load(named(A), pin=True)
+async def test_what_is_in_use_stays() -> None:
+    residency, engine = make(DictSource(A, B, C, D))
+    used = await residency.hold([(named(A), 1)])
     await residency.load(named(B))
-    # An ordinary load does not unpin.
-    await residency.load(named(A))
     await residency.load(named(C))
-    await residency.load(named(D))
-    assert set(engine.loaded) == {A.digest(), D.digest()}
-    hold = await residency.hold([(named(D), 2)])
+    assert set(engine.loaded) == {A.digest(), C.digest()}
+    more = await residency.hold([(named(C), 2)])
     with pytest.raises(ResourceExhausted) as caught:
         await residency.load(named(B))
-    assert f"of {2 * ONE} bytes {ONE} are in use, {ONE} more are pinned and 0 are of" in caught.value.message
+    assert f"of {2 * ONE} bytes {2 * ONE} are in use and 0 are of" in caught.value.message
     assert caught.value.retry_after_seconds is not None
-    residency.unload(A.digest())
-    residency.unload(A.digest())
-    assert A.digest() not in in_host(residency)
+    used.release()
     await residency.load(named(B))
-    assert set(engine.loaded) == {B.digest(), D.digest()}
-    hold.release()
-
-
-async def test_a_pin_while_it_is_loaded_for_somebody_else() -> None:
-    source = DictSource(A, B, C)
-    source.fetch_gate.clear()
-    residency, engine = make(source)
-    plain = asyncio.create_task(residency.load(named(A)))
-    pinning = asyncio.create_task(residency.load(named(A), pin=True))
-    given_up = asyncio.create_task(residency.load(named(B), pin=True))
-    await source.asked.wait()
-    given_up.cancel()
-    source.fetch_gate.set()
-    await asyncio.gather(plain, pinning)
-    await residency.load(named(B))
-    await residency.load(named(C))
-    # The one who gave up pinned nothing.
-    assert set(engine.loaded) == {A.digest(), C.digest()}
+    assert set(engine.loaded) == {B.digest(), C.digest()}
+    more.release()
 
 
 async def test_a_prefetch_is_no_use_of_the_name() -> None:
@@ -147,39 +125,27 @@ async def test_order_is_least_recently_used_in_both_tiers(seed: int, host_slots:
     device_slots, cartridges = 3, [stored(100 + index) for index in range(7)]
     source = DictSource(*cartridges)
     residency, engine = make(source, budget_bytes=device_slots * ONE, host_budget_bytes=host_slots * ONE)
-    device: OrderedDict[str, bool] = OrderedDict()
+    device: OrderedDict[str, None] = OrderedDict()
     host: OrderedDict[str, None] = OrderedDict()
     fetched: list[str] = []
     draw = random.Random(seed)
     for _ in range(60):
         cartridge = draw.choice(cartridges)
         digest = cartridge.digest()
-        if draw.random() < 0.1:
-            residency.unload(digest)
-            device.pop(digest, None)
-            host.pop(digest, None)
-        else:
-            pin = draw.random() < 0.1
-            evictable = [key for key, pinned in device.items() if not pinned]
-            if digest not in device and len(device) == device_slots and not evictable:
-                with pytest.raises(ResourceExhausted):
-                    await residency.load(named(cartridge), pin=pin)
-            else:
-                await residency.load(named(cartridge), pin=pin)
-                if digest not in device:
-                    if len(device) == device_slots:
-                        del device[evictable[0]]
-                    if digest not in host:
-                        fetched.append(digest)
-                        if host_slots:
-                            while len(host) >= host_slots:
-                                host.popitem(last=False)
-                            host[digest] = None
-                    device[digest] = False
-                device[digest] |= pin
-                device.move_to_end(digest)
-                if digest in host:
-                    host.move_to_end(digest)
+        await residency.load(named(cartridge))
+        if digest not in device:
+            if len(device) == device_slots:
+                device.popitem(last=False)
+            if digest not in host:
+                fetched.append(digest)
+                if host_slots:
+                    while len(host) >= host_slots:
+                        host.popitem(last=False)
+                    host[digest] = None
+            device[digest] = None
+        device.move_to_end(digest)
+        if digest in host:
+            host.move_to_end(digest)
         assert on_device(residency) == list(device)
         assert set(engine.loaded) == set(device)
         assert in_host(residency) == list(host)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from foundry.errors import CartridgeNotFound, Conflict, FoundryError, ResourceExhausted
+from foundry.errors import CartridgeNotFound, FoundryError, ResourceExhausted
 from foundry.identity import CartridgeBytes
 from foundry.model.cartridge import Cartridge
 from services.rollout.residency import Residency
@@ -74,7 +74,7 @@ class MeteredEngine(RecordingEngine):
 
 
 class Crowd:
-    """Clients that use cartridges, pin them and give up at random; they check that what they use stays as it is."""
+    """Clients that use cartridges and give up at random; they check that what they use stays as it is."""
 
     def __init__(self, seed: int, host_slots: int) -> None:
         self._draw = random.Random(1000 + seed)
@@ -93,16 +93,15 @@ class Crowd:
         self.outcomes: Counter[str] = Counter()
 
     async def come_and_go(self) -> None:
-        await asyncio.gather(*(self._client(number) for number in range(6)))
+        await asyncio.gather(*(self._client() for _ in range(6)))
         while self.residency._loads:
             await asyncio.gather(*self.residency._loads.values(), return_exceptions=True)
 
-    async def _client(self, number: int) -> None:
+    async def _client(self) -> None:
         draw = self._draw
         for _ in range(12):
-            # Two pins of one digest would unpin each other: one client pins.
-            task = asyncio.create_task(self._pin_for_a_while() if number == 0 else self._use())
-            if draw.random() < 0.2 and number:
+            task = asyncio.create_task(self._use())
+            if draw.random() < 0.2:
                 for _ in range(draw.randrange(12)):
                     await asyncio.sleep(0)
                 task.cancel()
@@ -126,21 +125,6 @@ class Crowd:
             for each, _ in wanted:
                 in_use[each.digest()] -= 1
             hold.release()
-
-    async def _pin_for_a_while(self) -> None:
-        cartridge = self._draw.choice(self.cartridges[:2])
-        digest = cartridge.digest()
-        await self.residency.load(named(cartridge), pin=True)
-        self._meter.in_use[digest] += 1
-        for _ in range(self._draw.randrange(30)):
-            assert digest in self.engine.loaded
-            await asyncio.sleep(0)
-        self._meter.in_use[digest] -= 1
-        try:
-            self.residency.unload(digest)
-        except Conflict:
-            # Somebody decodes with it, so it would stay anyway.
-            self.residency.device.use(digest).pinned = False
 
 
 @pytest.fixture(params=[0, 2, 6], ids="host_slots={}".format)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY
 
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
-from services.rollout.engine_metrics import VllmMetrics
+from services.rollout.engine_metrics import EngineMetrics
 from services.rollout.timeline import Timeline
 
 
@@ -35,7 +35,7 @@ def value(model_name: str, name: str, **labels: str) -> float:
 
 
 def test_phases_of_a_sequence_that_ended() -> None:
-    timeline = Timeline(VllmMetrics("ended"), request(), arrived_at=100.0, submitted_at=110.0)
+    timeline = Timeline(EngineMetrics("ended"), request(), arrived_at=100.0, submitted_at=110.0)
     assert [timeline.token(output(), now) for now in (115.0, 116.0, 118.0)] == [3, 0, 0]
     timeline.end("length")
     expected = {
@@ -56,7 +56,7 @@ def test_phases_of_a_sequence_that_ended() -> None:
 
 
 def test_a_sequence_that_was_given_up_has_no_latency() -> None:
-    timeline = Timeline(VllmMetrics("aborted"), request(), arrived_at=100.0, submitted_at=110.0)
+    timeline = Timeline(EngineMetrics("aborted"), request(), arrived_at=100.0, submitted_at=110.0)
     timeline.token(output(), 115.0)
     timeline.end("abort")
     assert value("aborted", "request_success_total", finished_reason="abort") == 1
@@ -64,6 +64,6 @@ def test_a_sequence_that_was_given_up_has_no_latency() -> None:
 
 
 def test_what_does_not_ask_the_prefix_cache_is_no_query() -> None:
-    timeline = Timeline(VllmMetrics("skipped"), request(skip_prefix_cache=True), arrived_at=0.0, submitted_at=0.0)
+    timeline = Timeline(EngineMetrics("skipped"), request(skip_prefix_cache=True), arrived_at=0.0, submitted_at=0.0)
     assert timeline.token(output(cached_tokens=0), 1.0) == 3
     assert value("skipped", "prefix_cache_queries_total") == 0

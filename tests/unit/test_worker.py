@@ -10,9 +10,9 @@ import pytest
 
 from foundry.errors import Fenced, StoreUnavailable
 from foundry.model.lm import FrozenLM
+from foundry.rpc.retry import Retry
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
 from services.trainer.control import Control
-from services.trainer.patience import Patience
 from services.trainer.settings import TrainerSettings
 from services.trainer.worker import Hand, Worker
 from tests.store_data import run_spec
@@ -47,7 +47,7 @@ async def test_the_heart_beats_on_after_a_failure(fault: Exception) -> None:
     worker = worker_of(runs)
     abandoned: list[bool] = []
     control, lost = Control(), asyncio.Event()
-    hand = Hand(CLAIMED, control, Patience(1.0))
+    hand = Hand(CLAIMED, control, Retry(1.0))
     beating: Any = worker._heartbeat(hand, lambda: abandoned.append(True), lost)
     await asyncio.wait_for(beating, 5)
     assert runs.left == []
@@ -72,7 +72,7 @@ class SlowRuns:
 async def test_a_worker_that_is_stopped_while_it_ends_a_run_writes_the_end() -> None:
     runs = SlowRuns()
     worker = worker_of(runs)
-    finishing = asyncio.create_task(worker._finish(Hand(CLAIMED, Control(), Patience(1.0)), RunState.FAILED, "why"))
+    finishing = asyncio.create_task(worker._finish(Hand(CLAIMED, Control(), Retry(1.0)), RunState.FAILED, "why"))
     await runs.begun.wait()
     finishing.cancel()
     asyncio.get_running_loop().call_soon(runs.may_end.set)

@@ -14,12 +14,16 @@ from pydantic import BaseModel
 
 from foundry.errors import (
     CartridgeTooLong,
+    DeadlineExceeded,
     DocumentNotFound,
     FingerprintMismatch,
     FoundryError,
     InvalidArgument,
+    ResourceExhausted,
     Unavailable,
 )
+from foundry.rpc.pods import Pods
+from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
 from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from services.gateway.balancer import ServedModel
@@ -28,6 +32,8 @@ from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)
 router = APIRouter(tags=["runs"])
+
+_TEACHER_TIMEOUT_SECONDS = 60.0
 
 _EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
 _EXAMPLE = {"name": "handbook", "document": "blake3:…", "num_tokens": 512, "num_steps": 100}
@@ -60,8 +66,8 @@ async def create_run(
         _check_model(spec, model)
     await _check_prompts(spec, gateway)
     document = text if text is not None else await gateway.store.documents.get(spec.document)
-    if model is not None and gateway.teacher is not None:
-        num_tokens = await gateway.teacher.context_tokens(document, model.fingerprint)
+    if model is not None and gateway.teachers is not None:
+        num_tokens = await _context_tokens(document, model, gateway.teachers)
         if num_tokens is not None and spec.num_tokens > num_tokens:
             raise CartridgeTooLong(
                 f"a cartridge of {spec.num_tokens} tokens was asked for, but the document has only {num_tokens} "
@@ -137,6 +143,19 @@ def _served_model(gateway: Gateway) -> ServedModel | None:
         return gateway.rollouts.model()
     except Unavailable:
         # Then the run waits for a rollout server, and its trainer checks.
+        return None
+
+
+async def _context_tokens(document: str, model: ServedModel, teachers: Pods) -> int | None:
+    """Tokens of the document with its template; None if the teacher can't say now.
+
+    Has the teacher compute the document's KV, which the run needs first of all, where the trainer will ask for it.
+    """
+    teacher = TeacherClient(teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS)
+    try:
+        return await teacher.put_context()
+    except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
+        log.warning("document not measured", error=error.message)
         return None
 
 

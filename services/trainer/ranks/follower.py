@@ -10,7 +10,7 @@ from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share
-from services.trainer.update.gradient import Scores, backward
+from services.trainer.update.gradient import TokenScores, backward
 
 
 def follow(lm: FrozenLM, group: Group) -> int:
@@ -47,10 +47,10 @@ def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
 
 
 def _backward(lm: FrozenLM, cartridge: TrainableCartridge, share: Share) -> Tensor:
-    """[3, N], as the fields of Scores stand."""
+    """[3, N], as the fields of TokenScores stand."""
     if not share.samples:
         return torch.empty(3, 0)
-    scores: Scores = backward(
+    scores: TokenScores = backward(
         lm,
         cartridge,
         share.objective,

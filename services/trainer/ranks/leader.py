@@ -20,7 +20,7 @@ from foundry.model.objectives import Objective
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share, share_out
 from services.trainer.sample import Sample
-from services.trainer.update.gradient import Scores, Signal, backward
+from services.trainer.update.gradient import Signal, TokenScores, backward
 
 # How often followers that have nothing to do hear that rank 0 is alive, and it whether they are.
 BEAT_SECONDS = 2.0
@@ -43,7 +43,7 @@ class Leader:
         *,
         num_tokens: int,
         micro_batch_tokens: int,
-    ) -> Scores:
+    ) -> TokenScores:
         """As `services.trainer.update.gradient.backward`, by all ranks.
 
         Raises RankLost if one is gone, and what a follower raised: the gradient is then incomplete.
@@ -108,18 +108,20 @@ class Leader:
             self._group.send(rank, message)
 
 
-def _scores(rank: int, reply: Message, device: torch.device) -> Scores:
+def _scores(rank: int, reply: Message, device: torch.device) -> TokenScores:
     if reply.kind == "failed":
         error = BY_REASON.get(reply.values["reason"], FoundryError)
         raise error(f"rank {rank}: {reply.values['message']}")
-    return Scores(*reply.tensors["scores"].to(device))
+    return TokenScores(*reply.tensors["scores"].to(device))
 
 
-def _in_order(scores: Sequence[Scores], assigned: Sequence[Sequence[int]], samples: Sequence[Sample]) -> Scores:
+def _in_order(
+    scores: Sequence[TokenScores], assigned: Sequence[Sequence[int]], samples: Sequence[Sample]
+) -> TokenScores:
     """Of all samples as they stand in the step, from those of each rank."""
     rows: dict[int, torch.Tensor] = {}
     for part, indices in zip(scores, assigned, strict=True):
         stacked = torch.stack([part.loss_N, part.chosen_logprob_N, part.entropy_N])
         lengths = [len(samples[index].answer_ids) for index in indices]
         rows |= dict(zip(indices, torch.split(stacked, lengths, dim=1), strict=True))
-    return Scores(*torch.cat([rows[index] for index in range(len(samples))], dim=1))
+    return TokenScores(*torch.cat([rows[index] for index in range(len(samples))], dim=1))

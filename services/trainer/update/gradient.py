@@ -23,7 +23,7 @@ Signal = Tensor | TopK
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class TokenScores:
     """Of answer tokens, sample after sample: their losses, and the student's logprobs and entropies in nats."""
 
     loss_N: Tensor
@@ -40,7 +40,7 @@ def backward(
     *,
     num_tokens: int,
     micro_batch_tokens: int,
-) -> Scores:
+) -> TokenScores:
     """Add to the master's gradient what the samples have in that of the mean loss over `num_tokens` answer tokens."""
     parts = []
     for some in micro_batches(samples, micro_batch_tokens):
@@ -48,7 +48,7 @@ def backward(
         # Each part's loss is the mean over its own tokens; the step's is the mean over all.
         (part.loss * (part.token_loss_N.shape[0] / num_tokens)).backward()  # type: ignore[no-untyped-call]
         parts.append(part)
-    return Scores(
+    return TokenScores(
         torch.cat([part.token_loss_N for part in parts]),
         torch.cat([part.chosen_logprob_N for part in parts]),
         torch.cat([part.entropy_N for part in parts]),

@@ -17,7 +17,7 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
-from services.trainer.update.gradient import Scores, Signal, backward
+from services.trainer.update.gradient import Signal, TokenScores, backward
 from services.trainer.update.proof import Mismatch, prove
 
 
@@ -74,7 +74,7 @@ class TrainingStep:
             mismatch_by_server=proof.by_server,
         )
 
-    def _backward(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Scores:
+    def _backward(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> TokenScores:
         compute = backward if self._leader is None else self._leader.backward
         return compute(
             self._lm,

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foundry.errors import FoundryError
 from foundry.model.lm import FrozenLM
 from foundry.rpc.server import Server
 from foundry.store import CartridgeStore, StoreSettings
@@ -23,7 +21,7 @@ from foundry.v1 import rollout_pb2, rollout_pb2_grpc, teacher_pb2, teacher_pb2_g
 from services.rollout.engine import SequenceRequest, TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.servicer import RolloutServicer
-from services.rollout.serving import Parts, torch_engine
+from services.rollout.serving import Serving, torch_engine
 from services.rollout.settings import RolloutSettings
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
@@ -157,17 +155,19 @@ class RolloutHost(_Host):
 
     def evict(self) -> int:
         """Unload all that is not in use; returns how many were."""
-        residents = self.parts.residency.device.residents()
-        for resident in residents:
-            with suppress(FoundryError):
-                self.parts.residency.unload(resident.digest)
-        return len(residents) - len(self.parts.residency.device.residents())
+        device = self.parts.residency.device
+        idle = [resident.digest for resident in device.residents() if not resident.references]
+        for digest in idle:
+            device.remove(digest)
+        return len(idle)
 
     async def _begin(self) -> None:
         self._store = await self._open_store()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("services.rollout.serving.TorchEngine", observed_engine(self._observer))
-            self.parts = Parts.build(self._settings, self._lm.info, torch_engine(self._settings, self._lm), self._store)
+            self.parts = Serving.build(
+                self._settings, self._lm.info, torch_engine(self._settings, self._lm), self._store
+            )
         self.parts.driver.start()
         self._server = Server("127.0.0.1:0", [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
         servicer = _Rollout(self, self._server)
@@ -227,19 +227,13 @@ class _Teacher(TeacherServicer):
         super().__init__(lm, settings)
         self._host = host
 
-    async def Score(
-        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
-    ) -> AsyncIterator[teacher_pb2.ScoreResponse]:
+    async def Score(self, request: teacher_pb2.ScoreRequest, context: Any) -> AsyncIterator[teacher_pb2.ScoreResponse]:
         tamper = self._host.seam.take()
-        if tamper is None:
-            async for response in super().Score(request_iterator, context):
-                yield response
-            return
         score = super().Score
-
-        async def one(request: teacher_pb2.ScoreRequest) -> AsyncIterator[teacher_pb2.ScoreRequest]:
-            yield request
-
-        async for request in request_iterator:
-            async for response in tamper(Call(request, lambda asked: score(one(asked), context), self._host)):
-                yield response
+        responses = (
+            score(request, context)
+            if tamper is None
+            else tamper(Call(request, lambda asked: score(asked, context), self._host))
+        )
+        async for response in responses:
+            yield response

@@ -18,6 +18,9 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
+from foundry.rpc.retry import Retry
+from foundry.rpc.rollout import RolloutClient
+from foundry.rpc.teacher import TeacherClient
 from foundry.store import (
     CartridgeId,
     CartridgeStore,
@@ -32,11 +35,8 @@ from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
-from services.trainer.patience import Patience
-from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Sample
-from services.trainer.teacher import Teacher
 from services.trainer.update.gradient import Signal
 from services.trainer.update.step import TrainingStep, Update
 from tests.chaos.faults.link import Link
@@ -183,16 +183,16 @@ class World:
     async def prepared(self, claimed: ClaimedRun, control: Control) -> AsyncIterator[Run]:
         """The run, at its start or at its last checkpoint, with clients of its own."""
         spec, fingerprint = claimed.spec, self.lm.spec.fingerprint
-        patience = Patience(PATIENCE_SECONDS, max_wait_seconds=0.02)
+        retry = Retry(PATIENCE_SECONDS, max_wait_seconds=0.02)
         addresses = [host.link.address for host in self.rollouts]
-        rollouts = Rollouts(Pods("rollout", addresses), fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
-        teacher = Teacher(
+        rollouts = RolloutClient(Pods("rollout", addresses), fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
+        teacher = TeacherClient(
             Pods("teacher", [self.teacher.link.address]),
             fingerprint,
-            self.template.digest,
             DOCUMENT,
-            ids_digest(self.context),
-            CALL_TIMEOUT_SECONDS,
+            timeout_seconds=CALL_TIMEOUT_SECONDS,
+            template_digest=self.template.digest,
+            context_digest=ids_digest(self.context),
         )
         training = ObservedStep(
             self.lm,
@@ -204,8 +204,8 @@ class World:
         )
         training.observer = self.observer
         try:
-            await patience.call("teacher", teacher.put_context)
-            kept = await patience.call("store", lambda: self.store.runs.load_checkpoint(claimed.run_id))
+            await retry.call("teacher", teacher.put_context)
+            kept = await retry.call("store", lambda: self.store.runs.load_checkpoint(claimed.run_id))
             if kept is None:
                 policy = CartridgeId(NAME, 0, "")
                 progress = Progress(0, policy, 0, NAME, self.template.digest, 0.0, 0.0)
@@ -222,7 +222,7 @@ class World:
                 rollouts=rollouts,
                 teacher=teacher,
                 control=control,
-                patience=patience,
+                retry=retry,
             )
         finally:
             await rollouts.close()

@@ -20,9 +20,9 @@ from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors
 from foundry.rpc.server import Server
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from services.rollout.driver import Job
+from services.rollout.driver import Submission
 from services.rollout.servicer import RolloutServicer
-from services.rollout.serving import Parts, torch_engine
+from services.rollout.serving import Serving, torch_engine
 from services.rollout.settings import RolloutSettings
 
 TIMEOUT_SECONDS = 30.0
@@ -69,24 +69,26 @@ class Gate:
 class Rollout:
     """A running server, its parts, and calls with deadlines and typed errors."""
 
-    def __init__(self, lm: FrozenLM, parts: Parts, source: DictSource, channel: grpc.aio.Channel) -> None:
-        self.lm, self.parts, self.source, self.channel = lm, parts, source, channel
+    def __init__(
+        self, lm: FrozenLM, parts: Serving, source: DictSource, address: str, channel: grpc.aio.Channel
+    ) -> None:
+        self.lm, self.parts, self.source, self.address, self.channel = lm, parts, source, address, channel
         self.stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
         # What the servicer asked of the driver, as it happens.
-        self.submitted: asyncio.Queue[Job] = asyncio.Queue()
-        self.cancelled: asyncio.Queue[Job] = asyncio.Queue()
+        self.submitted: asyncio.Queue[Submission] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[Submission] = asyncio.Queue()
         self.draining = asyncio.Event()
         driver = parts.driver
         submit, cancel, drain = driver.submit, driver.cancel, driver.drain
 
-        def noting_submit(*args: Any, **kwargs: Any) -> Job:
-            job = submit(*args, **kwargs)
-            self.submitted.put_nowait(job)
-            return job
+        def noting_submit(*args: Any, **kwargs: Any) -> Submission:
+            submission = submit(*args, **kwargs)
+            self.submitted.put_nowait(submission)
+            return submission
 
-        def noting_cancel(job: Job) -> None:
-            cancel(job)
-            self.cancelled.put_nowait(job)
+        def noting_cancel(submission: Submission) -> None:
+            cancel(submission)
+            self.cancelled.put_nowait(submission)
 
         async def noting_drain() -> None:
             waiting = asyncio.ensure_future(drain())
@@ -137,8 +139,8 @@ class Rollout:
 
 
 @asynccontextmanager
-async def served(parts: Parts, gate: Gate | None) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server of `parts`."""
+async def served(parts: Serving, gate: Gate | None) -> AsyncIterator[str]:
+    """The address of a server of `parts`."""
     step = parts.driver._engine.step
     if gate is not None:
 
@@ -155,8 +157,7 @@ async def served(parts: Parts, gate: Gate | None) -> AsyncIterator[grpc.aio.Chan
     servicer.begin(parts)
     await server.set_serving()
     try:
-        async with open_channel(f"127.0.0.1:{server.port}") as channel:
-            yield channel
+        yield f"127.0.0.1:{server.port}"
     finally:
         if gate is not None:
             gate.open()
@@ -178,9 +179,9 @@ async def serving(lm: FrozenLM, directory: Path, gate: Gate | None = None, **set
     }
     source = DictSource()
     parsed = RolloutSettings(**values)
-    parts = Parts.build(parsed, lm.info, torch_engine(parsed, lm), source)
-    async with served(parts, gate) as channel:
-        yield Rollout(lm, parts, source, channel)
+    parts = Serving.build(parsed, lm.info, torch_engine(parsed, lm), source)
+    async with served(parts, gate) as address, open_channel(address) as channel:
+        yield Rollout(lm, parts, source, address, channel)
 
 
 def joined(chunks: Sequence[rollout_pb2.GenerateChunk], index: int = 0) -> tuple[list[int], list[float], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
+from foundry.rpc.pods import Pods
+from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
-from tests.contract.rollout.server import TIMEOUT_SECONDS, Rollout, joined, serving
+from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Rollout, joined, serving
 from tests.tiny import CHATML, CLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +67,31 @@ async def test_the_digests_told_are_the_engines_not_the_callers(rollout: Rollout
     completions = await rollout.batch([request])
     for identity in (chunks[0].identity, completions[0, 0].identity):
         assert [each.digest for each in identity.cartridges] == ["blake3:of-the-engine"]
+
+
+async def test_a_batch_larger_than_the_servers_places_is_answered(rollout: Rollout) -> None:
+    """It is asked in parts, and those that fit are asked whole: what each call is made of decides its bits."""
+    places = (await rollout.resident()).max_sequences
+    assert places == MAX_SEQUENCES + MAX_WAITING
+    named = rollout.publish(0)
+    policy = CartridgeId(named.name, named.version, named.digest)
+    prompts = [Prompt([5, 6, 7 + index], seed=index) for index in range(2 * places + 3)]
+    client = RolloutClient(
+        Pods("rollout", [rollout.address]),
+        rollout.lm.spec.fingerprint,
+        ChatTemplate(rollout.lm.tokenizer, CLOCK).digest,
+        30,
+    )
+
+    async def ask(some: Sequence[Prompt]) -> list[Answer]:
+        return await client.sample(some, policy, temperature=1.0, max_new_tokens=6)
+
+    answers = await ask(prompts)
+    assert rollout.submitted.qsize() == 3
+    parts = [prompts[:places], prompts[places : 2 * places], prompts[2 * places :]]
+    assert answers == [answer for some in parts for answer in await ask(some)]
+    assert rollout.submitted.qsize() == 3 + len(parts)
+    await client.close()
 
 
 async def test_conversation_behind_a_cartridge_is_the_turn_only(directory: Path) -> None:

@@ -16,11 +16,11 @@ from prometheus_client import REGISTRY
 from foundry.identity import CartridgeBytes
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
-from foundry.rpc.channel import typed_errors
+from foundry.rpc.channel import open_channel, typed_errors
 from foundry.store import CartridgeId, CartridgeStore, Manifest, ManifestDraft, Published, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.prefetch import Prefetch
-from services.rollout.serving import Parts, torch_engine
+from services.rollout.serving import Serving, torch_engine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, served
 from tests.valkey import Valkey
@@ -90,14 +90,14 @@ async def serving(
     lm: FrozenLM, directory: Path, store: CartridgeStore, store_settings: StoreSettings, *, prefetching: bool = True
 ) -> AsyncIterator[Rollout]:
     settings = RolloutSettings(model=directory, store=store_settings, max_sequences=4, max_sequence_tokens=256)
-    parts = Parts.build(settings, lm.info, torch_engine(settings, lm), store)
+    parts = Serving.build(settings, lm.info, torch_engine(settings, lm), store)
 
     def subscribe(last_event_id: str) -> AsyncIterator[Published]:
         # From the beginning, so that no test races with the first read of "$".
         return store.subscribe("0-0" if last_event_id == "$" else last_event_id)
 
     prefetch, gate = Prefetch(parts.residency, subscribe), Gate()
-    async with served(parts, gate) as channel:
+    async with served(parts, gate) as address, open_channel(address) as channel:
         if prefetching:
             prefetch.start()
         try:

@@ -12,7 +12,6 @@ import torch
 from foundry.errors import CartridgeNotFound, FingerprintMismatch, InvalidArgument, ResourceExhausted, ShapeMismatch
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
-from foundry.rpc.channel import typed_errors
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import (
     MAX_SEQUENCES,
@@ -136,35 +135,22 @@ async def test_cartridge_ids_need_a_digest(rollout: Rollout) -> None:
         with pytest.raises(InvalidArgument) as caught:
             await rollout.generate(rollout.request(cartridges=cartridges))
         assert caught.value.field == field
-    with pytest.raises(InvalidArgument) as caught:
-        await load(rollout, common_pb2.CartridgeId(name="report"))
-    assert caught.value.field == "cartridge.digest"
-
-
-async def load(rollout: Rollout, cartridge: common_pb2.CartridgeId, fingerprint: str | None = None) -> bool:
-    request = rollout_pb2.LoadRequest(
-        cartridge=cartridge, model_fingerprint=rollout.lm.spec.fingerprint if fingerprint is None else fingerprint
-    )
-    with typed_errors("rollout"):
-        return (await rollout.stub.Load(request, timeout=TIMEOUT_SECONDS)).already_resident
 
 
 async def test_fingerprint_is_required_everywhere(rollout: Rollout) -> None:
     cartridge = rollout.publish(0)
     for fingerprint, error in (("", InvalidArgument), ("blake3:" + "0" * 64, FingerprintMismatch)):
-        request = rollout.request(model_fingerprint=fingerprint)
+        request = rollout.request(model_fingerprint=fingerprint, cartridges=[cartridge])
         with pytest.raises(error):
             await rollout.generate(request)
         with pytest.raises(error):
             await rollout.batch([rollout.request(), request])
-        with pytest.raises(error):
-            await load(rollout, cartridge, fingerprint)
     assert not (await rollout.resident()).cartridges
 
 
 async def test_a_digest_that_is_nowhere_is_not_found(rollout: Rollout) -> None:
     known = rollout.publish(0)
-    await load(rollout, known)
+    await rollout.generate(rollout.request(cartridges=[known]))
     gone = common_pb2.CartridgeId(name=known.name, version=known.version, digest="blake3:" + "0" * 64)
     with pytest.raises(CartridgeNotFound):
         await rollout.generate(rollout.request(cartridges=[gone]))

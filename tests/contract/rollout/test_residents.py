@@ -1,4 +1,4 @@
-"""Cartridges in the server: in use, pinned, in which tier, and counted."""
+"""Cartridges in the server: in use, in which tier, and counted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from foundry.errors import Conflict
 from foundry.model.lm import FrozenLM
-from foundry.rpc.channel import typed_errors
 from foundry.v1 import rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, Rollout, joined, serving
 
@@ -39,37 +37,37 @@ async def test_references_while_decoding(lm: FrozenLM, directory: Path) -> None:
         cartridge = rollout.publish(0, version=4)
         request = rollout.request(cartridges=[cartridge], sampling={"n": 2})
         call = rollout.stub.Generate(request, timeout=TIMEOUT_SECONDS)
-        job = await rollout.submitted.get()
+        submission = await rollout.submitted.get()
         resident = await rollout.resident()
         (found,) = resident.cartridges
         assert (found.cartridge, found.references) == (cartridge, 2)
         assert found.num_bytes == rollout.source.cartridges[cartridge.digest].header.num_bytes
-        unload = rollout_pb2.UnloadRequest(digest=cartridge.digest)
-        with pytest.raises(Conflict), typed_errors("rollout"):
-            await rollout.stub.Unload(unload, timeout=TIMEOUT_SECONDS)
+        gate.allow(1)
+        await call.read()
+        # Of the memory, not of the places: two of four are taken, and filled with a short prompt.
+        usage = metric("vllm:kv_cache_usage_perc", **VLLM)
+        assert usage == metric("foundry_kv_used_bytes") / metric("foundry_kv_bytes")
+        assert 0 < usage < 0.1
         gate.open()
         assert len([chunk async for chunk in call]) >= 2
-        await job.ended
-        await rollout.stub.Unload(unload, timeout=TIMEOUT_SECONDS)
-        assert not (await rollout.resident()).cartridges
+        await submission.ended
+        (found,) = (await rollout.resident()).cartridges
+        assert found.references == 0
 
 
-async def test_pins_and_tiers_are_reported(lm: FrozenLM, directory: Path) -> None:
+async def test_tiers_are_reported(lm: FrozenLM, directory: Path) -> None:
     num_bytes = lm.spec.header(16, 1, torch.float32).num_bytes
     budgets: dict[str, Any] = {"cartridge_budget_bytes": 2 * num_bytes, "host_cartridge_budget_bytes": 4 * num_bytes}
     async with serving(lm, directory, **budgets) as rollout:
-        pinned, old, new = (rollout.publish(seed, version=seed) for seed in range(3))
-        for cartridge in (pinned, old, new):
-            load = rollout_pb2.LoadRequest(
-                cartridge=cartridge, model_fingerprint=lm.spec.fingerprint, pin=cartridge is pinned
-            )
-            await rollout.stub.Load(load, timeout=TIMEOUT_SECONDS)
+        older, old, new = (rollout.publish(seed, version=seed) for seed in range(3))
+        for cartridge in (older, old, new):
+            await rollout.generate(rollout.request(cartridges=[cartridge]))
         answer = await rollout.resident()
         assert (answer.budget_bytes, answer.host_budget_bytes) == (2 * num_bytes, 4 * num_bytes)
-        assert [(each.cartridge, each.pinned, each.tier) for each in answer.cartridges] == [
-            (pinned, True, rollout_pb2.TIER_DEVICE),
-            (new, False, rollout_pb2.TIER_DEVICE),
-            (old, False, rollout_pb2.TIER_HOST),
+        assert [(each.cartridge, each.tier) for each in answer.cartridges] == [
+            (old, rollout_pb2.TIER_DEVICE),
+            (new, rollout_pb2.TIER_DEVICE),
+            (older, rollout_pb2.TIER_HOST),
         ]
         assert {each.num_bytes for each in answer.cartridges} == {num_bytes}
         assert metric("foundry_resident_cartridges", tier="host") == 3
@@ -77,13 +75,9 @@ async def test_pins_and_tiers_are_reported(lm: FrozenLM, directory: Path) -> Non
         before = hits()
         # The store has lost it; host memory has not.
         rollout.source.cartridges.clear()
-        for cartridge in (old, old, pinned):
+        for cartridge in (older, older, new):
             await rollout.generate(rollout.request(cartridges=[cartridge]))
         assert [now - old for now, old in zip(hits(), before, strict=True)] == [2, 1, 0]
-        for cartridge in (pinned, old):
-            await rollout.stub.Unload(rollout_pb2.UnloadRequest(digest=cartridge.digest), timeout=TIMEOUT_SECONDS)
-        answer = await rollout.resident()
-        assert [(each.cartridge, each.tier) for each in answer.cartridges] == [(new, rollout_pb2.TIER_HOST)]
 
 
 async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, directory: Path) -> None:
@@ -93,14 +87,14 @@ async def test_a_new_version_is_loaded_while_the_old_one_decodes(lm: FrozenLM, d
         call = rollout.stub.Generate(
             rollout.request(cartridges=[old], sampling={"max_new_tokens": 50}), timeout=TIMEOUT_SECONDS
         )
-        job = await rollout.submitted.get()
+        submission = await rollout.submitted.get()
         gate.allow(2)
         chunks: list[Any] = [await call.read()]
         meanwhile = asyncio.create_task(rollout.generate(rollout.request(cartridges=[new])))
         await rollout.submitted.get()
         gate.allow(8)
         assert (await meanwhile)[0].identity.cartridges[0].digest == new.digest
-        assert not job.ended.done()
+        assert not submission.ended.done()
         gate.open()
         chunks += [chunk async for chunk in call]
         assert chunks[0].identity.cartridges[0].digest == old.digest

@@ -56,7 +56,11 @@ spec:
         - {name: rendezvous, containerPort: 29500, protocol: TCP}
         {{- end }}
       {{- include "foundry.probes" . | trim | nindent 6 }}
-      {{- if gt (int $values.preStopSeconds) 0 }}
+      {{- if eq .name "rollout" }}
+      lifecycle:
+        preStop:
+          exec: {command: [sh, -c, {{ include "foundry.drainCommand" $values | quote }}]}
+      {{- else if gt (int $values.preStopSeconds) 0 }}
       lifecycle:
         preStop:
           exec: {command: [sleep, {{ $values.preStopSeconds | quote }}]}
@@ -102,8 +106,14 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* What a pod is given to end: the wait before SIGTERM, the calls in flight, and ten seconds to close. Takes a service's
-values. */}}
+{{/* Calls still arrive until the callers have heard of it: refused, they would cost a whole batch asked again, or an error
+where there is no other replica. Takes the rollout's values. */}}
+{{- define "foundry.drainCommand" -}}
+sleep {{ .preStopSeconds }}; exec python -m foundry.rpc.probe --drain {{ ceil .settings.grace_seconds }}
+{{- end -}}
+
+{{/* What a pod is given to end: the wait before SIGTERM or a drain, the calls in flight, and ten seconds to close. Takes a
+service's values. */}}
 {{- define "foundry.terminationGracePeriodSeconds" -}}
 {{ add (int .preStopSeconds) (int (ceil .settings.grace_seconds)) 10 }}
 {{- end -}}

@@ -13,8 +13,8 @@ from foundry.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from foundry.rpc.retry import Retry
 from services.trainer import metrics
-from services.trainer.patience import Patience
 
 
 class Flaky:
@@ -32,17 +32,19 @@ class Flaky:
 
 @pytest.mark.parametrize("error", [Unavailable("away"), StoreUnavailable("away"), AlignmentError("other ids")])
 async def test_what_may_pass_is_tried_again(error: FoundryError) -> None:
-    patience, flaky = Patience(60, max_wait_seconds=0.001), Flaky(error, 3)
-    assert await patience.call("teacher", flaky) == "done"
+    retry, flaky = Retry(60, max_wait_seconds=0.001), Flaky(error, 3)
+    assert await retry.call("teacher", flaky) == "done"
     assert flaky.calls == 4
-    assert patience.waiting_for == ""
+    assert retry.waiting_for == ""
 
 
-async def test_wrong_answers_end_the_patience_soon() -> None:
+async def test_wrong_answers_end_it_soon() -> None:
     flaky, refused = Flaky(AlignmentError("other ids"), 100), metrics.REFUSED.labels("ALIGNMENT")
     before = refused._value.get()
     with pytest.raises(AlignmentError, match="other ids"):
-        await Patience(60, max_wait_seconds=0.001, max_alignment_errors=3).call("teacher", flaky)
+        await Retry(60, max_wait_seconds=0.001, max_alignment_errors=3, on_failure=metrics.count_failure).call(
+            "teacher", flaky
+        )
     assert flaky.calls == 4
     assert refused._value.get() - before == 4
 
@@ -51,12 +53,12 @@ async def test_wrong_answers_end_the_patience_soon() -> None:
 async def test_what_cannot_pass_is_raised_at_once(error: FoundryError) -> None:
     flaky = Flaky(error, 1)
     with pytest.raises(type(error)):
-        await Patience(60).call("rollout", flaky)
+        await Retry(60).call("rollout", flaky)
     assert flaky.calls == 1
 
 
 async def test_the_budget_is_an_end() -> None:
     flaky = Flaky(Unavailable("away for good"), 10**9)
     with pytest.raises(Unavailable, match="away for good"):
-        await Patience(0.05, max_wait_seconds=0.01).call("rollout", flaky)
+        await Retry(0.05, max_wait_seconds=0.01).call("rollout", flaky)
     assert flaky.calls > 1

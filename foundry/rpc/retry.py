@@ -1,4 +1,4 @@
-"""Waiting for what is away: one rule for every call that leaves the trainer."""
+"""Waiting for what is away: one rule for every call that may be repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from foundry.errors import (
     StoreRefused,
     Unavailable,
 )
-from services.trainer import metrics
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -27,19 +26,21 @@ T = TypeVar("T")
 _PASSING = (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled, AlignmentError)
 
 
-def _passes(error: BaseException) -> bool:
-    # Credentials don't become right by waiting.
+def passes(error: BaseException) -> bool:
+    """Whether the same call may succeed later. Credentials don't become right by waiting."""
     return isinstance(error, _PASSING) and not isinstance(error, StoreRefused)
 
 
 @dataclass
-class Patience:
+class Retry:
     """Repeats idempotent calls while their peer is away, and says what it is waiting for."""
 
     budget_seconds: float
     max_wait_seconds: float = 2.0
-    # An answer with a wrong identity or checksum is asked for again this often; then the run stops.
+    # An answer with a wrong identity or checksum is asked for again this often; then it is an error.
     max_alignment_errors: int = 3
+    # Told of every attempt that failed, by what was called and how it failed.
+    on_failure: Callable[[str, FoundryError], None] | None = None
     waiting_for: str = ""
 
     async def call(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -50,16 +51,20 @@ class Patience:
             nonlocal alignment_errors
             error = state.outcome.exception() if state.outcome else None
             alignment_errors += isinstance(error, AlignmentError)
-            reason = error.reason if isinstance(error, FoundryError) else "INTERNAL"
-            metrics.RETRIES.labels(what, reason).inc()
             self.waiting_for = f"{what}: {error}"
-            log.warning("waiting", what=what, reason=reason, error=str(error), tries=state.attempt_number)
+            log.warning(
+                "waiting",
+                what=what,
+                reason=getattr(error, "reason", ""),
+                error=str(error),
+                tries=state.attempt_number,
+            )
 
         def stop(state: RetryCallState) -> bool:
             return alignment_errors > self.max_alignment_errors or stop_after_delay(self.budget_seconds)(state)
 
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_passes),
+            retry=retry_if_exception(passes),
             wait=wait_random_exponential(multiplier=0.1, max=self.max_wait_seconds),
             stop=stop,
             after=after,
@@ -69,8 +74,9 @@ class Patience:
         async def trial() -> T:
             try:
                 return await attempt()
-            except metrics.GUARDS as error:
-                metrics.REFUSED.labels(error.reason).inc()
+            except FoundryError as error:
+                if self.on_failure is not None:
+                    self.on_failure(what, error)
                 raise
 
         try:

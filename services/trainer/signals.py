@@ -1,0 +1,30 @@
+"""The teacher's word on samples: asked for as the objective wants it, and made tensors of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from foundry.model.objectives import Objective, TopK
+from foundry.rpc import tensors
+from foundry.rpc.teacher import TeacherClient
+from foundry.v1 import teacher_pb2
+from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal
+
+
+async def signals_of(teacher: TeacherClient, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
+    """In the order of the samples. Raises what `TeacherClient.score` raises."""
+    want = teacher_pb2.Want(hidden=True) if objective.needs_hidden else teacher_pb2.Want(topk=objective.k)
+    return [_signal(parts, objective) for parts in await teacher.score(samples, want)]
+
+
+def _signal(parts: Sequence[teacher_pb2.ScoreResponse], objective: Objective) -> Signal:
+    if objective.needs_hidden:
+        return torch.cat([tensors.from_message(part.hidden) for part in parts])
+    return TopK(
+        torch.cat([tensors.from_message(part.topk_ids) for part in parts]).long(),
+        torch.cat([tensors.from_message(part.topk_logprobs) for part in parts]),
+        torch.cat([tensors.from_message(part.tail_logprob) for part in parts]),
+    )

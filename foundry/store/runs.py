@@ -327,6 +327,17 @@ class RunStore:
             raise RunNotFound(f"there is no run {args[0]}", field="run_id")
         return reply
 
+    # Beside checkpoints, which name it by its digest
+
+    async def save_curriculum(self, run_id: str, attempt: int, content: bytes) -> str:
+        """Keep what the run asks, once for all its checkpoints; returns its digest. Raises Fenced, StoreFull."""
+        await self._held(scripts.CHECK, run_id, attempt)
+        return await self._checkpoints.save_curriculum(run_id, content)
+
+    async def load_curriculum(self, run_id: str, digest: str) -> bytes:
+        """Raises DigestMismatch if it is gone or damaged."""
+        return await self._checkpoints.load_curriculum(check_run(run_id, field="run_id"), digest)
+
     # Last, because after it `list` means this method.
     async def list(self) -> list[RunRecord]:
         """All runs, newest first. Without Redis, what object storage knows."""

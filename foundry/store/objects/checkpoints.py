@@ -2,6 +2,7 @@
 
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json           {digest, num_bytes}, written last
+    runs/<id>/curriculum/<hex>.json                                what all checkpoints of a run share, by its digest
 
 A checkpoint without its json is half written and does not exist. Nothing is ever overwritten, and a later attempt sorts
 after an earlier one, so a worker that was replaced can't put its state over its successor's.
@@ -20,7 +21,7 @@ import structlog
 from blake3 import blake3
 
 from foundry.errors import DigestMismatch, NotFound
-from foundry.identity import Buffer, content_digest
+from foundry.identity import Buffer, check_digest, content_digest
 from foundry.store.objects.objects import ObjectInfo, Objects
 
 log = structlog.get_logger(__name__)
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 # The newest, and the one before it in case the newest is damaged.
 _KEPT = 2
 _KEY = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
+_CURRICULUM_KEY = re.compile(r"runs/[^/]+/curriculum/[0-9a-f]{64}\.json")
 
 
 class Checkpoints:
@@ -69,14 +71,15 @@ class Checkpoints:
         return None
 
     async def of_runs_that_ended(self, *, before: datetime) -> AsyncIterator[ObjectInfo]:
-        """The files of all runs whose result was written before a time; of a checkpoint the json comes first."""
+        """The files of all runs whose result was written before a time: of a checkpoint the json comes first, and the
+        curriculum after all checkpoints, which are nothing without it."""
         over: set[str] = set()
         files: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
         async for entry in self._objects.scan("runs"):
             run = entry.key.split("/")[1]
             if entry.key == f"runs/{run}/result.json" and entry.last_modified < before:
                 over.add(run)
-            elif _KEY.fullmatch(entry.key):
+            elif _KEY.fullmatch(entry.key) or _CURRICULUM_KEY.fullmatch(entry.key):
                 files[run].append(entry)
         for run in sorted(over & files.keys()):
             for entry in sorted(files[run], key=lambda entry: entry.key):
@@ -109,6 +112,28 @@ class Checkpoints:
                 # The json first: without it the rest is no checkpoint.
                 await self._objects.delete(f"{stem}.json")
                 await self._objects.delete(f"{stem}.safetensors")
+
+    async def save_curriculum(self, run_id: str, content: bytes) -> str:
+        """Keep what a run asks beside its checkpoints, and return its digest. Raises StoreFull, StoreUnavailable."""
+        digest = content_digest(content)
+        # Also over one that stands: it is the same, unless it is damaged, and then this repairs it.
+        await self._objects.put(_curriculum_key(run_id, digest), [content])
+        return digest
+
+    async def load_curriculum(self, run_id: str, digest: str) -> bytes:
+        """Raises DigestMismatch if it is gone or damaged."""
+        key = _curriculum_key(run_id, digest)
+        try:
+            content = bytes(await self._objects.get(key))
+        except NotFound as error:
+            raise DigestMismatch(f"the curriculum {key} is gone: the run's checkpoints are of no use") from error
+        if (found := content_digest(content)) != digest:
+            raise DigestMismatch(f"the curriculum {key} hashes to {found}")
+        return content
+
+
+def _curriculum_key(run_id: str, digest: str) -> str:
+    return f"runs/{run_id}/curriculum/{check_digest(digest, field='curriculum').removeprefix('blake3:')}.json"
 
 
 def _digest(parts: list[Buffer]) -> str:

@@ -1,4 +1,4 @@
-"""The Trainer service: control of the run in hand."""
+"""The Trainer service: control of the active run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import grpc
 from foundry.errors import NotFound
 from foundry.store import RunStore
 from foundry.v1 import trainer_pb2, trainer_pb2_grpc
-from services.trainer.worker import Hand, Worker
+from services.trainer.active import ActiveRun
+from services.trainer.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,39 +24,39 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
 
     async def Status(self, request: trainer_pb2.StatusRequest, context: Context) -> trainer_pb2.StatusResponse:
         answer = trainer_pb2.StatusResponse(model_fingerprint=self._worker.lm.spec.fingerprint)
-        if (hand := self._worker.hand) is not None:
-            answer.run_id = hand.claimed.run_id
-            answer.attempt = hand.claimed.attempt
-            answer.num_steps = hand.claimed.spec.num_steps
-            answer.step = hand.step
-            answer.waiting_for = hand.patience.waiting_for
-            answer.state = hand.state.value
+        if (active := self._worker.active) is not None:
+            answer.run_id = active.attempt.claimed.run_id
+            answer.attempt = active.attempt.claimed.attempt
+            answer.num_steps = active.attempt.spec.num_steps
+            answer.step = active.run.progress.step if active.run is not None else 0
+            answer.waiting_for = active.attempt.patience.waiting_for
+            answer.state = active.state.value
         return answer
 
     async def Pause(self, request: trainer_pb2.PauseRequest, context: Context) -> trainer_pb2.PauseResponse:
-        self._hand(request.run_id).control.pause()
+        self._active(request.run_id).control.pause()
         await self._runs.request_pause(request.run_id)
         return trainer_pb2.PauseResponse()
 
     async def Resume(self, request: trainer_pb2.ResumeRequest, context: Context) -> trainer_pb2.ResumeResponse:
-        self._hand(request.run_id).control.resume()
+        self._active(request.run_id).control.resume()
         await self._runs.request_resume(request.run_id)
         return trainer_pb2.ResumeResponse()
 
     async def Checkpoint(
         self, request: trainer_pb2.CheckpointRequest, context: Context
     ) -> trainer_pb2.CheckpointResponse:
-        step = await self._hand(request.run_id).control.request_checkpoint()
+        step = await self._active(request.run_id).control.request_checkpoint()
         return trainer_pb2.CheckpointResponse(step=step)
 
     async def Stop(self, request: trainer_pb2.StopRequest, context: Context) -> trainer_pb2.StopResponse:
-        self._hand(request.run_id).control.cancel()
+        self._active(request.run_id).control.cancel()
         await self._runs.request_cancel(request.run_id)
         return trainer_pb2.StopResponse()
 
-    def _hand(self, run_id: str) -> Hand:
-        hand = self._worker.hand
-        if hand is None or hand.claimed.run_id != run_id:
-            held = f"run {hand.claimed.run_id}" if hand is not None else "no run"
+    def _active(self, run_id: str) -> ActiveRun:
+        active = self._worker.active
+        if active is None or active.attempt.claimed.run_id != run_id:
+            held = f"run {active.attempt.claimed.run_id}" if active is not None else "no run"
             raise NotFound(f"this worker holds {held}, not run {run_id or '(none)'}", field="run_id")
-        return hand
+        return active

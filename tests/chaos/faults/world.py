@@ -29,15 +29,20 @@ from foundry.store import (
     StoreSettings,
 )
 from services.trainer import checkpoint
+from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
 from services.trainer.patience import Patience
+from services.trainer.publish import Publisher
 from services.trainer.rollouts import Rollouts
 from services.trainer.run import Run
 from services.trainer.sample import Sample
+from services.trainer.sources.on_policy import OnPolicy
+from services.trainer.stages import Stages
 from services.trainer.teacher import Teacher
 from services.trainer.update.gradient import Signal
+from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep, Update
 from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer
@@ -50,6 +55,7 @@ DOCUMENT = "The harbour is open again. The treaty was signed in the spring. The 
 QUESTIONS = ("What is open?", "When was it signed?", "What is the price?", "Who signed?", "Why?")
 HELD_OUT_ANSWER = [40, 41, 42, 43]
 NUM_TOKENS = 16
+MICRO_BATCH_TOKENS = 4096
 # Measured: at most 2e-12 between equal bytes, at least 9e-5 between a version and the one before it.
 MISMATCH_THRESHOLD = 1e-6
 # Small enough that a fault costs little, large enough for a machine that is busy.
@@ -77,11 +83,11 @@ class ObservedStep(TrainingStep):
 
     observer: Observer
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
+    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], *, prove_policy: bool) -> Update:
         before = self.cartridge.snapshot().kv_L2GPD
         moved = False
         try:
-            update = super().run(samples, signals)
+            update = super().run(samples, signals, prove_policy=prove_policy)
             moved = True
         finally:
             if not moved and not self.cartridge.snapshot().kv_L2GPD.equal(before):
@@ -182,6 +188,7 @@ class World:
         """The run, at its start or at its last checkpoint, with clients of its own."""
         spec, fingerprint = claimed.spec, self.lm.spec.fingerprint
         patience = Patience(PATIENCE_SECONDS, max_wait_seconds=0.02)
+        attempt = Attempt(claimed, self.store, patience)
         addresses = [host.link.address for host in self.rollouts]
         rollouts = Rollouts(Pods("rollout", addresses), fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
         teacher = Teacher(
@@ -197,28 +204,30 @@ class World:
             TrainableCartridge(self.lm, self._start_kv),
             objective_named(spec.objective, beta=spec.jsd_beta, k=spec.topk),
             learning_rate=spec.learning_rate,
-            micro_batch_tokens=4096,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
             policy_mismatch_threshold=self.mismatch_threshold,
         )
         training.observer = self.observer
         try:
             await patience.call("teacher", teacher.put_context)
-            kept = await patience.call("store", lambda: self.store.runs.load_checkpoint(claimed.run_id))
+            kept = await attempt.load_checkpoint()
             if kept is None:
-                progress, curriculum = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, 0.0, 0.0), self._curriculum()
+                curriculum = self._curriculum()
+                progress = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, await attempt.save_curriculum(curriculum))
             else:
-                progress, curriculum = checkpoint.read(kept[1], training, config=NAME)
+                progress = checkpoint.read(kept, training, config=NAME)
+                curriculum = await attempt.load_curriculum(progress.curriculum)
+            publisher, stages = Publisher(attempt, training.cartridge, progress), Stages()
             yield Run(
-                claimed,
-                self.lm,
-                training,
-                curriculum,
+                attempt,
                 progress,
-                store=self.store,
-                rollouts=rollouts,
+                training,
+                source=OnPolicy(attempt, curriculum, rollouts, publisher, stages),
                 teacher=teacher,
+                publisher=publisher,
+                heldout=HeldOutSet(curriculum.heldout, MICRO_BATCH_TOKENS),
+                stages=stages,
                 control=control,
-                patience=patience,
             )
         finally:
             await rollouts.close()

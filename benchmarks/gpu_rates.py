@@ -85,7 +85,7 @@ def training_step(lm: FrozenLM, micro_batch_tokens: int) -> float:
         policy_mismatch_threshold=float("inf"),
     )
     signals = [torch.randn(ANSWER_TOKENS, 3072, device=lm.device, dtype=lm.dtype) for _ in range(NUM_SAMPLES)]
-    return seconds(lambda: step.run(samples(), signals), 2)
+    return seconds(lambda: step.run(samples(), signals, prove_policy=True), 2)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from services.trainer.ranks.follower import follow
-from services.trainer.ranks.group import Group, Seat
+from services.trainer.ranks.group import Group, Rank
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
@@ -70,7 +70,7 @@ class Bench:
 
     def gradient(self, leader: Leader | None, micro_batch_tokens: int = MICRO_BATCH_TOKENS) -> Tensor:
         step = self.step(leader, micro_batch_tokens)
-        step.run(self.samples, self.signals)
+        step.run(self.samples, self.signals, prove_policy=True)
         assert step.cartridge.master_L2GRD.grad is not None
         return step.cartridge.master_L2GRD.grad
 
@@ -79,7 +79,7 @@ class Bench:
         for _ in range(num_rounds + 1):
             began = time.perf_counter()
             # Its numbers are read on the host: no kernel is left when it returns.
-            step.run(self.samples, self.signals)
+            step.run(self.samples, self.signals, prove_policy=True)
             seconds.append(time.perf_counter() - began)
         return seconds[1:]
 
@@ -116,16 +116,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--result", type=Path, default=None)
     arguments = parser.parse_args()
-    seat = Seat.of_process()
-    device = torch.device(seat.device(arguments.device))
+    rank = Rank.of_process()
+    device = torch.device(rank.device(arguments.device))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    group = Group(seat, device, TIMEOUT_SECONDS)
+    group = Group(rank, device, TIMEOUT_SECONDS)
     lm = build(str(device), dtype, **(SMALL if arguments.small else LLAMA_3B))
-    if not seat.leads:
+    if not rank.leads:
         raise SystemExit(follow(lm, group))
     leader = Leader(group)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    result = {"device": name, "torch": torch.__version__, "num_ranks": seat.num_ranks}
+    result = {"device": name, "torch": torch.__version__, "num_ranks": rank.num_ranks}
     bench = Bench(lm, arguments.samples, 64 if arguments.small else 2048)
     text = json.dumps(result | measure(bench, leader, arguments.rounds), indent=2)
     print(text)

@@ -63,7 +63,7 @@ def _going_on() -> Panels:
         series(
             "Progress",
             "percentunit",
-            "How far is the run in hand? A flat line is a run that stalls, or one that is over.",
+            "How far is the active run? A flat line is a run that stalls, or one that is over.",
             query(f"{chosen('foundry_trainer_step')} / ({chosen('foundry_trainer_num_steps')} > 0)", PROCESS),
             maximum=1,
         ),
@@ -81,7 +81,7 @@ def _going_on() -> Panels:
         series(
             "Version",
             "short",
-            "Does every step publish? The latest version that the run in hand published.",
+            "Does every step publish? The latest version that the active run published.",
             query(chosen("foundry_trainer_version"), PROCESS),
         ),
         series(

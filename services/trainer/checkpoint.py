@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had never stopped: one safetensors file.
+"""All that a run needs to go on as if it had never stopped: one safetensors file, and the curriculum that it names.
 
 The random state is not in it: every draw of a run is seeded by its place (`foundry.seeds`).
 """
@@ -6,20 +6,20 @@ The random state is not in it: every draw of a run is seeded by its place (`foun
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from safetensors.torch import load, save
 
 from foundry.errors import InvalidArgument
+from foundry.identity import read_safetensors_header
 from foundry.store.names import CartridgeId
-from services.trainer.curriculum import Curriculum
 from services.trainer.update.step import TrainingStep
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
-    """Where a run stands after `step` updates."""
+    """Where a run stands after `step` updates. The run moves it on; its publisher sets the policy."""
 
     step: int
     policy: CartridgeId
@@ -28,12 +28,14 @@ class Progress:
     config: str
     # Digest of the chat template that made the prompts.
     template: str
-    heldout_kl_first: float
-    heldout_kl_last: float
+    # Digest of what it asks, and `step` is how far it is in it.
+    curriculum: str
+    heldout_kl_first: float = 0.0
+    heldout_kl_last: float = 0.0
 
 
-def write(progress: Progress, curriculum: Curriculum, training: TrainingStep) -> bytes:
-    """Master, Adam moments, prompts and progress as the bytes of one file."""
+def write(progress: Progress, training: TrainingStep) -> bytes:
+    """Master, Adam moments and progress as the bytes of one file."""
     master = training.cartridge.master_L2GRD
     moments = training.optimiser.state.get(master, {})
     tensors = {
@@ -41,8 +43,6 @@ def write(progress: Progress, curriculum: Curriculum, training: TrainingStep) ->
         "master": master.detach(),
         "exp_avg": moments.get("exp_avg", torch.zeros_like(master)),
         "exp_avg_sq": moments.get("exp_avg_sq", torch.zeros_like(master)),
-        # Text as a tensor: the header, where metadata stands, is limited in size.
-        "curriculum": torch.frombuffer(bytearray(curriculum.to_json().encode()), dtype=torch.uint8),
     }
     return save(
         {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
@@ -50,15 +50,18 @@ def write(progress: Progress, curriculum: Curriculum, training: TrainingStep) ->
     )
 
 
-def read(content: bytes, training: TrainingStep, *, config: str, template: str) -> tuple[Progress, Curriculum]:
-    """Put a checkpoint's tensors into `training` and return where it stands and what it asks.
+def read(content: bytes, training: TrainingStep, *, config: str, template: str) -> Progress:
+    """Put a checkpoint's tensors into `training` and return where it stands.
 
-    Raises InvalidArgument if the checkpoint is of another configuration.
+    Raises InvalidArgument if the checkpoint is of another configuration or another release.
     """
-    length = int.from_bytes(content[:8], "little")
-    values = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["progress"])
-    # Checkpoints of older releases don't name theirs.
-    progress = Progress(**{"template": template, **values, "policy": CartridgeId(**values["policy"])})
+    values = json.loads(read_safetensors_header(content)["__metadata__"]["progress"])
+    if values.keys() != {field.name for field in fields(Progress)}:
+        raise InvalidArgument(
+            f"the checkpoint was written by another release (it says {', '.join(sorted(values))}): let that one end "
+            "the run, or cancel it and start it anew"
+        )
+    progress = Progress(**{**values, "policy": CartridgeId(**values["policy"])})
     if progress.config != config:
         raise InvalidArgument(
             f"the checkpoint at step {progress.step} is of configuration {progress.config}, the run's is {config}"
@@ -79,4 +82,4 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
             "exp_avg": tensors["exp_avg"].to(master.device),
             "exp_avg_sq": tensors["exp_avg_sq"].to(master.device),
         }
-    return progress, Curriculum.from_json(tensors["curriculum"].numpy().tobytes())
+    return progress

@@ -1,4 +1,4 @@
-"""Pause, resume, cancel: what others want of the run in hand."""
+"""Pause, resume, cancel: what others want of the active run."""
 
 from __future__ import annotations
 

@@ -6,8 +6,15 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from foundry.seeds import derive_seed
+
+# Where no held-out prompts are given one in eight is held out, at least four, at most half.
+_HELDOUT_SHARE = 8
+_MIN_HELDOUT = 4
+# Enough for the mean over their tokens; more would only cost answers behind the whole document, and training prompts.
+MAX_HELDOUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +27,15 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """Kept with the run's checkpoints, so that every attempt asks the same."""
+    """Kept beside the run's checkpoints, so that every attempt asks the same."""
 
     turns: Sequence[Sequence[int]]
     heldout: Sequence[HeldOut]
 
     def batch(self, step: int, batch_size: int, seed: int) -> list[Sequence[int]]:
         """The turns of one step: each epoch is its own permutation, and batches run on across epochs."""
-        return [self._at(step * batch_size + offset, seed) for offset in range(batch_size)]
-
-    def _at(self, cursor: int, seed: int) -> Sequence[int]:
-        epoch, place = divmod(cursor, len(self.turns))
-        order = list(range(len(self.turns)))
-        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-        return self.turns[order[place]]
+        places = (divmod(step * batch_size + offset, len(self.turns)) for offset in range(batch_size))
+        return [self.turns[_order(len(self.turns), seed, epoch)[place]] for epoch, place in places]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -42,3 +44,17 @@ class Curriculum:
     def from_json(cls, text: str | bytes) -> Curriculum:
         values = json.loads(text)
         return cls(values["turns"], [HeldOut(**item) for item in values["heldout"]])
+
+
+def hold_out(turns: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]]]:
+    """Training and held-out turns, where a run brings only one kind."""
+    num_heldout = min(max(_MIN_HELDOUT, len(turns) // _HELDOUT_SHARE), len(turns) // 2, MAX_HELDOUT)
+    return turns[num_heldout:], turns[:num_heldout]
+
+
+# Steps go through one epoch after another: the order of the current one is all that is asked for again.
+@lru_cache(maxsize=1)
+def _order(num_turns: int, seed: int, epoch: int) -> Sequence[int]:
+    order = list(range(num_turns))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return order

@@ -20,13 +20,13 @@ RUNS = Counter(
     "(requeued).",
     ["end"],
 )
-STEP = Gauge("foundry_trainer_step", "Steps finished in the run in hand, or the last one.")
-NUM_STEPS = Gauge("foundry_trainer_num_steps", "Steps that the run in hand is to take.")
+STEP = Gauge("foundry_trainer_step", "Steps finished in the active run, or the last one.")
+NUM_STEPS = Gauge("foundry_trainer_num_steps", "Steps that the active run is to take.")
 LAST_STEP_TIMESTAMP = Gauge(
     "foundry_trainer_last_step_timestamp_seconds",
     "When the last step ended, in Unix time; before the first one, when the run was taken up.",
 )
-VERSION = Gauge("foundry_trainer_version", "Latest version that the run in hand published.")
+VERSION = Gauge("foundry_trainer_version", "Latest version that the active run published.")
 STALENESS = Gauge(
     "foundry_trainer_staleness_versions", "How many versions the oldest answer of the last step was behind its policy."
 )
@@ -37,7 +37,7 @@ POLICY_MISMATCH_KL = Gauge(
     "foundry_trainer_policy_mismatch_kl", "KL between the rollout's and the trainer's logprobs of the sampled tokens."
 )
 POLICY_MISMATCH_THRESHOLD = Gauge(
-    "foundry_trainer_policy_mismatch_threshold", "That KL beyond which the run in hand stops, in nats."
+    "foundry_trainer_policy_mismatch_threshold", "That KL beyond which the active run stops, in nats."
 )
 ENTROPY = Gauge("foundry_trainer_entropy", "Mean entropy of the student at the scored positions, in nats.")
 TRUNCATED = Gauge("foundry_trainer_truncated_ratio", "Share of answers cut at the token limit.")

@@ -57,7 +57,7 @@ class Setting:
         heldout = turns(self.template, seed=99, count=6)
         answers = self.answer([[*self.context, *turn] for turn in heldout], (), temperature=0.0, seed=0)
         pairs = zip(heldout, answers, strict=True)
-        self.heldout = HeldOutSet([HeldOut(turn, ids) for turn, (ids, _) in pairs])
+        self.heldout = HeldOutSet([HeldOut(turn, ids) for turn, (ids, _) in pairs], micro_batch_tokens=4096)
         self.heldout.signals = self.teach(self.heldout.samples)
 
     def answer(
@@ -111,7 +111,7 @@ def train_on_policy(student: Setting, teacher: Setting, objective: str) -> tuple
             Sample(turn, ids, logprobs, digest, index, truncated=False)
             for turn, (ids, logprobs) in zip(batch, answers, strict=True)
         ]
-        step.run(samples, teacher.teach(samples))
+        step.run(samples, teacher.teach(samples), prove_policy=True)
         student.engine.unload(digest)
     return before, student.heldout.kl(lm, cartridge)
 

@@ -19,7 +19,7 @@ from foundry.errors import InvalidArgument, PolicyMismatch, ShapeMismatch
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective, TopK
 from services.trainer.ranks.follower import follow
-from services.trainer.ranks.group import Group, Seat
+from services.trainer.ranks.group import Group, Rank
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
@@ -76,10 +76,11 @@ def run(lm: FrozenLM, leader: Leader | None, case: Case) -> dict[str, Tensor]:
     for index in range(2):
         samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(case.lengths)]
         signals = signals_of(lm, samples, case.objective)
-        update: Update = step.run(samples, signals)
+        update: Update = step.run(samples, signals, prove_policy=True)
+        assert update.proof is not None
         assert update.num_tokens == sum(answer for _, answer in case.lengths)
         found[f"update {index}"] = torch.tensor(
-            [update.loss, update.entropy, update.grad_norm, update.policy_mismatch_kl, update.policy_mismatch_max]
+            [update.loss, update.entropy, update.grad_norm, update.proof.total.kl, update.proof.total.largest]
         )
         assert step.cartridge.master_L2GRD.grad is not None
         found[f"gradient {index}"] = step.cartridge.master_L2GRD.grad
@@ -90,7 +91,7 @@ def run(lm: FrozenLM, leader: Leader | None, case: Case) -> dict[str, Tensor]:
         first, *others = fresh[index].rollout_logprobs
         fresh[index] = replace(fresh[index], rollout_logprobs=[first - 0.5, *others])
         with pytest.raises(PolicyMismatch):
-            step.run(fresh, signals)
+            step.run(fresh, signals, prove_policy=True)
         assert torch.equal(step.cartridge.cast(), found["version 1"])
     return found
 
@@ -103,18 +104,18 @@ def fail_in_turn(lm: FrozenLM, leader: Leader) -> None:
     samples = [with_own_logprobs(lm, stranger.cartridge, sample) for sample in make_samples(case.lengths)]
     signals = signals_of(lm, samples, case.objective)
     with pytest.raises(ShapeMismatch, match="rank 1: cartridge is not for this model: model_fingerprint"):
-        stranger.run(samples, signals)
+        stranger.run(samples, signals, prove_policy=True)
     # The longest sample is rank 0's.
     samples[0] = Sample(samples[0].turn_ids, [5] * 600, [-1.0] * 600, "", 0, truncated=False)
     with pytest.raises(InvalidArgument, match=r"^sequence 0 has"):
-        make_step(lm, leader, case).run(samples, signals)
+        make_step(lm, leader, case).run(samples, signals, prove_policy=True)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    seat, lm = Seat.of_process(), FrozenLM.load(Path(sys.argv[1]))
-    group = Group(seat, lm.device, TIMEOUT_SECONDS)
-    if not seat.leads:
+    rank, lm = Rank.of_process(), FrozenLM.load(Path(sys.argv[1]))
+    group = Group(rank, lm.device, TIMEOUT_SECONDS)
+    if not rank.leads:
         raise SystemExit(follow(lm, group))
     leader = Leader(group)
     fail_in_turn(lm, leader)

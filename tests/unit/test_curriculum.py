@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt
+from foundry.seeds import derive_seed
 from foundry.selfstudy.prompts import read_prompts
 from foundry.selfstudy.questions import SEEDS, chunk_document, write_prompts
-from services.trainer.curriculum import Curriculum, HeldOut
+from services.trainer.curriculum import MAX_HELDOUT, Curriculum, HeldOut, hold_out
 from tests.tiny import CLOCK, build_tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "handbook.md"
@@ -48,7 +50,44 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert first == curriculum.batch(0, 50, seed=0)
 
 
-def test_curriculum_survives_its_checkpoint() -> None:
+@given(num_turns=st.integers(1, 30), batch_size=st.integers(1, 80), seed=st.integers(0, 9), step=st.integers(0, 9))
+def test_the_order_is_that_of_runs_before(num_turns: int, batch_size: int, seed: int, step: int) -> None:
+    """Resumed runs, and their digests, rest on it."""
+    asked = []
+    for cursor in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(cursor, num_turns)
+        order = list(range(num_turns))
+        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+        asked.append([order[place]])
+    assert Curriculum([[turn] for turn in range(num_turns)], []).batch(step, batch_size, seed) == asked
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled: list[int] = []
+    shuffle = random.Random.shuffle
+
+    def counted(self: random.Random, values: list[int]) -> None:
+        shuffled.append(len(values))
+        shuffle(self, values)
+
+    monkeypatch.setattr(random.Random, "shuffle", counted)
+    curriculum = Curriculum([[turn] for turn in range(101)], [])
+    for step in range(20):
+        curriculum.batch(step, 10, seed=77)
+    assert shuffled == [101, 101], "200 prompts, which are two epochs"
+
+
+@pytest.mark.parametrize(
+    ("num_turns", "num_heldout"), [(1, 0), (5, 2), (8, 4), (100, 12), (512, 64), (2184, MAX_HELDOUT), (100_000, 64)]
+)
+def test_some_prompts_are_held_out_but_not_ever_more(num_turns: int, num_heldout: int) -> None:
+    turns = [[turn] for turn in range(num_turns)]
+    training, heldout = hold_out(turns)
+    assert len(heldout) == num_heldout
+    assert [*heldout, *training] == turns
+
+
+def test_curriculum_survives_its_store() -> None:
     curriculum = Curriculum([[1, 2], [3]], [HeldOut([4], [5, 6])])
     assert Curriculum.from_json(curriculum.to_json()) == curriculum
 

@@ -103,7 +103,7 @@ def test_only_unfrozen_cartridge_tokens_get_gradient(lm: FrozenLM, num_frozen: i
         lm, cartridge, FORWARD, learning_rate=0.1, micro_batch_tokens=10_000, policy_mismatch_threshold=float("inf")
     )
     proven = [with_own_logprobs(lm, cartridge, sample) for sample in samples]
-    step.run(proven, make_signals(lm, samples))
+    step.run(proven, make_signals(lm, samples), prove_policy=True)
     assert all(parameter.grad is None for parameter in lm.model.parameters())
     moved = (cartridge.cast().detach() != before).flatten(0, 2).any(dim=0).any(dim=-1)
     assert moved.tolist() == [False] * num_frozen + [True] * (P - num_frozen)
@@ -151,7 +151,7 @@ def test_micro_batches_give_the_same_step(lm: FrozenLM) -> None:
             micro_batch_tokens=micro_batch_tokens,
             policy_mismatch_threshold=1e-6,
         )
-        step.run(proven, signals)
+        step.run(proven, signals, prove_policy=True)
         assert cartridge.master_L2GRD.grad is not None
         masters.append(cartridge.master_L2GRD.grad)
     torch.testing.assert_close(masters[0], masters[1], atol=1e-5, rtol=1e-4)

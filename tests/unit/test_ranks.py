@@ -19,6 +19,7 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from services.trainer.ranks.group import Message
 from services.trainer.ranks.share import Share, share_out
+from services.trainer.update.gradient import Batch
 from tests.tiny import build_tiny_model
 from tests.unit import ranks_steps
 from tests.unit.ranks_steps import CASES
@@ -70,20 +71,18 @@ def test_shares_are_even_and_complete(num_tokens: list[int], num_ranks: int) -> 
 
 
 def test_a_share_arrives_as_it_was_sent(lm: FrozenLM) -> None:
-    samples = make_samples([(9, 14), (3, 1)])
+    samples = make_samples([(9, 14), (5, 2), (3, 1)])
     signals = make_signals(lm, samples)
-    sent = Share(make_cartridge(lm).header, Objective("jsd", beta=0.3), 99, 64, samples, signals)
-    found = Share.of(Message.from_bytes(sent.to_message().to_bytes()))
-    assert (found.prefix, found.objective, found.num_tokens, found.micro_batch_tokens) == (
-        sent.prefix,
-        sent.objective,
-        99,
-        64,
-    )
-    assert [(sample.turn_ids, sample.answer_ids) for sample in found.samples] == [
-        (sample.turn_ids, sample.answer_ids) for sample in samples
+    objective = Objective("jsd", beta=0.3)
+    sent = Share.of(make_cartridge(lm).header, Batch(samples, signals, objective, 99, 64), [2, 0])
+    found = Share.from_message(Message.from_bytes(sent.to_message().to_bytes()))
+    batch = found.batch
+    assert found.prefix == sent.prefix
+    assert (batch.objective, batch.num_tokens, batch.micro_batch_tokens) == (objective, 99, 64)
+    assert [(sample.turn_ids, sample.answer_ids) for sample in batch.samples] == [
+        (samples[index].turn_ids, samples[index].answer_ids) for index in (2, 0)
     ]
-    for arrived, signal in zip(found.signals, signals, strict=True):
+    for arrived, signal in zip(batch.signals, [signals[2], signals[0]], strict=True):
         assert isinstance(arrived, Tensor)
         assert isinstance(signal, Tensor)
         assert torch.equal(arrived, signal)

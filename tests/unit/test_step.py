@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from foundry.errors import InvalidArgument, PolicyMismatch
 from foundry.model.lm import FrozenLM
@@ -14,7 +17,9 @@ from foundry.model.objectives import Objective
 from foundry.store.names import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.checkpoint import Progress
-from services.trainer.curriculum import Curriculum, HeldOut
+from services.trainer.curriculum import HeldOut
+from services.trainer.update.gradient import distill_samples
+from services.trainer.update.heldout import MEASURE, HeldOutSet
 from services.trainer.update.step import TrainingStep
 from tests.tiny import build_tiny_model
 from tests.unit.test_packing import LENGTHS, make_cartridge, make_samples, make_signals, with_own_logprobs
@@ -40,13 +45,14 @@ def test_answers_of_another_version_are_refused_and_change_nothing(lm: FrozenLM)
     step = make_step(lm)
     samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(LENGTHS)]
     signals = make_signals(lm, samples)
-    update = step.run(samples, signals)
-    assert update.policy_mismatch_kl < 1e-9
-    assert update.policy_mismatch_max < 1e-4
+    update = step.run(samples, signals, prove_policy=True)
+    assert update.proof is not None
+    assert update.proof.total.kl < 1e-9
+    assert update.proof.total.largest < 1e-4
     # The cartridge has moved on: the same answers are stale now.
     before = step.cartridge.master_L2GRD.detach().clone()
     with pytest.raises(PolicyMismatch, match="nothing was trained"):
-        step.run(samples, signals)
+        step.run(samples, signals, prove_policy=True)
     assert torch.equal(step.cartridge.master_L2GRD, before)
 
 
@@ -56,7 +62,7 @@ def test_logprobs_shifted_by_one_position_are_refused(lm: FrozenLM) -> None:
     logprobs = list(samples[2].rollout_logprobs)
     samples[2] = replace(samples[2], rollout_logprobs=[*logprobs[1:], logprobs[0]])
     with pytest.raises(PolicyMismatch):
-        step.run(samples, make_signals(lm, samples))
+        step.run(samples, make_signals(lm, samples), prove_policy=True)
 
 
 def test_nan_logprobs_are_refused(lm: FrozenLM) -> None:
@@ -64,7 +70,7 @@ def test_nan_logprobs_are_refused(lm: FrozenLM) -> None:
     samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(LENGTHS)]
     samples[0] = replace(samples[0], rollout_logprobs=[float("nan")] * len(samples[0].answer_ids))
     with pytest.raises(PolicyMismatch):
-        step.run(samples, make_signals(lm, samples))
+        step.run(samples, make_signals(lm, samples), prove_policy=True)
 
 
 @pytest.mark.parametrize("wrong", ["shifted", "nan"])
@@ -87,7 +93,7 @@ def test_one_lying_server_among_many_is_named(lm: FrozenLM, wrong: str) -> None:
     signals = make_signals(lm, samples)
     with pytest.raises(PolicyMismatch) as caught:
         # A twentieth of a nat on one token of 54: over all servers together it would not be seen.
-        step.run(samples, signals)
+        step.run(samples, signals, prove_policy=True)
     message = caught.value.message
     assert "1 of 3 rollout servers" in message
     assert "Rollout 10.0.0.1:7001 claimed version 5, blake3:555" in message
@@ -96,36 +102,79 @@ def test_one_lying_server_among_many_is_named(lm: FrozenLM, wrong: str) -> None:
     assert "10.0.0.0" not in message
     assert torch.equal(step.cartridge.master_L2GRD, before)
     samples[7] = replace(samples[7], rollout_logprobs=honest)
-    update = step.run(samples, signals)
-    assert {server: each.num_tokens for server, each in update.mismatch_by_server.items()} == {
+    update = step.run(samples, signals, prove_policy=True)
+    assert update.proof is not None
+    assert {server: each.num_tokens for server, each in update.proof.by_server.items()} == {
         f"10.0.0.{index}:7001": 18 for index in range(3)
     }
-    assert all(each.kl < 1e-9 for each in update.mismatch_by_server.values())
+    assert all(each.kl < 1e-9 for each in update.proof.by_server.values())
+
+
+def test_only_a_source_that_says_so_is_trained_on_unproved(lm: FrozenLM) -> None:
+    # As of a data set: nobody's logprobs.
+    samples = make_samples(LENGTHS)
+    signals = make_signals(lm, samples)
+    step = make_step(lm)
+    before = step.cartridge.master_L2GRD.detach().clone()
+    update = step.run(samples, signals, prove_policy=False)
+    assert update.proof is None
+    assert not torch.equal(step.cartridge.master_L2GRD, before)
+    # The gradient is the one that is proved where they are the policy's.
+    proved = make_step(lm)
+    own = [with_own_logprobs(lm, proved.cartridge, sample) for sample in samples]
+    assert proved.run(own, signals, prove_policy=True).loss == update.loss
+    assert torch.equal(proved.cartridge.master_L2GRD, step.cartridge.master_L2GRD)
+    stranger = make_step(lm)
+    with pytest.raises(PolicyMismatch):
+        stranger.run(
+            [replace(each, rollout_logprobs=[-1.0] * len(each.answer_ids)) for each in samples],
+            signals,
+            prove_policy=True,
+        )
+    assert torch.equal(stranger.cartridge.master_L2GRD, before)
+    with pytest.raises(TypeError, match="prove_policy"):
+        step.run(samples, signals)  # type: ignore[call-arg]
+
+
+def test_heldout_kl_is_the_mean_over_all_tokens_however_they_are_packed(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = make_samples(LENGTHS)
+    signals = make_signals(lm, samples)
+    cartridge = make_cartridge(lm)
+    expected = distill_samples(lm, cartridge.cast(), MEASURE, samples, signals).loss.item()
+    forwards: list[int] = []
+    packed_hidden = lm.packed_hidden
+
+    def counted(sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None]) -> Tensor:
+        forwards[-1] += 1
+        return packed_hidden(sequences, prefixes)
+
+    monkeypatch.setattr(lm, "packed_hidden", counted)
+    for micro_batch_tokens in (4096, 30, 1):
+        forwards.append(0)
+        heldout = HeldOutSet([HeldOut(each.turn_ids, each.answer_ids) for each in samples], micro_batch_tokens)
+        heldout.signals = signals
+        # Float32, summed in another order.
+        assert heldout.kl(lm, cartridge) == pytest.approx(expected, rel=1e-5)
+    assert forwards == [1, 3, len(samples)]
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
-    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", 1.5, 1.25)
+    progress = Progress(
+        2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "blake3:" + "1" * 64, 1.5, 1.25
+    )
     straight, interrupted, resumed = make_step(lm), make_step(lm), make_step(lm)
 
     def train(step: TrainingStep) -> None:
         samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(LENGTHS)]
-        step.run(samples, make_signals(lm, samples))
+        step.run(samples, make_signals(lm, samples), prove_policy=True)
 
     for step in (straight, interrupted):
         train(step)
         train(step)
-    curriculum = Curriculum([[5, 6], [7]], [HeldOut([8], [9, 10])])
-    content = checkpoint.write(progress, curriculum, interrupted)
-    assert checkpoint.read(content, resumed, config="config", template="template") == (progress, curriculum)
-    # An older release's, which names no template.
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    values = json.loads(header["__metadata__"]["progress"])
-    del values["template"]
-    header["__metadata__"]["progress"] = json.dumps(values)
-    older = json.dumps(header).encode()
-    older = len(older).to_bytes(8, "little") + older + content[8 + length :]
-    assert checkpoint.read(older, make_step(lm), config="config", template="template")[0] == progress
+    content = checkpoint.write(progress, interrupted)
+    assert checkpoint.read(content, resumed, config="config", template="template") == progress
     train(straight)
     train(resumed)
     assert torch.equal(straight.cartridge.cast(), resumed.cartridge.cast())
@@ -133,3 +182,12 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
         checkpoint.read(content, make_step(lm), config="another", template="template")
     with pytest.raises(InvalidArgument, match="another configuration: its chat template is template"):
         checkpoint.read(content, make_step(lm), config="config", template="another")
+
+
+def test_a_checkpoint_of_another_release_is_refused(lm: FrozenLM) -> None:
+    progress = asdict(Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", ""))
+    del progress["curriculum"]
+    # The curriculum was a tensor in it.
+    content = save({"curriculum": torch.zeros(4)}, metadata={"progress": json.dumps(progress)})
+    with pytest.raises(InvalidArgument, match="another release"):
+        checkpoint.read(content, make_step(lm), config="config", template="template")

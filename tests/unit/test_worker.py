@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -12,20 +12,24 @@ from foundry.errors import Fenced, StoreUnavailable
 from foundry.model.lm import FrozenLM
 from foundry.rpc.retry import Retry
 from foundry.store import CartridgeStore, ClaimedRun, Desired, RunState
+from services.trainer.active import ActiveRun
+from services.trainer.attempt import Attempt
 from services.trainer.control import Control
+from services.trainer.heartbeat import Heartbeat
+from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
-from services.trainer.worker import Hand, Worker
+from services.trainer.worker import Worker
 from tests.store_data import run_spec
 
 CLAIMED = ClaimedRun(run_id="run-a", attempt=1, spec=run_spec(), desired=Desired.CONTINUE)
 
 
-def worker_of(runs: object) -> Worker:
-    return Worker(
-        cast(FrozenLM, None),
-        cast(TrainerSettings, SimpleNamespace(lease_seconds=0.001, grace_seconds=5.0)),
-        cast(CartridgeStore, SimpleNamespace(runs=runs)),
-    )
+def store_of(runs: object) -> CartridgeStore:
+    return cast(CartridgeStore, SimpleNamespace(runs=runs))
+
+
+def active_run(runs: object) -> ActiveRun:
+    return ActiveRun(Attempt(CLAIMED, store_of(runs), Retry(1.0)), Control())
 
 
 class Runs:
@@ -44,16 +48,24 @@ class Runs:
 @pytest.mark.parametrize("fault", [StoreUnavailable("away"), RuntimeError("a fault of ours")])
 async def test_the_heart_beats_on_after_a_failure(fault: Exception) -> None:
     runs = Runs(Desired.CONTINUE, fault, Desired.PAUSE, Fenced("another has it"))
-    worker = worker_of(runs)
-    abandoned: list[bool] = []
-    control, lost = Control(), asyncio.Event()
-    hand = Hand(CLAIMED, control, Retry(1.0))
-    beating: Any = worker._heartbeat(hand, lambda: abandoned.append(True), lost)
-    await asyncio.wait_for(beating, 5)
+    active = active_run(runs)
+    heart = Heartbeat(active, lease_seconds=0.001)
+    await asyncio.wait_for(heart.beat(), 5)
     assert runs.left == []
-    assert control.paused
-    assert lost.is_set()
-    assert abandoned == [True]
+    assert active.control.paused
+    assert isinstance(heart.abandoned.result(), Fenced)
+
+
+@pytest.mark.parametrize("waiting_for", ["", "rollout: away"])
+async def test_a_cancelled_run_ends_its_step_unless_there_is_none_to_end(waiting_for: str) -> None:
+    active = active_run(Runs(Desired.CANCEL, Fenced("another has it")))
+    active.run = cast(Run, object())
+    active.attempt.retry.waiting_for = waiting_for
+    heart = Heartbeat(active, lease_seconds=0.001)
+    await asyncio.wait_for(heart.beat(), 5)
+    assert active.control.cancelled
+    # What came first counts: while it trains, that is the other worker.
+    assert (heart.abandoned.result() is None) == bool(waiting_for)
 
 
 class SlowRuns:
@@ -71,8 +83,9 @@ class SlowRuns:
 
 async def test_a_worker_that_is_stopped_while_it_ends_a_run_writes_the_end() -> None:
     runs = SlowRuns()
-    worker = worker_of(runs)
-    finishing = asyncio.create_task(worker._finish(Hand(CLAIMED, Control(), Retry(1.0)), RunState.FAILED, "why"))
+    settings = cast(TrainerSettings, SimpleNamespace(grace_seconds=5.0))
+    worker = Worker(cast(FrozenLM, None), settings, store_of(runs))
+    finishing = asyncio.create_task(worker._finish(active_run(runs), RunState.FAILED, "why"))
     await runs.begun.wait()
     finishing.cancel()
     asyncio.get_running_loop().call_soon(runs.may_end.set)

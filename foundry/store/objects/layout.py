@@ -15,6 +15,7 @@
     runs/<id>/result.json                                   {state, error, result, finished_ms}: the run is over
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json    {digest, num_bytes}, written last
+    runs/<id>/curriculum/<hex>.json                         what all checkpoints of a run share, by its digest
     condemned/<batch>.json                                  {digests} of blobs that are being deleted: stands from
                                                             before Redis is marked until the last blob is gone
 
@@ -40,6 +41,7 @@ TAG = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-
 LIMIT = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
 RUN = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
 CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
+CURRICULUM = re.compile(r"runs/[^/]+/curriculum/[0-9a-f]{64}\.json")
 
 
 def blob(digest: str) -> str:
@@ -104,6 +106,11 @@ def checkpoints(run_id: str) -> str:
 def checkpoint(run_id: str, attempt: int, step: int) -> str:
     """A checkpoint's keys but for their suffix."""
     return f"{checkpoints(run_id)}/{attempt:06d}-{step:010d}"
+
+
+def curriculum(run_id: str, digest: str) -> str:
+    """Raises InvalidArgument unless `digest` is spelt as one."""
+    return f"{run(run_id)}/curriculum/{_hex(check_digest(digest, field='curriculum'))}.json"
 
 
 def mark(batch: str) -> str:

@@ -10,7 +10,7 @@ from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share
-from services.trainer.update.gradient import TokenScores, backward
+from services.trainer.update.gradient import backward
 
 
 def follow(lm: FrozenLM, group: Group) -> int:
@@ -19,7 +19,7 @@ def follow(lm: FrozenLM, group: Group) -> int:
     gradient = None
     while (message := group.receive(0)).kind != "end":
         if message.kind == "share":
-            gradient = _compute(lm, group, Share.of(message))
+            gradient = _compute(lm, group, Share.from_message(message))
         elif message.kind == "sum" and gradient is not None:
             group.sum(gradient)
     group.close()
@@ -48,15 +48,7 @@ def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
 
 def _backward(lm: FrozenLM, cartridge: TrainableCartridge, share: Share) -> Tensor:
     """[3, N], as the fields of TokenScores stand."""
-    if not share.samples:
+    if not share.batch.samples:
         return torch.empty(3, 0)
-    scores: TokenScores = backward(
-        lm,
-        cartridge,
-        share.objective,
-        share.samples,
-        share.signals,
-        num_tokens=share.num_tokens,
-        micro_batch_tokens=share.micro_batch_tokens,
-    )
+    scores = backward(lm, cartridge, share.batch)
     return torch.stack([scores.loss_N, scores.chosen_logprob_N, scores.entropy_N])

@@ -21,10 +21,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from foundry.errors import RankLost
+from foundry.identity import read_safetensors_header
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Rank:
     """Which of torchrun's processes this is; the only one where there is no torchrun."""
 
     rank: int = 0
@@ -61,17 +62,16 @@ class Message:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        length = int.from_bytes(content[:8], "little")
-        about = json.loads(content[8 : 8 + length])["__metadata__"]
+        about = read_safetensors_header(content)["__metadata__"]
         return cls(about["kind"], json.loads(about["values"]), load(content))
 
 
 class Group:
     """What waits for another rank raises RankLost: at once if its process has died, else after the timeout."""
 
-    def __init__(self, seat: Seat, device: torch.device, timeout_seconds: float) -> None:
+    def __init__(self, rank: Rank, device: torch.device, timeout_seconds: float) -> None:
         """Waits for all ranks."""
-        self.num_ranks = seat.num_ranks
+        self.num_ranks = rank.num_ranks
         self.device = device
         cuda = device.type == "cuda"
         self.use_device()

@@ -2,7 +2,8 @@
 
 The others (`services.trainer.ranks.follower`) keep nothing from step to step. They get the prefix as it was published
 and their samples; back come losses, logprobs and entropies, so that rank 0 proves all samples, and the sum of
-gradients. The shares follow from the samples alone: the same ranks come to the same bits again.
+gradients. The shares follow from the samples alone. On the CPU the same ranks thus come to the same bits again; on a
+GPU not even one rank does, whose sums have no fixed order.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import torch
 from foundry.errors import BY_REASON, FoundryError
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import Objective
 from services.trainer.ranks.group import Group, Message
 from services.trainer.ranks.share import Share, share_out
 from services.trainer.sample import Sample
-from services.trainer.update.gradient import Signal, TokenScores, backward
+from services.trainer.update.gradient import Batch, TokenScores, backward
 
 # How often followers that have nothing to do hear that rank 0 is alive, and it whether they are.
 BEAT_SECONDS = 2.0
@@ -33,47 +33,19 @@ class Leader:
         # One exchange at a time: a beat never comes between a share and its scores.
         self._speaking = threading.Lock()
 
-    def backward(
-        self,
-        lm: FrozenLM,
-        cartridge: TrainableCartridge,
-        objective: Objective,
-        samples: Sequence[Sample],
-        signals: Sequence[Signal],
-        *,
-        num_tokens: int,
-        micro_batch_tokens: int,
-    ) -> TokenScores:
+    def backward(self, lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> TokenScores:
         """As `services.trainer.update.gradient.backward`, by all ranks.
 
         Raises RankLost if one is gone, and what a follower raised: the gradient is then incomplete.
         """
-        assigned = share_out([len(sample.ids) for sample in samples], self._group.num_ranks)
-        shares = [
-            Share(
-                cartridge.header,
-                objective,
-                num_tokens,
-                micro_batch_tokens,
-                [samples[index] for index in indices],
-                [signals[index] for index in indices],
-            )
-            for indices in assigned
-        ]
+        assigned = share_out([len(sample.ids) for sample in batch.samples], self._group.num_ranks)
+        shares = [Share.of(cartridge.header, batch, indices) for indices in assigned]
         with self._speaking:
             for rank in self._followers:
                 self._group.send(rank, shares[rank].to_message())
             self._group.broadcast(cartridge.cast().detach())
             try:
-                own = backward(
-                    lm,
-                    cartridge,
-                    objective,
-                    shares[0].samples,
-                    shares[0].signals,
-                    num_tokens=num_tokens,
-                    micro_batch_tokens=micro_batch_tokens,
-                )
+                own = backward(lm, cartridge, shares[0].batch)
             finally:
                 # They will be sent in any case, and must not be taken for those of another step.
                 replies = {rank: self._group.receive(rank) for rank in self._followers}
@@ -82,7 +54,7 @@ class Leader:
             grad = cartridge.master_L2GRD.grad
             assert grad is not None
             self._group.sum(grad)
-        return _in_order(scores, assigned, samples)
+        return _in_order(scores, assigned, batch.samples)
 
     async def beat(self) -> None:
         """Tell followers that have nothing to do that they may go on waiting, for ever. Raises RankLost."""

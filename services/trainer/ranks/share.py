@@ -1,9 +1,9 @@
-"""A rank's share of a step: its samples with the teacher's signals, and all that their gradient depends on."""
+"""A rank's share of a step: which samples it gets, and how they reach it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 import torch
@@ -13,7 +13,7 @@ from foundry.identity import CartridgeHeader
 from foundry.model.objectives import Objective, TopK
 from services.trainer.ranks.group import Message
 from services.trainer.sample import Sample
-from services.trainer.update.gradient import Signal, join
+from services.trainer.update.gradient import Batch, Signal, join
 
 
 def share_out(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -34,32 +34,34 @@ def share_out(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
 class Share:
     # The prefix itself is broadcast.
     prefix: CartridgeHeader
-    objective: Objective
-    # Answer tokens of the whole step.
-    num_tokens: int
-    micro_batch_tokens: int
-    samples: Sequence[Sample]
-    signals: Sequence[Signal]
+    batch: Batch
+
+    @classmethod
+    def of(cls, prefix: CartridgeHeader, batch: Batch, indices: Sequence[int]) -> Self:
+        """Of a step's batch, the samples that stand at `indices`."""
+        samples = [batch.samples[index] for index in indices]
+        return cls(prefix, replace(batch, samples=samples, signals=[batch.signals[index] for index in indices]))
 
     def to_message(self) -> Message:
         """Of the samples only what the gradient takes: where they come from is for the proof, on rank 0."""
+        batch = self.batch
         values = {
             "prefix": asdict(self.prefix),
-            "objective": asdict(self.objective),
-            "num_tokens": self.num_tokens,
-            "micro_batch_tokens": self.micro_batch_tokens,
+            "objective": asdict(batch.objective),
+            "num_tokens": batch.num_tokens,
+            "micro_batch_tokens": batch.micro_batch_tokens,
         }
         tensors = {
-            "ids": torch.tensor([token for sample in self.samples for token in sample.ids], dtype=torch.int64),
-            "turn_lengths": torch.tensor([len(sample.turn_ids) for sample in self.samples], dtype=torch.int64),
-            "answer_lengths": torch.tensor([len(sample.answer_ids) for sample in self.samples], dtype=torch.int64),
+            "ids": torch.tensor([token for sample in batch.samples for token in sample.ids], dtype=torch.int64),
+            "turn_lengths": torch.tensor([len(sample.turn_ids) for sample in batch.samples], dtype=torch.int64),
+            "answer_lengths": torch.tensor([len(sample.answer_ids) for sample in batch.samples], dtype=torch.int64),
         }
-        if self.signals:
-            tensors |= _tensors(join(self.signals, torch.device("cpu")))
+        if batch.signals:
+            tensors |= _tensors(join(batch.signals, torch.device("cpu")))
         return Message("share", values, tensors)
 
     @classmethod
-    def of(cls, message: Message) -> Self:
+    def from_message(cls, message: Message) -> Self:
         values, tensors = message.values, message.tensors
         turn_lengths, answer_lengths = tensors["turn_lengths"].tolist(), tensors["answer_lengths"].tolist()
         samples, begin, ids = [], 0, tensors["ids"].tolist()
@@ -68,14 +70,14 @@ class Share:
             end = turn_end + answer_length
             samples.append(Sample(ids[begin:turn_end], ids[turn_end:end], (), "", 0, truncated=False))
             begin = end
-        return cls(
-            CartridgeHeader.from_dict(values["prefix"]),
+        batch = Batch(
+            samples,
+            _signals(tensors, answer_lengths) if samples else [],
             Objective(**values["objective"]),
             values["num_tokens"],
             values["micro_batch_tokens"],
-            samples,
-            _signals(tensors, answer_lengths) if samples else [],
         )
+        return cls(CartridgeHeader.from_dict(values["prefix"]), batch)
 
 
 def _tensors(signal: Signal) -> dict[str, Tensor]:

@@ -31,22 +31,25 @@ class TokenScores:
     entropy_N: Tensor
 
 
-def backward(
-    lm: FrozenLM,
-    cartridge: TrainableCartridge,
-    objective: Objective,
-    samples: Sequence[Sample],
-    signals: Sequence[Signal],
-    *,
-    num_tokens: int,
-    micro_batch_tokens: int,
-) -> TokenScores:
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples with the teacher's signals, and all else that their gradient depends on."""
+
+    samples: Sequence[Sample]
+    signals: Sequence[Signal]
+    objective: Objective
+    # Answer tokens of the whole step, of which these samples may be a part.
+    num_tokens: int
+    micro_batch_tokens: int
+
+
+def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> TokenScores:
     """Add to the master's gradient what the samples have in that of the mean loss over `num_tokens` answer tokens."""
     parts = []
-    for some in micro_batches(samples, micro_batch_tokens):
-        part = distill_samples(lm, cartridge.cast(), objective, samples[some], signals[some])
+    for some in micro_batches(batch.samples, batch.micro_batch_tokens):
+        part = distill_samples(lm, cartridge.cast(), batch.objective, batch.samples[some], batch.signals[some])
         # Each part's loss is the mean over its own tokens; the step's is the mean over all.
-        (part.loss * (part.token_loss_N.shape[0] / num_tokens)).backward()  # type: ignore[no-untyped-call]
+        (part.loss * (part.token_loss_N.shape[0] / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
         parts.append(part)
     return TokenScores(
         torch.cat([part.token_loss_N for part in parts]),

@@ -9,6 +9,7 @@ import torch
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
+from foundry.model.packing import micro_batches
 from services.trainer.curriculum import HeldOut
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
@@ -20,8 +21,9 @@ MEASURE = Objective("forward_kl")
 class HeldOutSet:
     """Fixed answers and the teacher's distributions along them: the same tokens before and after training."""
 
-    def __init__(self, items: Sequence[HeldOut]) -> None:
+    def __init__(self, items: Sequence[HeldOut], micro_batch_tokens: int) -> None:
         self.samples = [Sample(item.turn_ids, item.answer_ids, (), "", 0, truncated=False) for item in items]
+        self._micro_batch_tokens = micro_batch_tokens
         # Filled once, from the teacher.
         self.signals: list[Signal] = []
 
@@ -32,5 +34,8 @@ class HeldOutSet:
     @torch.no_grad()
     def kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> float:
         """Mean KL(teacher || student) per answer token, in nats."""
-        distilled = distill_samples(lm, cartridge.cast(), MEASURE, self.samples, self.signals)
-        return distilled.loss.item()
+        token_kl_N = [
+            distill_samples(lm, cartridge.cast(), MEASURE, self.samples[some], self.signals[some]).token_loss_N
+            for some in micro_batches(self.samples, self._micro_batch_tokens)
+        ]
+        return torch.cat(token_kl_N).mean().item()

@@ -6,7 +6,7 @@ Runs with torch and transformers alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
-from services.trainer.update.gradient import Signal, TokenScores, backward
-from services.trainer.update.proof import Mismatch, prove
+from services.trainer.update.gradient import Batch, Signal, backward
+from services.trainer.update.proof import Proof, prove
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,8 @@ class Update:
     num_tokens: int
     grad_norm: float
     entropy: float
-    # Between the rollout's logprobs of the sampled tokens and the trainer's own, under the same version.
-    policy_mismatch_kl: float
-    policy_mismatch_max: float
-    mismatch_by_server: Mapping[str, Mismatch]
+    # None where the samples were not to be proved.
+    proof: Proof | None
 
 
 class TrainingStep:
@@ -50,40 +48,30 @@ class TrainingStep:
         leader: Leader | None = None,
     ) -> None:
         """With a `leader` all ranks of its group compute the gradient together."""
-        self._lm = lm
-        self.cartridge = cartridge
-        self._objective = objective
+        self.lm, self.cartridge, self.objective = lm, cartridge, objective
+        self.optimiser = torch.optim.Adam([cartridge.master_L2GRD], lr=learning_rate)
         self._micro_batch_tokens = micro_batch_tokens
         self._policy_mismatch_threshold = policy_mismatch_threshold
-        self._leader = leader
-        self.optimiser = torch.optim.Adam([cartridge.master_L2GRD], lr=learning_rate)
+        self._backward = backward if leader is None else leader.backward
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
-        """Train on the samples. Raises PolicyMismatch, and changes nothing, if they are not this policy's."""
+    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], *, prove_policy: bool) -> Update:
+        """Train on the samples.
+
+        With `prove_policy` raises PolicyMismatch, and changes nothing, if they are not this policy's. Without it their
+        logprobs are not looked at: that is for samples which nobody says are the policy's.
+        """
         self.optimiser.zero_grad(set_to_none=True)
-        scores = self._backward(samples, signals)
-        proof = prove(samples, scores.chosen_logprob_N, self._policy_mismatch_threshold)
+        num_tokens = sum(len(sample.answer_ids) for sample in samples)
+        batch = Batch(samples, signals, self.objective, num_tokens, self._micro_batch_tokens)
+        scores = self._backward(self.lm, self.cartridge, batch)
+        proof = prove(samples, scores.chosen_logprob_N, self._policy_mismatch_threshold) if prove_policy else None
         self.optimiser.step()
         return Update(
             loss=scores.loss_N.mean().item(),
-            num_tokens=scores.loss_N.shape[0],
+            num_tokens=num_tokens,
             grad_norm=_norm(self.cartridge.master_L2GRD.grad),
             entropy=scores.entropy_N.mean().item(),
-            policy_mismatch_kl=proof.total.kl,
-            policy_mismatch_max=proof.total.largest,
-            mismatch_by_server=proof.by_server,
-        )
-
-    def _backward(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> TokenScores:
-        compute = backward if self._leader is None else self._leader.backward
-        return compute(
-            self._lm,
-            self.cartridge,
-            self._objective,
-            samples,
-            signals,
-            num_tokens=sum(len(sample.answer_ids) for sample in samples),
-            micro_batch_tokens=self._micro_batch_tokens,
+            proof=proof,
         )
 
 

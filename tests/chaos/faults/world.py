@@ -32,12 +32,17 @@ from foundry.store import (
     StoreSettings,
 )
 from services.trainer import checkpoint
+from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
+from services.trainer.publish import Publisher
 from services.trainer.run import Run
 from services.trainer.sample import Sample
+from services.trainer.sources.on_policy import OnPolicy
+from services.trainer.stages import Stages
 from services.trainer.update.gradient import Signal
+from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep, Update
 from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer
@@ -51,6 +56,7 @@ DOCUMENT = "The harbour is open again. The treaty was signed in the spring. The 
 QUESTIONS = ("What is open?", "When was it signed?", "What is the price?", "Who signed?", "Why?")
 HELD_OUT_ANSWER = [40, 41, 42, 43]
 NUM_TOKENS = 16
+MICRO_BATCH_TOKENS = 4096
 # Measured: at most 2e-12 between equal bytes, at least 9e-5 between a version and the one before it.
 MISMATCH_THRESHOLD = 1e-6
 # Small enough that a fault costs little, large enough for a machine that is busy.
@@ -78,11 +84,11 @@ class ObservedStep(TrainingStep):
 
     observer: Observer
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
+    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], *, prove_policy: bool) -> Update:
         before = self.cartridge.snapshot().kv_L2GPD
         moved = False
         try:
-            update = super().run(samples, signals)
+            update = super().run(samples, signals, prove_policy=prove_policy)
             moved = True
         finally:
             if not moved and not self.cartridge.snapshot().kv_L2GPD.equal(before):
@@ -184,6 +190,7 @@ class World:
         """The run, at its start or at its last checkpoint, with clients of its own."""
         spec, fingerprint = claimed.spec, self.lm.spec.fingerprint
         retry = Retry(PATIENCE_SECONDS, max_wait_seconds=0.02)
+        attempt = Attempt(claimed, self.store, retry)
         addresses = [host.link.address for host in self.rollouts]
         rollouts = RolloutClient(Pods("rollout", addresses), fingerprint, self.template.digest, CALL_TIMEOUT_SECONDS)
         teacher = TeacherClient(
@@ -199,30 +206,31 @@ class World:
             TrainableCartridge(self.lm, self._start_kv),
             Objective(spec.objective, beta=spec.jsd_beta, k=spec.topk),
             learning_rate=spec.learning_rate,
-            micro_batch_tokens=4096,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
             policy_mismatch_threshold=self.mismatch_threshold,
         )
         training.observer = self.observer
         try:
             await retry.call("teacher", teacher.put_context)
-            kept = await retry.call("store", lambda: self.store.runs.load_checkpoint(claimed.run_id))
+            kept = await attempt.load_checkpoint()
             if kept is None:
-                policy = CartridgeId(NAME, 0, "")
-                progress = Progress(0, policy, 0, NAME, self.template.digest, 0.0, 0.0)
                 curriculum = self._curriculum()
+                digest = await attempt.save_curriculum(curriculum)
+                progress = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, self.template.digest, digest)
             else:
-                progress, curriculum = checkpoint.read(kept[1], training, config=NAME, template=self.template.digest)
+                progress = checkpoint.read(kept, training, config=NAME, template=self.template.digest)
+                curriculum = await attempt.load_curriculum(progress.curriculum)
+            publisher, stages = Publisher(attempt, training.cartridge, progress), Stages()
             yield Run(
-                claimed,
-                self.lm,
-                training,
-                curriculum,
+                attempt,
                 progress,
-                store=self.store,
-                rollouts=rollouts,
+                training,
+                source=OnPolicy(attempt, curriculum, rollouts, publisher, stages),
                 teacher=teacher,
+                publisher=publisher,
+                heldout=HeldOutSet(curriculum.heldout, MICRO_BATCH_TOKENS),
+                stages=stages,
                 control=control,
-                retry=retry,
             )
         finally:
             await rollouts.close()

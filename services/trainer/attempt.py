@@ -1,0 +1,80 @@
+"""One attempt at a run, as the store knows it: all that a run asks of the store, under the attempt's fencing number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from foundry.identity import CartridgeBytes
+from foundry.rpc.retry import Retry
+from foundry.store import CartridgeStore, ClaimedRun, Desired, Manifest, ManifestDraft, RunSpec, RunState
+from services.trainer.curriculum import Curriculum
+
+
+class Attempt:
+    """Waits while the store is away, but for `heartbeat` and `requeue`, whose time is short.
+
+    What changes anything raises Fenced once another attempt has the run.
+    """
+
+    def __init__(self, claimed: ClaimedRun, store: CartridgeStore, retry: Retry) -> None:
+        self.claimed, self.retry = claimed, retry
+        self._store, self._runs = store, store.runs
+        self._held = (claimed.run_id, claimed.attempt)
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.claimed.spec
+
+    # The run itself
+
+    async def tell(self, event: Mapping[str, Any]) -> None:
+        """Those who follow the run."""
+        await self.retry.call("store", lambda: self._runs.report(*self._held, event))
+
+    async def heartbeat(self, lease_seconds: float, state: RunState) -> Desired:
+        waiting_for = self.retry.waiting_for
+        return await self._runs.heartbeat(*self._held, lease_seconds, state=state, waiting_for=waiting_for)
+
+    async def requeue(self, result: Mapping[str, Any]) -> None:
+        await self._runs.requeue(*self._held, result=result)
+
+    async def finish(self, state: RunState, error: str | None, result: Mapping[str, Any]) -> None:
+        await self.retry.call("store", lambda: self._runs.finish(*self._held, state, error=error, result=result))
+
+    async def traceparent(self) -> str:
+        return await self.retry.call("store", lambda: self._runs.traceparent(self.claimed.run_id))
+
+    # Its cartridge
+
+    async def acquire(self) -> None:
+        """From now on this attempt alone publishes under the run's name."""
+        await self.retry.call("store", lambda: self._store.acquire(self.spec.name, *self._held))
+
+    async def release(self) -> None:
+        await self.retry.call("store", lambda: self._store.release(self.spec.name, *self._held))
+
+    async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
+        return await self.retry.call("store", lambda: self._store.publish(stored, draft, durable=durable))
+
+    # What it reads and keeps
+
+    async def document(self, digest: str) -> str:
+        return await self.retry.call("store", lambda: self._store.documents.get(digest))
+
+    async def save_checkpoint(self, step: int, content: bytes) -> None:
+        await self.retry.call("store", lambda: self._runs.save_checkpoint(*self._held, step, [content]))
+
+    async def load_checkpoint(self) -> bytes | None:
+        """The newest of any attempt."""
+        kept = await self.retry.call("store", lambda: self._runs.load_checkpoint(self.claimed.run_id))
+        return kept[1] if kept is not None else None
+
+    async def save_curriculum(self, curriculum: Curriculum) -> str:
+        """Returns its digest, by which checkpoints name it."""
+        content = curriculum.to_json().encode()
+        return await self.retry.call("store", lambda: self._runs.save_curriculum(*self._held, content))
+
+    async def load_curriculum(self, digest: str) -> Curriculum:
+        content = await self.retry.call("store", lambda: self._runs.load_curriculum(self.claimed.run_id, digest))
+        return Curriculum.from_json(content)

@@ -1,0 +1,18 @@
+"""Where the answers of a step come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from foundry.store.names import CartridgeId
+from services.trainer.sample import Sample
+
+
+class SampleSource(Protocol):
+    @property
+    def proves_policy(self) -> bool:
+        """Whether its samples claim to be decoded with the policy: nothing is then trained on them unless they are."""
+
+    async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
+        """What to train on after `step` updates, which have made `policy`."""

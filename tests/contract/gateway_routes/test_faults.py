@@ -21,7 +21,7 @@ def test_too_many_requests_are_refused_with_a_time_to_come_back(site: Site) -> N
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 400}
     url = f"http://{gateway.address}/v1/chat/completions"
     with httpx.Client(trust_env=False, timeout=60) as client:
-        with client.stream("POST", url, json=body | {"stream": True, "ignore_eos": True}) as held:
+        with client.stream("POST", url, json=body | {"stream": True, "ignore_eos": True, "n": 8}) as held:
             assert held.status_code == 200
             refused = client.post(url, json=body)
             assert refused.status_code == 429

@@ -103,7 +103,7 @@ GPUS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class EngineSpeed:
     """How fast an engine is; shares are of the datasheet's figures."""
 
     host_seconds_per_layer: float = 0.0  # to launch its kernels, while the device works on those before
@@ -114,14 +114,14 @@ class Engine:
 
 ENGINES = {
     # 41 to 65 ms a step, whatever the batch (gpu_rates.json, gpu_swap.json). A shared cartridge is read once.
-    "torch": Engine(host_seconds_per_layer=1.8e-3),
+    "torch": EngineSpeed(host_seconds_per_layer=1.8e-3),
     # All of gpu_vllm.json. What is read again comes from the L2 cache in part.
-    "vllm": Engine(weight_share=0.50, reread_share=0.45, flops_share=0.34),
+    "vllm": EngineSpeed(weight_share=0.50, reread_share=0.45, flops_share=0.34),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceSize:
     gpus: int
     bound_by: str  # what limits the GPUs' work, and so their number
     load: float  # share of their time that the workload takes
@@ -137,7 +137,7 @@ class Sizing:
 
     model: Model
     gpu: Gpu
-    engine: Engine
+    engine: EngineSpeed
     num_documents: int = 100
     document_tokens: int = 12_000
     cartridge_tokens: int = 2048
@@ -222,7 +222,7 @@ class Sizing:
         kept = model.num_layers * (8 * model.hidden_size + 4 * model.intermediate_size) * model.bytes_per_number
         return model.weight_bytes + trained + tokens * kept
 
-    def services(self) -> dict[str, Service]:
+    def services(self) -> dict[str, ServiceSize]:
         """Rollout, and teacher and trainer if there are runs. Raises InvalidArgument if a replica can't hold what it
         must, or decodes slower than users want."""
         if not self.num_runs:
@@ -252,11 +252,11 @@ class Sizing:
         trainer["network_bytes_per_version"] = self.cartridge_bytes
         return {
             "rollout": self._rollout(sampling),
-            "teacher": Service(teachers, bound_by, scoring / teachers, teacher),
-            "trainer": Service(self.num_runs, "runs", stages["update_seconds"] / step_seconds, trainer),
+            "teacher": ServiceSize(teachers, bound_by, scoring / teachers, teacher),
+            "trainer": ServiceSize(self.num_runs, "runs", stages["update_seconds"] / step_seconds, trainer),
         }
 
-    def _rollout(self, training: float) -> Service:
+    def _rollout(self, training: float) -> ServiceSize:
         """The largest batch that fits, and in which users get their speed. `training`: replicas busy with that."""
         sequence_bytes = self.sample_tokens * self.model.kv_bytes_per_token
         free = self._free_bytes("a cartridge with a sequence", self.cartridge_bytes + sequence_bytes)
@@ -290,7 +290,7 @@ class Sizing:
             "resident_cartridges": (free - batch * sequence_bytes) // self.cartridge_bytes,
             "network_bytes_per_version": gpus * self.cartridge_bytes,
         }
-        return Service(gpus, bound_by, busy / gpus, figures)
+        return ServiceSize(gpus, bound_by, busy / gpus, figures)
 
     def _seconds(self, flops: float, share: float | None = None) -> float:
         return flops / ((share or self.gpu.compute_share) * self.gpu.tflops * 1e12)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import typer
 
 from foundry.cli import cartridges, chat, doctor, runs, size, stack, store, train
-from foundry.cli.terminal import Group
+from foundry.cli.terminal import CommandGroup
 
 app = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     name="foundry",
     help="Train KV-cache prefixes (cartridges) that stand in for long documents, and serve them.",
     no_args_is_help=True,

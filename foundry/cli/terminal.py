@@ -15,7 +15,7 @@ from foundry.errors import FoundryError
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """Turns a FoundryError into `error: ...` on standard error and status 1."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from foundry.errors import Cancelled, Unavailable
 from foundry.rpc.channel import open_channel, typed_errors
-from foundry.rpc.resolve import Endpoint, Lookup, Resolver
+from foundry.rpc.resolve import Endpoint, EndpointResolver, Lookup
 from foundry.rpc.tls import Tls
 
 # By then a name server has forgotten a pod that ended, or the pod is back.
@@ -81,7 +81,7 @@ class Pods:
         self.addresses = addresses
         self._service = service
         self._tls = tls
-        self._resolver = Resolver(addresses, lookup)
+        self._resolver = EndpointResolver(addresses, lookup)
         self._silent_seconds = silent_seconds
         self._pods: dict[str, Pod] = {}
         self._leaving: list[Pod] = []

@@ -35,7 +35,7 @@ class Endpoint:
         return not _is_number(self.server_name)
 
 
-class Resolver:
+class EndpointResolver:
     """Looks the configured addresses up; a name that can't be looked up keeps the endpoints that it had."""
 
     def __init__(self, addresses: Sequence[str], lookup: Lookup | None = None) -> None:

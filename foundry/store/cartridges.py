@@ -40,7 +40,7 @@ from foundry.store.upkeep.gc import Collected, Collector, Retention
 from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
 from foundry.store.upkeep.usage import Usage, take_usage
-from foundry.store.upkeep.verify import Checked, Verifier
+from foundry.store.upkeep.verify import Verified, Verifier
 
 log = structlog.get_logger(__name__)
 
@@ -369,7 +369,7 @@ class CartridgeStore:
             dry_run=dry_run,
         ).collect()
 
-    def verify(self) -> AsyncIterator[Checked]:
+    def verify(self) -> AsyncIterator[Verified]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
         grace_seconds = self.settings.sweep_grace_seconds
         return Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds).verify()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from foundry.model.settings import ModelSettings
+from foundry.settings import ModelSettings
 from foundry.store import StoreSettings
 
 

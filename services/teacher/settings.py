@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foundry.model.settings import ModelSettings
+from foundry.settings import ModelSettings
 
 
 class TeacherSettings(ModelSettings):

@@ -22,7 +22,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum
 from services.trainer.prompts import CurriculumWriter
-from services.trainer.publish import Publisher
+from services.trainer.publish import PolicyPublisher
 from services.trainer.ranks.leader import Leader
 from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
@@ -64,7 +64,7 @@ class Preparation:
             TrainableCartridge(lm, await asyncio.to_thread(lm.prefill, start), num_frozen=self._spec.num_frozen)
         )
         progress, curriculum = await self._resume(training) or await self._start(document, context)
-        publisher, stages = Publisher(attempt, training.cartridge, progress), Stages()
+        publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
         return Run(
             attempt,
             progress,

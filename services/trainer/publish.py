@@ -10,7 +10,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.update.step import Update
 
 
-class Publisher:
+class PolicyPublisher:
     """Makes versions of the cartridge in training; `progress.policy` is always the last one."""
 
     def __init__(self, attempt: Attempt, cartridge: TrainableCartridge, progress: Progress) -> None:

@@ -12,7 +12,7 @@ from services.trainer import checkpoint, metrics
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.publish import Publisher
+from services.trainer.publish import PolicyPublisher
 from services.trainer.report import report_begin, report_heldout, report_step
 from services.trainer.sample import Sample
 from services.trainer.signals import signals_of
@@ -34,7 +34,7 @@ class Run:
         *,
         source: SampleSource,
         teacher: TeacherClient,
-        publisher: Publisher,
+        publisher: PolicyPublisher,
         heldout: HeldOutSet,
         stages: Stages,
         control: Control,

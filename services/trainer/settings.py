@@ -6,7 +6,7 @@ import socket
 
 from pydantic import Field
 
-from foundry.model.settings import ModelSettings
+from foundry.settings import ModelSettings
 from foundry.store.settings import StoreSettings
 
 

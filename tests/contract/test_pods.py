@@ -17,7 +17,7 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
-from foundry.rpc.resolve import Endpoint, Resolver
+from foundry.rpc.resolve import Endpoint, EndpointResolver
 from foundry.rpc.retry import Retry
 from foundry.rpc.rollout import Prompt, RolloutClient
 from foundry.rpc.server import Server
@@ -51,7 +51,7 @@ class Names:
 
 async def test_endpoints_come_in_order_and_once() -> None:
     names = Names(SECOND, FIRST)
-    resolver = Resolver(["pods.test:7", "[::1]:7", "127.0.0.2:7", "pods.test:8"], names)
+    resolver = EndpointResolver(["pods.test:7", "[::1]:7", "127.0.0.2:7", "pods.test:8"], names)
     assert await resolver.endpoints() == [
         Endpoint("127.0.0.2:7", "pods.test"),
         Endpoint("127.0.0.3:7", "pods.test"),
@@ -63,7 +63,7 @@ async def test_endpoints_come_in_order_and_once() -> None:
 
 async def test_a_name_server_that_is_down_takes_nobody_away() -> None:
     names = Names()
-    resolver = Resolver(["pods.test:7"], names)
+    resolver = EndpointResolver(["pods.test:7"], names)
     assert await resolver.endpoints() == []
     names.numbers = [FIRST]
     found = await resolver.endpoints()
@@ -72,7 +72,7 @@ async def test_a_name_server_that_is_down_takes_nobody_away() -> None:
 
 
 async def test_the_systems_names_are_known() -> None:
-    assert await Resolver(["localhost:7"]).endpoints() == [Endpoint("127.0.0.1:7", "localhost")]
+    assert await EndpointResolver(["localhost:7"]).endpoints() == [Endpoint("127.0.0.1:7", "localhost")]
 
 
 @pytest.mark.parametrize("address", ["pods.test", "pods.test:grpc", ":7001", ""])

@@ -13,7 +13,7 @@ import pytest
 
 from foundry.store import CartridgeStore, Manifest, StoreSettings
 from foundry.store.redis.hot_bytes import CHUNK_BYTES
-from foundry.store.upkeep.verify import Checked
+from foundry.store.upkeep.verify import Verified
 from tests.store_data import cartridge, draft
 
 
@@ -33,7 +33,7 @@ async def publish(store: CartridgeStore, step: int, *, durable: bool) -> Manifes
 
 
 async def wrong(store: CartridgeStore) -> list[tuple[str, str, str]]:
-    found: list[Checked] = [each async for each in store.verify() if each.state != "ok"]
+    found: list[Verified] = [each async for each in store.verify() if each.state != "ok"]
     assert all(each.why for each in found)
     return [(each.state, each.kind, each.key) for each in found]
 

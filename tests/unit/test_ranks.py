@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
-from services.trainer.ranks.group import Message
+from services.trainer.ranks.group import RankMessage
 from services.trainer.ranks.share import Share, share_out
 from services.trainer.update.gradient import Batch
 from tests.tiny import build_tiny_model
@@ -75,7 +75,7 @@ def test_a_share_arrives_as_it_was_sent(lm: FrozenLM) -> None:
     signals = make_signals(lm, samples)
     objective = Objective("jsd", beta=0.3)
     sent = Share.of(make_cartridge(lm).header, Batch(samples, signals, objective, 99, 64), [2, 0])
-    found = Share.from_message(Message.from_bytes(sent.to_message().to_bytes()))
+    found = Share.from_message(RankMessage.from_bytes(sent.to_message().to_bytes()))
     batch = found.batch
     assert found.prefix == sent.prefix
     assert (batch.objective, batch.num_tokens, batch.micro_batch_tokens) == (objective, 99, 64)

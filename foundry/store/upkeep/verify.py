@@ -18,7 +18,7 @@ from foundry.store.redis.pointers import Pointers
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class Verified:
     """One thing that was looked at. `num_bytes` were hashed; `why` says what is wrong, and '' if nothing is.
 
     missing: something names it, and it is not there. corrupt: it is not what its name says. orphaned: nothing names
@@ -41,72 +41,72 @@ class Verifier:
         self._needed: dict[str, str] = {}
         self._versions: dict[str, set[int]] = {}
 
-    async def verify(self) -> AsyncIterator[Checked]:
+    async def verify(self) -> AsyncIterator[Verified]:
         """Raises StoreUnavailable. What is published or collected meanwhile is not held against the store."""
         for part in (self._manifests, self._blobs, self._orphans, self._tags_and_pointers, self._hot_bytes):
             async for checked in part():
                 yield checked
 
-    async def _manifests(self) -> AsyncIterator[Checked]:
+    async def _manifests(self) -> AsyncIterator[Verified]:
         async for name, version, entry in self._durable.manifest_entries():
             self._versions.setdefault(name, set())
             try:
                 manifest = await self._durable.read_manifest(entry.key)
             except InvalidArgument as error:
-                yield Checked("corrupt", "manifest", entry.key, entry.size, error.message)
+                yield Verified("corrupt", "manifest", entry.key, entry.size, error.message)
                 continue
             if manifest is None:
                 continue
             self._versions[name].add(version)
             self._needed.setdefault(manifest.digest, entry.key)
-            yield Checked("ok", "manifest", entry.key, entry.size, "")
+            yield Verified("ok", "manifest", entry.key, entry.size, "")
 
-    async def _blobs(self) -> AsyncIterator[Checked]:
+    async def _blobs(self) -> AsyncIterator[Verified]:
         for digest, manifest_key in sorted(self._needed.items()):
             try:
                 num_bytes = await self._durable.blobs.check(digest)
             except DigestMismatch as error:
-                yield Checked("corrupt", "blob", digest, 0, error.message)
+                yield Verified("corrupt", "blob", digest, 0, error.message)
                 continue
             if num_bytes is not None:
-                yield Checked("ok", "blob", digest, num_bytes, "")
+                yield Verified("ok", "blob", digest, num_bytes, "")
             elif await self._durable.read_manifest(manifest_key) is not None:
-                yield Checked("missing", "blob", digest, 0, f"{manifest_key} names it")
+                yield Verified("missing", "blob", digest, 0, f"{manifest_key} names it")
 
-    async def _orphans(self) -> AsyncIterator[Checked]:
+    async def _orphans(self) -> AsyncIterator[Verified]:
         async for digest, entry in self._durable.blobs.entries():
             if digest not in self._needed and self._is_old(entry):
-                yield Checked("orphaned", "blob", digest, 0, f"no manifest names its {entry.size} bytes")
+                yield Verified("orphaned", "blob", digest, 0, f"no manifest names its {entry.size} bytes")
 
-    async def _tags_and_pointers(self) -> AsyncIterator[Checked]:
+    async def _tags_and_pointers(self) -> AsyncIterator[Verified]:
         for name, versions in sorted(self._versions.items()):
             for tag, version in sorted((await self._durable.tags(name)).items()):
                 if version in versions or await self._has_manifest(name, version):
-                    yield Checked("ok", "tag", f"{name}@{tag}", 0, "")
+                    yield Verified("ok", "tag", f"{name}@{tag}", 0, "")
                 elif (await self._durable.tags(name)).get(tag) == version:
-                    yield Checked("missing", "tag", f"{name}@{tag}", 0, f"it means version {version}, which is gone")
+                    yield Verified("missing", "tag", f"{name}@{tag}", 0, f"it means version {version}, which is gone")
         for name in await self._pointers.names():
             for version in sorted(await self._pointers.durable(name)):
                 key = f"{name}@{version}"
                 if version in self._versions.get(name, ()) or await self._has_manifest(name, version):
-                    yield Checked("ok", "pointer", key, 0, "")
+                    yield Verified("ok", "pointer", key, 0, "")
                 elif version in await self._pointers.durable(name):
                     why = (
                         "Redis has it as durable, object storage has no manifest of it: 'foundry store rebuild --force'"
                     )
-                    yield Checked("missing", "pointer", key, 0, why)
+                    yield Verified("missing", "pointer", key, 0, why)
 
-    async def _hot_bytes(self) -> AsyncIterator[Checked]:
+    async def _hot_bytes(self) -> AsyncIterator[Verified]:
         async for digest in self._pointers.hot_digests():
             try:
                 stored = await self._hot.get(digest)
             except DigestMismatch as error:
-                yield Checked("corrupt", "hot", digest, 0, error.message)
+                yield Verified("corrupt", "hot", digest, 0, error.message)
                 continue
             if stored is not None:
-                yield Checked("ok", "hot", digest, stored.header.num_bytes, "")
+                yield Verified("ok", "hot", digest, stored.header.num_bytes, "")
             elif versions := await self._pointers.hot_versions(digest):
-                yield Checked("missing", "hot", digest, 0, f"Redis lacks a part of the bytes of {', '.join(versions)}")
+                yield Verified("missing", "hot", digest, 0, f"Redis lacks a part of the bytes of {', '.join(versions)}")
 
     async def _has_manifest(self, name: str, version: int) -> bool:
         """Asked again: it may have been published since the listing."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from foundry.errors import FoundryError
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
-from services.trainer.ranks.group import Group, Message
+from services.trainer.ranks.group import Group, RankMessage
 from services.trainer.ranks.share import Share
 from services.trainer.update.gradient import backward
 
@@ -39,9 +39,9 @@ def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
     except Exception as error:
         reason = error.reason if isinstance(error, FoundryError) else FoundryError.reason
         message = error.message if isinstance(error, FoundryError) else repr(error)
-        group.send(0, Message("failed", {"reason": reason, "message": message}))
+        group.send(0, RankMessage("failed", {"reason": reason, "message": message}))
         return None
-    group.send(0, Message("scores", tensors={"scores": scores}))
+    group.send(0, RankMessage("scores", tensors={"scores": scores}))
     master = cartridge.master_L2GRD
     return master.grad if master.grad is not None else torch.zeros_like(master)
 

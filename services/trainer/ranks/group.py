@@ -50,7 +50,7 @@ _VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class RankMessage:
     kind: str
     # What JSON can say.
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -85,19 +85,19 @@ class Group:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def send(self, rank: int, message: Message) -> None:
+    def send(self, rank: int, message: RankMessage) -> None:
         content = torch.frombuffer(bytearray(message.to_bytes()), dtype=torch.uint8)
         with _losing(f"rank {rank}"):
             dist.send(torch.tensor([content.numel()]), rank)
             dist.send(content, rank)
 
-    def receive(self, rank: int) -> Message:
+    def receive(self, rank: int) -> RankMessage:
         size = torch.empty(1, dtype=torch.int64)
         with _losing(f"rank {rank}"):
             dist.recv(size, rank)
             content = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(content, rank)
-        return Message.from_bytes(content.numpy().tobytes())
+        return RankMessage.from_bytes(content.numpy().tobytes())
 
     def broadcast(self, tensor: Tensor) -> None:
         """Rank 0's values, in place."""

@@ -17,7 +17,7 @@ import torch
 from foundry.errors import BY_REASON, FoundryError
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
-from services.trainer.ranks.group import Group, Message
+from services.trainer.ranks.group import Group, RankMessage
 from services.trainer.ranks.share import Share, share_out
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Batch, TokenScores, backward
@@ -50,7 +50,7 @@ class Leader:
                 # They will be sent in any case, and must not be taken for those of another step.
                 replies = {rank: self._group.receive(rank) for rank in self._followers}
             scores = [own, *(_scores(rank, reply, lm.device) for rank, reply in replies.items())]
-            self._tell(Message("sum"))
+            self._tell(RankMessage("sum"))
             grad = cartridge.master_L2GRD.grad
             assert grad is not None
             self._group.sum(grad)
@@ -65,22 +65,22 @@ class Leader:
     def end(self, status: int) -> None:
         """Have the followers exit with `status`. Raises RankLost."""
         with self._speaking:
-            self._tell(Message("end", {"status": status}))
+            self._tell(RankMessage("end", {"status": status}))
         self._group.close()
 
     def _beat(self) -> None:
         if self._speaking.acquire(blocking=False):
             try:
-                self._tell(Message("beat"))
+                self._tell(RankMessage("beat"))
             finally:
                 self._speaking.release()
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, message: RankMessage) -> None:
         for rank in self._followers:
             self._group.send(rank, message)
 
 
-def _scores(rank: int, reply: Message, device: torch.device) -> TokenScores:
+def _scores(rank: int, reply: RankMessage, device: torch.device) -> TokenScores:
     if reply.kind == "failed":
         error = BY_REASON.get(reply.values["reason"], FoundryError)
         raise error(f"rank {rank}: {reply.values['message']}")

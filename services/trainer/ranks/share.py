@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foundry.identity import CartridgeHeader
 from foundry.model.objectives import Objective, TopK
-from services.trainer.ranks.group import Message
+from services.trainer.ranks.group import RankMessage
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Batch, Signal, join
 
@@ -42,7 +42,7 @@ class Share:
         samples = [batch.samples[index] for index in indices]
         return cls(prefix, replace(batch, samples=samples, signals=[batch.signals[index] for index in indices]))
 
-    def to_message(self) -> Message:
+    def to_message(self) -> RankMessage:
         """Of the samples only what the gradient takes: where they come from is for the proof, on rank 0."""
         batch = self.batch
         values = {
@@ -58,10 +58,10 @@ class Share:
         }
         if batch.signals:
             tensors |= _tensors(join(batch.signals, torch.device("cpu")))
-        return Message("share", values, tensors)
+        return RankMessage("share", values, tensors)
 
     @classmethod
-    def from_message(cls, message: Message) -> Self:
+    def from_message(cls, message: RankMessage) -> Self:
         values, tensors = message.values, message.tensors
         turn_lengths, answer_lengths = tensors["turn_lengths"].tolist(), tensors["answer_lengths"].tolist()
         samples, begin, ids = [], 0, tensors["ids"].tolist()

@@ -12,7 +12,7 @@ from foundry.seeds import derive_seed
 from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt
 from services.trainer.curriculum import Curriculum
-from services.trainer.publish import Publisher
+from services.trainer.publish import PolicyPublisher
 from services.trainer.sample import Sample
 from services.trainer.stages import Stages
 
@@ -28,7 +28,12 @@ class OnPolicy:
     proves_policy = True
 
     def __init__(
-        self, attempt: Attempt, curriculum: Curriculum, rollouts: RolloutClient, publisher: Publisher, stages: Stages
+        self,
+        attempt: Attempt,
+        curriculum: Curriculum,
+        rollouts: RolloutClient,
+        publisher: PolicyPublisher,
+        stages: Stages,
     ) -> None:
         self._attempt, self._spec, self._curriculum = attempt, attempt.spec, curriculum
         self._rollouts, self._publisher, self._stages = rollouts, publisher, stages

@@ -36,7 +36,7 @@ from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.curriculum import Curriculum, HeldOut
-from services.trainer.publish import Publisher
+from services.trainer.publish import PolicyPublisher
 from services.trainer.run import Run
 from services.trainer.sample import Sample
 from services.trainer.sources.on_policy import OnPolicy
@@ -220,7 +220,7 @@ class World:
             else:
                 progress = checkpoint.read(kept, training, config=NAME, template=self.template.digest)
                 curriculum = await attempt.load_curriculum(progress.curriculum)
-            publisher, stages = Publisher(attempt, training.cartridge, progress), Stages()
+            publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
             yield Run(
                 attempt,
                 progress,

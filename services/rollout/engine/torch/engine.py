@@ -11,7 +11,7 @@ from torch import Tensor
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
-from services.rollout.engine.completion import Completion
+from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.torch.attention import StepAttention
 from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.sampler import sample
@@ -41,8 +41,8 @@ class TorchEngine:
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():
             cartridges = [self._cartridges[digest] for digest in request.digests]
-            completion = Completion(request.sampling, self._lm.info.text, self._lm.eos_ids)
-            self._sequences[sequence_id] = Sequence(sequence_id, request, cartridges, completion)
+            progress = AnswerProgress(request.sampling, self._lm.info.text, self._lm.eos_ids)
+            self._sequences[sequence_id] = Sequence(sequence_id, request, cartridges, progress)
         self._scheduler.add(self._sequences[sequence_id] for sequence_id in requests)
 
     @torch.inference_mode()

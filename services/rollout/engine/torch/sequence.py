@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.rollout.engine import FinishReason, SequenceRequest
-from services.rollout.engine.completion import Completion
+from services.rollout.engine.answer import AnswerProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Sequence:
         sequence_id: int,
         request: SequenceRequest,
         cartridges: SequenceOf[LoadedCartridge],
-        completion: Completion,
+        progress: AnswerProgress,
     ) -> None:
         self.id = sequence_id
         self.cartridges = tuple(cartridges)
@@ -47,7 +47,7 @@ class Sequence:
         self.slot = -1
         self.scheduled_at = 0.0
         self.generator = torch.Generator().manual_seed(request.sampling.seed)
-        self._completion = completion
+        self._progress = progress
 
     @property
     def num_pending_tokens(self) -> int:
@@ -61,4 +61,4 @@ class Sequence:
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self.token_ids.append(token_id)
-        return self._completion.append(token_id)
+        return self._progress.append(token_id)

@@ -22,7 +22,7 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelInfo
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine import SamplingParams as Sampling
-from services.rollout.engine.completion import Completion
+from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.vllm.connector import PREFIXES, SEQUENCE, CartridgeConnector
 from services.rollout.engine.vllm.prefix import Prefix, Prefixes
 
@@ -36,7 +36,7 @@ class _Open:
 
     request: SequenceRequest
     prefix: Prefix
-    completion: Completion
+    progress: AnswerProgress
 
 
 class VllmEngine:
@@ -106,8 +106,8 @@ class VllmEngine:
         for sequence_id, request in requests.items():
             kvs = [self._cartridges[digest] for digest in request.digests]
             prefix = Prefix(kvs, sum(len(kv_PL2GD) for kv_PL2GD in kvs))
-            completion = Completion(request.sampling, self._info.text, self._info.eos_ids)
-            self._open[sequence_id] = _Open(request, prefix, completion)
+            progress = AnswerProgress(request.sampling, self._info.text, self._info.eos_ids)
+            self._open[sequence_id] = _Open(request, prefix, progress)
             self._prefixes[str(sequence_id)] = prefix
             prompt = _prompt(sequence_id, request, prefix.num_tokens, self._info.spec.vocab_size)
             self._llm.add_request(str(sequence_id), prompt, self._sampling(sequence_id, request.sampling))
@@ -150,7 +150,7 @@ class VllmEngine:
         if not each.prefix.in_place or num_cached < 0:
             raise RuntimeError(f"vLLM answered sequence {sequence_id} without the cartridges before it")
         for token_id, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
-            text, finish_reason = each.completion.append(token_id)
+            text, finish_reason = each.progress.append(token_id)
             if finish_reason is not None:
                 self.cancel(sequence_id)
             yield TokenOutput(

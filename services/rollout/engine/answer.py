@@ -8,7 +8,7 @@ from services.rollout.engine import FinishReason, SamplingParams
 from services.rollout.engine.detokenize import Decode, TextStream
 
 
-class Completion:
+class AnswerProgress:
     """Ends with an end token, a stop string, or the most tokens that were asked for."""
 
     def __init__(self, sampling: SamplingParams, decode: Decode, eos_ids: Set[int]) -> None:

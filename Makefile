@@ -52,8 +52,8 @@ demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minu
 system:  ## install the programs of Debian that some tests use (as root); without them these are skipped
 	apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 iptables prometheus redis-server >/dev/null
 
-# A file's tests share what they start, so a file stays with one worker.
-WORKERS := -n 2 --dist loadfile
+# A file's tests share what they start, so a file stays with one worker; files come in the order of pyproject.toml.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: install  ## run all tests (10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(WORKERS)
 

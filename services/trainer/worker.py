@@ -77,10 +77,7 @@ class Worker:
         return await self._retry().call("store", attempt)
 
     async def _see_through(self, claimed: ClaimedRun) -> None:
-        attempt = Attempt(
-            claimed, self._store, Retry(self._settings.patience_seconds, on_failure=metrics.count_failure)
-        )
-        active = self.active = ActiveRun(attempt, Control())
+        active = self.active = ActiveRun(Attempt(claimed, self._store, self._retry()), Control())
         heart = Heartbeat(active, self._settings.lease_seconds)
         metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
         with structlog.contextvars.bound_contextvars(run=claimed.run_id, attempt=claimed.attempt):

@@ -69,7 +69,7 @@ def misspelt(valkey: Valkey, _: Seaweed, directory: Path) -> dict[str, str]:
         (wrong_password, "Redis refused us"),
         (password_that_breaks_the_url, "the Redis URL can't be read"),
         (wrong_s3_secret, "SignatureDoesNotMatch"),
-        (misspelt, "redis_pass"),
+        (misspelt, "FOUNDRY_STORE__REDIS_PASS (--store.redis-pass): no such setting"),
     ],
 )
 async def test_a_gateway_that_is_refused_ends_and_says_why(

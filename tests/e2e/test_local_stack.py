@@ -230,7 +230,7 @@ def test_service_that_cannot_start_fails_up_with_its_log(
     home: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken_service(monkeypatch)
-    with pytest.raises(Unavailable, match=r"rollout ended with status 1[\s\S]*rollout\.log[\s\S]*max_sequences"):
+    with pytest.raises(Unavailable, match=r"rollout ended with status 2[\s\S]*rollout\.log[\s\S]*MAX_SEQUENCES"):
         LocalStack(home, model, say=quiet).up()
     assert processes_of(home) == []
     assert Home(home).running() is None

@@ -12,6 +12,7 @@ import pytest
 
 from foundry.rpc.tls import Tls
 from foundry.store import CartridgeStore
+from foundry.store.spec import TEMPLATE_TOKENS
 from tests.e2e.training import DOCUMENT, STEPS, create_run, step_events
 from tests.services import Process, Stack, get, openai_client, wait_ready, wait_serving, wait_until
 from tests.tls import Authority
@@ -71,8 +72,10 @@ def test_everything_works_over_mutual_tls(stack: Stack, authority: Authority, fi
 
     first = chat()
     # The gateway measures a run's document at the teacher.
+    # The most for which only the teacher knows that it is too much.
+    num_tokens = len(DOCUMENT.encode()) + TEMPLATE_TOKENS
     prompts = {"kind": "selfstudy", "num_prompts": 4}
-    asked = {"name": "too-long", "text": DOCUMENT, "num_tokens": 10**6, "num_steps": 1, "prompts": prompts}
+    asked = {"name": "too-long", "text": DOCUMENT, "num_tokens": num_tokens, "num_steps": 1, "prompts": prompts}
     refused = httpx.post(f"http://{gateway.address}/v1/runs", json=asked, trust_env=False)
     assert refused.status_code == 400
     assert "the document has only" in refused.json()["error"]["message"]

@@ -54,7 +54,7 @@ system:  ## install the programs of Debian that some tests use (as root); withou
 
 # A file's tests share what they start, so a file stays with one worker; files come in the order of pyproject.toml.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
-test: install  ## run all tests (10 minutes on 2 cores)
+test: install  ## run all tests (18 minutes on 2 cores)
 	$(BIN)/python -m pytest $(WORKERS)
 
 # What services do in processes of their own is measured too, unless they are killed.
@@ -132,7 +132,7 @@ lint: install  ## check style and format
 types: install  ## check types
 	$(BIN)/mypy
 
-check: lint types drift test  ## everything that must pass before a change goes in
+check: lint types drift coverage  ## everything that must pass before a change goes in
 
 clean:  ## remove what was built, the environment included; cartridges and the model cache stay
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json

@@ -207,6 +207,15 @@ def test_stack_of_a_killed_owner_ends(home: Path, model: str) -> None:
     assert processes_of(home) == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Who runs the tests in the background may have them ignore SIGINT, and what is ignored is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_up_leaves_nothing(home: Path, model: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "foundry.cli.main", "up", "--model", model],

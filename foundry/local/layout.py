@@ -26,21 +26,7 @@ def make_services(home: Home, model: Path, addresses: dict[str, str]) -> tuple[l
     password = secrets.token_urlsafe(24)
     redis_url = f"redis://:{password}@{addresses['valkey']}/0"
     threads = str(num_cores())
-    environment = {
-        # Room for a document of this length with its question and answer; who sets another value keeps it.
-        "FOUNDRY_MAX_SEQUENCE_TOKENS": "4096",
-        **os.environ,
-        # By environment, because everybody on the machine can read a command line.
-        "FOUNDRY_STORE__REDIS_URL": redis_url,
-        "FOUNDRY_STORE__OBJECTS_URL": home.objects.as_uri(),
-        # Rollout, teacher and trainer take turns, so each may use all cores; but whoever waits must sleep, not spin.
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    environment = _environment(home, redis_url, threads)
     metrics = metrics_ports()
 
     def service(
@@ -81,6 +67,24 @@ def make_services(home: Home, model: Path, addresses: dict[str, str]) -> tuple[l
             lambda: answers_http(f"http://{addresses['gateway']}/readyz"),
         ),
     ], redis_url
+
+
+def _environment(home: Home, redis_url: str, threads: str) -> dict[str, str]:
+    return {
+        # Room for a document of this length with its question and answer; who sets another value keeps it.
+        "FOUNDRY_MAX_SEQUENCE_TOKENS": "4096",
+        **os.environ,
+        # By environment, because everybody on the machine can read a command line.
+        "FOUNDRY_STORE__REDIS_URL": redis_url,
+        "FOUNDRY_STORE__OBJECTS_URL": home.objects.as_uri(),
+        # Rollout, teacher and trainer take turns, so each may use all cores; but whoever waits must sleep, not spin.
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def num_cores() -> int:

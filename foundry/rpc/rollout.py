@@ -13,6 +13,7 @@ from foundry.rpc.channel import decoded
 from foundry.rpc.limits import batches
 from foundry.rpc.pods import Pod, Pods
 from foundry.store.names import CartridgeId
+from foundry.tasks import end
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 
 _RESIDENT_TIMEOUT_SECONDS = 5.0
@@ -94,9 +95,7 @@ class RolloutClient:
             answered = await asyncio.gather(*asked)
         finally:
             # When one fails: what is asked again must not be decoded beside what is left of this, for other bits.
-            for task in asked:
-                task.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
+            await end(*asked)
         dealt = [iter(share) for share in answered]
         return [next(dealt[index % len(pods)]) for index in range(len(prompts))]
 

@@ -41,6 +41,7 @@ from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
 from foundry.store.upkeep.usage import Usage, take_usage
 from foundry.store.upkeep.verify import Verified, Verifier
+from foundry.tasks import end
 
 log = structlog.get_logger(__name__)
 
@@ -94,8 +95,7 @@ class CartridgeStore:
 
     async def close(self) -> None:
         if self._rebuild is not None:
-            self._rebuild.cancel()
-            await asyncio.gather(self._rebuild, return_exceptions=True)
+            await end(self._rebuild)
         await self._fetcher.close()
         self._hot.close()
         await self._connection.close()

@@ -14,6 +14,7 @@ from foundry.store import metrics
 from foundry.store.objects.blobs import Blobs
 from foundry.store.redis.hot_bytes import HotBytes
 from foundry.store.redis.pointers import Pointers
+from foundry.tasks import end
 
 log = structlog.get_logger(__name__)
 _tracer = trace.get_tracer(__name__)
@@ -47,10 +48,7 @@ class Fetcher:
 
     async def close(self) -> None:
         """Ends the transfers under way."""
-        transfers = list(self._transfers.values())
-        for task in transfers:
-            task.cancel()
-        await asyncio.gather(*transfers, return_exceptions=True)
+        await end(*self._transfers.values())
 
     async def _transfer(self, digest: str) -> CartridgeBytes:
         with (

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
+from foundry.tasks import end
 from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
 from services.gateway.balancer import RolloutBalancer
@@ -84,8 +85,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             app.state.gateway = Gateway(settings, store, rollouts, teachers, TokenSpelling(settings.tokenizer), jobs)
             yield
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await end(watching)
             if jobs is not None:
                 await jobs.close()
             if teachers is not None:

@@ -15,6 +15,7 @@ import structlog
 from foundry.errors import DeadlineExceeded, FingerprintMismatch, FoundryError, Unavailable
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods, rendezvous
+from foundry.tasks import end
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.gateway import metrics
 
@@ -100,10 +101,7 @@ class RolloutBalancer:
         self._watcher = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        tasks = [task for task in (self._watcher, self._looking) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*(task for task in (self._watcher, self._looking) if task is not None))
         await self._pods.close()
 
     def model(self) -> ServedModel:

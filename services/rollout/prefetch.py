@@ -16,6 +16,7 @@ from opentelemetry import trace
 
 from foundry.errors import StoreUnavailable
 from foundry.store import CartridgeId, Published
+from foundry.tasks import end
 from foundry.telemetry.traces import context_of
 from foundry.v1 import common_pb2
 from services.rollout import metrics
@@ -50,9 +51,7 @@ class Prefetch:
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._work())]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     def announce(self, cartridge: CartridgeId, traceparent: str = "") -> None:
         """Load it when its turn comes, if its name is served here; in the trace of its publication."""

@@ -19,6 +19,7 @@ from foundry.errors import DigestMismatch
 from foundry.identity import DTYPE_BYTES, CartridgeBytes, CartridgeHeader, check_digest
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
+from foundry.tasks import end
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout import metrics
 from services.rollout.engine import Engine
@@ -135,10 +136,7 @@ class Residency:
         return served_at is not None and time.monotonic() - served_at <= seconds
 
     async def close(self) -> None:
-        loads = list(self._loads.values())
-        for task in loads:
-            task.cancel()
-        await asyncio.gather(*loads, return_exceptions=True)
+        await end(*self._loads.values())
 
     async def _load(self, named: CartridgeId) -> None:
         digest = named.digest

@@ -12,6 +12,7 @@ from foundry.errors import Fenced, FoundryError, RankLost, RunOver, StoreUnavail
 from foundry.model.lm import FrozenLM
 from foundry.rpc.retry import Retry
 from foundry.store import CartridgeStore, ClaimedRun, RunState
+from foundry.tasks import end
 from services.trainer import metrics
 from services.trainer.active import ActiveRun
 from services.trainer.attempt import Attempt
@@ -49,8 +50,7 @@ class Worker:
         if self._leader is not None:
             others.append(asyncio.create_task(self._leader.beat()))
         ended, _ = await asyncio.wait({working, *others}, return_when=asyncio.FIRST_COMPLETED)
-        working.cancel()
-        await asyncio.wait({working})
+        await end(working, again_seconds=self._settings.grace_seconds)
         if self._settings.run and self.ended is not None:
             return FAILED if self.ended is RunState.FAILED else 0
         if stopping.is_set() and working.cancelled():
@@ -87,7 +87,7 @@ class Worker:
             try:
                 await self._train_and_end(active, heart)
             finally:
-                beating.cancel()
+                await end(beating)
                 self.active = None
 
     def _retry(self) -> Retry:
@@ -125,8 +125,7 @@ class Worker:
             elif fenced := heart.abandoned.result():
                 raise fenced
         finally:
-            training.cancel()
-            await asyncio.gather(training, return_exceptions=True)
+            await end(training)
 
     async def _prepare_and_train(self, active: ActiveRun) -> None:
         preparation = Preparation(active.attempt, self.lm, self._settings, leader=self._leader)

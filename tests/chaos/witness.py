@@ -8,6 +8,7 @@ from typing import Any
 
 from foundry.errors import CartridgeNotFound, StoreUnavailable
 from foundry.store import CartridgeStore
+from foundry.tasks import end
 from tests.e2e.training import follow
 
 _POLL_SECONDS = 0.02
@@ -50,9 +51,7 @@ class Witness:
                 if task.done():
                     task.result()
         finally:
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            await end(*others)
 
     async def _watch_run(self, run_id: str) -> None:
         async for event in follow(self._store, run_id):

@@ -12,6 +12,7 @@ from foundry.store import metrics
 from foundry.store.incoming import Incoming
 from foundry.store.objects import layout
 from foundry.store.objects.objects import ObjectInfo, Objects
+from foundry.tasks import end
 
 # What a cartridge file's prologue rarely exceeds.
 _PROLOGUE_GUESS_BYTES = 2**16
@@ -113,9 +114,7 @@ class Blobs:
                 await task
                 incoming.landed(min((index + 1) * step, size))
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
 
 
 @contextmanager

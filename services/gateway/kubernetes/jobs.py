@@ -17,6 +17,7 @@ from kubernetes.utils.quantity import parse_quantity
 
 from foundry.errors import Fenced, FoundryError, InvalidArgument, RunNotFound, RunOver
 from foundry.store import ActiveRuns, Desired, Resources, RunRecord, RunState, RunStore
+from foundry.tasks import end
 from services.gateway import metrics
 from services.gateway.errors import ClusterRefused
 from services.gateway.kubernetes.cluster import Cluster
@@ -48,8 +49,7 @@ class Jobs:
 
     async def close(self) -> None:
         if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            await end(self._watcher)
         self._cluster.close()
 
     def wake(self) -> None:

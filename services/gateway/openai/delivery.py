@@ -12,6 +12,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from foundry.errors import Cancelled, FoundryError
+from foundry.tasks import end
 from services.gateway import metrics
 from services.gateway.errors import error_body
 from services.gateway.openai.generation import Chunk
@@ -75,9 +76,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
             return task.result()
         raise Cancelled("the client went away")
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await end(task, gone)
 
 
 async def _disconnect(request: Request) -> None:

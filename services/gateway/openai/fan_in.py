@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Generic, Self, TypeVar
 
+from foundry.tasks import end
+
 T = TypeVar("T")
 Deliver = Callable[[T], Awaitable[None]]
 Source = Callable[[Deliver[T]], Coroutine[Any, Any, None]]
@@ -34,9 +36,7 @@ class FanIn(Generic[T]):
 
     async def __aexit__(self, *_: object) -> None:
         self._left = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def next(self) -> tuple[int, T] | None:
         """The next item and its source's number; None when all sources have ended. Raises what a source raised."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from foundry.tasks import end
 from tests.chaos.faults.fault import Fault
 
 _READ_BYTES = 2**16
@@ -67,9 +68,7 @@ class Link:
 
     async def close(self) -> None:
         self._server.close()
-        for task in self._connections:
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await end(*self._connections)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -94,9 +93,7 @@ class Link:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             upstream_writer.transport.abort()
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            await end(*pumps)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         """Ends when the connection is over."""

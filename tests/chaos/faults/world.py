@@ -31,6 +31,7 @@ from foundry.store import (
     RunSpec,
     StoreSettings,
 )
+from foundry.tasks import end
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
@@ -145,7 +146,8 @@ class World:
         try:
             yield self
         finally:
-            follower.cancel()
+            # While there is a Redis: without one it would not come to wait, where it can be cancelled.
+            await end(follower)
             self.disarm()
             for host in hosts:
                 await host.close()

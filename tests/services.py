@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.rpc.tls import Credentials
 from foundry.store import CartridgeStore, Manifest, ManifestDraft, StoreSettings
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from tests.forked import Forked
 from tests.process import spawn
 from tests.tiny import build_tiny_model
 from tests.valkey import Valkey
@@ -55,10 +55,10 @@ class Process:
         self._held = None if address else reserve()
         self.address = address_of(self._held) if self._held else address
         self.log = directory / f"{name}-{self.address.replace(':', '-')}.log"
-        module = module or f"services.{name}.main"
-        self._command = [python or sys.executable, "-m", module, "--listen", self.address, *arguments]
+        self._module, self._arguments = module or f"services.{name}.main", ["--listen", self.address, *arguments]
+        self._python = python
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     @property
     def pid(self) -> int:
@@ -66,8 +66,13 @@ class Process:
         return self._process.pid
 
     def start(self) -> None:
+        self.log.touch()
+        if not self._python:
+            self._process = Forked(self._module, self._arguments, self._environment, self.log)
+            return
+        command = [self._python, "-m", self._module, *self._arguments]
         with self.log.open("ab") as log:
-            self._process = spawn(self._command, env=self._environment, stdout=log, stderr=log)
+            self._process = spawn(command, env=self._environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         if self._process is not None:

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lm(model: Path, one_thread: None) -> Iterator[FrozenLM]:
+def lm(model: Path) -> Iterator[FrozenLM]:
     # Thousands of warnings that are meant to be.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield FrozenLM.load(model)

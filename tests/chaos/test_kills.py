@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from foundry.identity import CartridgeBytes, content_digest
@@ -112,11 +113,12 @@ def test_a_run_survives_random_kills(stack: Stack) -> None:
     check_versions(witness)
     stack.with_store(lambda store: check_end(store, run_id, expected[STEPS]["digest"]))
     check_objects(stack.directory / "objects", run_id, most_left_over=KILLS)
-    for processes in services.values():
-        for process in processes:
-            process.check_alive()
+    running = [process for processes in services.values() for process in processes]
+    for process in running:
+        process.check_alive()
+    pids = [process.pid for process in running]
     stack.close()
-    assert processes_of(stack.directory) == []
+    assert not any(psutil.pid_exists(pid) for pid in pids)
     if path := os.environ.get("FOUNDRY_KILLS_RESULT"):
         Path(path).write_text(json.dumps(result(kills, witness), indent=2) + "\n")
 
@@ -184,16 +186,3 @@ def check_objects(objects: Path, run_id: str, *, most_left_over: int) -> None:
         CartridgeBytes.from_file(memoryview(blob.read_bytes())).verify(f"blake3:{blob.stem}")
     for document in (objects / "documents").glob("*.txt"):
         assert content_digest(document.read_bytes()) == f"blake3:{document.stem}"
-
-
-def processes_of(directory: Path) -> list[str]:
-    """Command lines that name the stack's directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if str(directory) in command:
-            found.append(command)
-    return found

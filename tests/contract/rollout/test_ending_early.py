@@ -15,8 +15,6 @@ from foundry.rpc.channel import typed_errors
 from foundry.v1 import rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, joined, long, serving, status
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 async def test_cancelling_a_stream_frees_its_slot_within_a_step(lm: FrozenLM, directory: Path) -> None:
     gate = Gate()

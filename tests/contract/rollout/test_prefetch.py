@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from prometheus_client import REGISTRY
 
@@ -27,9 +26,6 @@ from tests.valkey import Valkey
 
 NAME, RUN = "moving", "run-moving"
 NUM_TOKENS = 40
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Rollout:

@@ -30,8 +30,6 @@ from services.rollout.serving import load_engine
 from services.rollout.settings import RolloutSettings
 from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def settings(directory: Path, **values: Any) -> RolloutSettings:
     return RolloutSettings(model=directory, store=StoreSettings.model_validate(STORE), listen="127.0.0.1:0", **values)

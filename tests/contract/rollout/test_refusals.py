@@ -24,8 +24,6 @@ from tests.contract.rollout.server import (
     serving,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def changed(request: rollout_pb2.GenerateRequest, **sampling: Any) -> rollout_pb2.GenerateRequest:
     request.sampling.MergeFrom(rollout_pb2.Sampling(**sampling))

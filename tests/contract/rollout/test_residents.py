@@ -6,16 +6,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from prometheus_client import REGISTRY
 
 from foundry.model.lm import FrozenLM
 from foundry.v1 import rollout_pb2
 from tests.contract.rollout.server import TIMEOUT_SECONDS, Gate, Rollout, joined, serving
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 VLLM = {"model_name": "tiny-llama", "engine": "0"}
 

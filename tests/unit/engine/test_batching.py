@@ -24,8 +24,6 @@ from tests.unit.engine.bench import (
     request,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_neighbours_and_order_of_arrival_change_nothing(lm: FrozenLM) -> None:
     bench = Bench(lm, max_sequences=4)

@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foundry.model.lm import FrozenLM
 from tests.unit.engine.bench import CHUNK, Bench, make_kv, request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_every_token_goes_through_the_model_once(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(lm, max_sequences=3)

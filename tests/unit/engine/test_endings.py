@@ -10,8 +10,6 @@ from foundry.model.lm import FrozenLM
 from services.rollout.engine import FinishReason
 from tests.unit.engine.bench import Bench, ids_of, request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_length(lm: FrozenLM) -> None:
     for num_tokens in (1, 2, 9):

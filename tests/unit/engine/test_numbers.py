@@ -11,8 +11,6 @@ from foundry.model.lm import FrozenLM
 from services.rollout.engine.torch.attention import attend_part, attend_part_plain
 from tests.unit.engine.bench import CHUNK, SIZES, TOLERANCE, Bench, ids_of, logprobs_of, make_kv, request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("p", SIZES)
 def test_logprobs_are_those_of_a_plain_forward(any_lm: FrozenLM, p: int) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from foundry.model.lm import FrozenLM
 from tests.unit.engine.bench import Bench, Outputs, bits, ids_of, make_kv, random_ids, request
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_conversation_goes_on_where_it_was(lm: FrozenLM) -> None:

@@ -13,8 +13,6 @@ from services.rollout.engine import SamplingParams
 from services.rollout.engine.torch.sampler import draw
 from tests.unit.engine.bench import Bench, ids_of, random_ids, request
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_a_seed_decides_the_answer(lm: FrozenLM) -> None:
     bench = Bench(lm)

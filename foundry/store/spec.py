@@ -46,6 +46,7 @@ def _unicode(value: str) -> str:
 
 
 Digest = Annotated[str, checked(check_digest)]
+Init = Literal["compact", "first_tokens"]
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
@@ -104,6 +105,13 @@ class RunSpec(Checked):
 
     num_tokens: int = Field(default=128, ge=1, le=2**20)
     """Length of the cartridge in tokens (p)."""
+
+    init: Init = "compact"
+    """What the cartridge holds before the first step: the document's tokens that are attended to most, with their
+    values refitted (`compact`), or its first ones (`first_tokens`)."""
+
+    reference_tokens: int = Field(default=16384, ge=1, le=2**20)
+    """Most tokens of the turns about the document that say what `compact` keeps."""
 
     num_frozen: int = Field(default=1, ge=0, le=2**20)
     """The first so many tokens of the cartridge are never trained."""
@@ -174,15 +182,29 @@ class RunSpec(Checked):
         return self
 
     def to_json(self) -> str:
-        """Always the same for the same run: its digest decides whether a checkpoint fits."""
+        """Always the same for the same run."""
         return json.dumps(self.model_dump(), sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         try:
-            return cls.model_validate(json.loads(text))
+            values = json.loads(text)
         except ValueError as error:
             raise InvalidArgument(f"run is not JSON: {error}") from error
+        # Runs from before there was a choice.
+        return cls.model_validate({"init": "first_tokens", **values} if isinstance(values, dict) else values)
+
+    @property
+    def digest(self) -> str:
+        """Of all that a checkpoint must agree with. It is past the start, so that runs from before there was a choice
+        of starts keep their digest."""
+        values = self.model_dump(exclude={"init", "reference_tokens"})
+        return content_digest(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
+
+    @property
+    def start(self) -> str:
+        """How the first version is made, for people to read."""
+        return f"compact, reference_tokens={self.reference_tokens}" if self.init == "compact" else self.init
 
 
 class RunRequest(RunSpec):

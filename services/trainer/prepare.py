@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from foundry.errors import FingerprintMismatch
-from foundry.identity import content_digest, ids_digest
+from foundry.identity import ids_digest
+from foundry.model.attention.compacting import Compaction
 from foundry.model.cartridge import TrainableCartridge
-from foundry.model.initialise import cut_context
+from foundry.model.initialise import check_num_tokens, compact, cut_context
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.teacher import TeacherClient
-from foundry.store import CartridgeId, RunSpec
+from foundry.seeds import derive_seed
+from foundry.selfstudy.references import references
+from foundry.store import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
@@ -58,12 +64,14 @@ class Preparation:
             )
         document = await attempt.document(self._spec.document)
         context = self._template.context(document, max_tokens=lm.spec.max_tokens)
-        start = cut_context(context, self._template.closing, self._spec.num_tokens)
+        check_num_tokens(self._spec.num_tokens, len(context), len(self._template.closing))
         self._teacher = teacher = await self._teach(document, context)
-        training = self._training_step(
-            TrainableCartridge(lm, await asyncio.to_thread(lm.prefill, start), num_frozen=self._spec.num_frozen)
+        kept = await attempt.load_checkpoint()
+        kv = await self._initial_kv(document, context) if kept is None else self._empty_kv()
+        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=self._spec.num_frozen))
+        progress, curriculum = (
+            await self._start(document, context) if kept is None else await self._resume(kept, training)
         )
-        progress, curriculum = await self._resume(training) or await self._start(document, context)
         publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
         return Run(
             attempt,
@@ -106,11 +114,25 @@ class Preparation:
             leader=self._leader,
         )
 
-    async def _resume(self, training: TrainingStep) -> tuple[Progress, Curriculum] | None:
-        content = await self._attempt.load_checkpoint()
-        if content is None:
-            return None
-        progress = checkpoint.read(content, training, config=config_digest(self._spec), template=self._template.digest)
+    async def _initial_kv(self, document: str, context: Sequence[int]) -> Tensor:
+        spec, lm, template = self._spec, self._lm, self._template
+        if spec.init == "first_tokens":
+            return await asyncio.to_thread(lm.prefill, cut_context(context, template.closing, spec.num_tokens))
+        await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 0, "total": 1})
+        seed, max_tokens = derive_seed(spec.seed, "references"), spec.reference_tokens
+        shown = references(document, template, lm.tokenizer, max_tokens=max_tokens, seed=seed)
+        compaction = Compaction(spec.num_tokens, num_first=1, num_last=len(template.closing))
+        kv_L2GPD = await asyncio.to_thread(compact, lm, context, shown, compaction)
+        await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 1, "total": 1})
+        return kv_L2GPD
+
+    def _empty_kv(self) -> Tensor:
+        """For a checkpoint to be read into."""
+        lm = self._lm
+        return torch.zeros(lm.spec.kv_shape(self._spec.num_tokens), dtype=lm.dtype, device=lm.device)
+
+    async def _resume(self, content: bytes, training: TrainingStep) -> tuple[Progress, Curriculum]:
+        progress = checkpoint.read(content, training, config=self._spec.digest, template=self._template.digest)
         curriculum = await self._attempt.load_curriculum(progress.curriculum)
         await self._attempt.tell({"type": "resumed", "step": progress.step, "attempt": self._attempt.claimed.attempt})
         return progress, curriculum
@@ -122,9 +144,4 @@ class Preparation:
         curriculum = await writer.write(document, context)
         digest = await self._attempt.save_curriculum(curriculum)
         policy = CartridgeId(self._spec.name, 0, "")
-        return Progress(0, policy, 0, config_digest(self._spec), self._template.digest, digest), curriculum
-
-
-def config_digest(spec: RunSpec) -> str:
-    """Digest of all that a run's specification says; the template of its contexts has a digest of its own."""
-    return content_digest(spec.to_json().encode())
+        return Progress(0, policy, 0, self._spec.digest, self._template.digest, digest), curriculum

@@ -44,7 +44,7 @@ class PolicyPublisher:
             step=progress.step,
             parent=parent,
             document=spec.document,
-            init="first-tokens",
+            init=spec.start,
             objective=spec.objective,
             tokens_seen=progress.tokens_seen,
             metrics=measured or {},

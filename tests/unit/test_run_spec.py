@@ -49,32 +49,23 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("digest", WRITTEN)
-def test_what_was_written_before_is_read_and_written_byte_for_byte(digest: str) -> None:
+def test_what_was_written_before_there_was_a_choice_of_starts_means_what_it_meant(digest: str) -> None:
     spec = RunSpec.from_json(WRITTEN[digest])
-    assert spec.to_json() == WRITTEN[digest]
-    assert content_digest(spec.to_json().encode()) == digest
-    assert RunRequest.model_validate(json.loads(WRITTEN[digest])).spec == spec
+    assert spec.init == "first_tokens"
+    # A checkpoint of it fits.
+    assert spec.digest == digest
+    written = {"init": "first_tokens", "reference_tokens": 16384, **json.loads(WRITTEN[digest])}
+    assert spec.to_json() == json.dumps(written, sort_keys=True)
+    assert RunSpec.from_json(spec.to_json()) == spec
     # As the gateway answers.
-    assert json.dumps(json.loads(spec.model_dump_json()), sort_keys=True) == WRITTEN[digest]
+    assert json.dumps(json.loads(spec.model_dump_json()), sort_keys=True) == spec.to_json()
 
 
-def test_the_demo_asks_for_the_same_run_as_ever() -> None:
-    """What examples/demo.py says of it; the rest are defaults."""
-    written, _ = WRITTEN.values()
-    asked: dict[str, Any] = {
-        "name": "handbook",
-        "document": DOCUMENT,
-        "num_tokens": 512,
-        "num_steps": 20,
-        "batch_size": 16,
-        "max_new_tokens": 24,
-        "learning_rate": 0.02,
-        "seed": 0,
-        "prompts": {"kind": "selfstudy", "num_prompts": 64},
-        "heldout": {"kind": "document", "digest": "blake3:" + "02" * 32},
-        "heldout_every": 4,
-    }
-    assert RunSpec(**asked).to_json() == written
+def test_a_new_run_starts_compact_and_says_with_what() -> None:
+    spec = RunSpec(**MINIMAL)
+    assert spec.start == "compact, reference_tokens=16384"
+    assert spec.digest == spec.model_copy(update={"init": "first_tokens"}).digest
+    assert spec.digest != spec.model_copy(update={"num_tokens": 9}).digest
 
 
 def test_a_record_of_redis_is_read() -> None:

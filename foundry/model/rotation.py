@@ -1,0 +1,94 @@
+"""Keys moved to other positions: rotary embeddings turn by a constant angle, so the cached keys can be turned too.
+
+Which of a key's numbers turn together, and whether a layer turns them at all, is seen from the model, not assumed.
+Shape suffixes: `foundry.model.lm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foundry.errors import ModelUnsupported
+from foundry.model.attention import attend_masked, causal_mask
+from foundry.model.lm import FrozenLM
+
+# Which two numbers of a key turn together: i and i + half, or neighbours; None in a layer without positions.
+Pairs = Literal["halves", "neighbours"] | None
+
+_PROBE_TOKENS, _PROBE_SHIFT = 8, 37
+# Rounding adds up from layer to layer, in bf16 to a few hundredths; another rotation is off by about one.
+_MAX_ERROR = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    """The angle of one position for each pair, and which pairs each layer has."""
+
+    inv_freq: Tensor
+    layers: tuple[Pairs, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: FrozenLM) -> KeyRotation:
+        """Compare keys of the same tokens at two places. Raises ModelUnsupported if no rotation explains them."""
+        embedding = getattr(lm.model.base_model, "rotary_emb", None)
+        inv_freq = getattr(embedding, "inv_freq", None)
+        if not isinstance(inv_freq, Tensor):
+            raise ModelUnsupported(
+                f"{type(lm.model).__name__} has no rotary_emb.inv_freq: its keys can't be moved to other positions"
+            )
+        here, there = _keys(lm, 0), _keys(lm, _PROBE_SHIFT)
+        layers = tuple(_pairs(inv_freq, *both, layer) for layer, both in enumerate(zip(here, there, strict=True)))
+        return cls(inv_freq, layers)
+
+    def turn(self, k_LGPD: Tensor, shift: int) -> Tensor:
+        """Keys [L, G, P, D] as they would be `shift` positions further on."""
+        turned = [_turn(k_GPD, self.inv_freq, shift, pairs) for k_GPD, pairs in zip(k_LGPD, self.layers, strict=True)]
+        return torch.stack(turned)
+
+
+class _Probe:
+    """One sequence that attends to itself, and leaves its keys behind."""
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        self.mask_SK = causal_mask(num_tokens, 0, device)
+        self.keys: list[Tensor] = []
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        self.keys.append(k_GTD)
+        return attend_masked(q_HTD, k_GTD, v_GTD, self.mask_SK, scale).transpose(0, 1)
+
+
+def _keys(lm: FrozenLM, begin: int) -> list[Tensor]:
+    probe = _Probe(_PROBE_TOKENS, lm.device)
+    ids_T = torch.arange(_PROBE_TOKENS, device=lm.device) % lm.spec.vocab_size
+    lm.hidden(ids_T, torch.arange(begin, begin + _PROBE_TOKENS, device=lm.device), probe)
+    return probe.keys
+
+
+def _pairs(inv_freq: Tensor, here_GTD: Tensor, there_GTD: Tensor, layer: int) -> Pairs:
+    candidates: tuple[Pairs, ...] = ("halves", "neighbours", None)
+    for pairs in candidates:
+        error = (_turn(here_GTD, inv_freq, _PROBE_SHIFT, pairs) - there_GTD).float().norm() / there_GTD.float().norm()
+        if error.item() < _MAX_ERROR:
+            return pairs
+    raise ModelUnsupported(
+        f"layer {layer}: keys of the same tokens at two places differ by more than a rotation, so they can't be moved"
+    )
+
+
+def _turn(k_GPD: Tensor, inv_freq: Tensor, shift: int, pairs: Pairs) -> Tensor:
+    if pairs is None or shift == 0:
+        return k_GPD
+    angle = shift * inv_freq.double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    # Models may leave the last numbers of a key as they are.
+    turning, still = k_GPD.float().tensor_split([2 * len(inv_freq)], dim=-1)
+    x, y = turning.chunk(2, dim=-1) if pairs == "halves" else (turning[..., ::2], turning[..., 1::2])
+    both = (x * cos - y * sin, y * cos + x * sin)
+    turned = torch.cat(both, dim=-1) if pairs == "halves" else torch.stack(both, dim=-1).flatten(-2)
+    return torch.cat([turned, still], dim=-1).to(k_GPD.dtype)

@@ -1,0 +1,251 @@
+"""How a cartridge starts: keys that are moved, tokens that are kept, values that are refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foundry.errors import CartridgeTooLong, InvalidArgument, ModelUnsupported
+from foundry.model.attention import compacting
+from foundry.model.attention.compacting import CompactingAttention, Compaction
+from foundry.model.attention.packed import PackedAttention
+from foundry.model.initialise import compact
+from foundry.model.lm import FrozenLM
+from foundry.model.rotation import KeyRotation
+from tests.tiny import Family, build_model, build_tokenizer
+
+N, P = 90, 24
+KEEP = Compaction(P, num_first=1, num_last=3)
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+def load(family: Family = "llama", rope: str = "default") -> FrozenLM:
+    model = build_model(family)
+    config = model.config
+    config.rope_parameters = ROPES[rope]
+    scaled = type(model)(config)
+    scaled.load_state_dict(model.state_dict())
+    scaled.generation_config = model.generation_config
+    return FrozenLM(scaled, build_tokenizer(), "blake3:" + "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def lm() -> FrozenLM:
+    return load()
+
+
+def ids(seed: int, count: int) -> list[int]:
+    return torch.randint(3, 380, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+DOCUMENT = ids(0, N)
+REFERENCES = [ids(seed, 12 + seed) for seed in range(1, 9)]
+OTHERS = [ids(seed, 20) for seed in range(20, 26)]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_a_turn_behind_moved_keys_is_the_same_turn(family: Family, rope: str) -> None:
+    lm = load(family, rope)
+    kv_L2GPD = lm.prefill(DOCUMENT)
+    moved_L2GPD = torch.stack([KeyRotation.of(lm).turn(kv_L2GPD[:, 0], 41), kv_L2GPD[:, 1]], dim=1)
+    turn = torch.tensor(REFERENCES[0])
+    plan = PackedAttention([REFERENCES[0]], [kv_L2GPD], 512, lm.device)
+    expected = lm.hidden(turn, plan.positions_T, plan)
+    behind = PackedAttention([REFERENCES[0]], [moved_L2GPD], 512, lm.device)
+    found = lm.hidden(turn, behind.positions_T + 41, behind)
+    assert (found - expected).abs().max() < 1e-4
+    # Left where they were they are not: the check can fail.
+    still = lm.hidden(turn, plan.positions_T + 41, plan)
+    assert (still - expected).abs().max() > 1e-2
+
+
+def test_neighbouring_pairs_and_layers_without_positions_are_turned_as_such() -> None:
+    lm = load()
+    rotation = KeyRotation.of(lm)
+    assert rotation.layers == ("halves", "halves")
+    neighbours = KeyRotation(rotation.inv_freq, ("neighbours", None))
+    keys = torch.randn(2, 2, 5, 16)
+    turned = neighbours.turn(keys, 3)
+    angle = 3 * rotation.inv_freq
+    assert torch.allclose(turned[0, ..., 0], keys[0, ..., 0] * angle[0].cos() - keys[0, ..., 1] * angle[0].sin())
+    assert turned[1].equal(keys[1])
+    setattr(lm.model.base_model, "rotary_emb", None)  # noqa: B010
+    with pytest.raises(ModelUnsupported, match="rotary_emb"):
+        KeyRotation.of(lm)
+
+
+def test_keys_that_a_rotation_does_not_explain_are_refused(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = lm.hidden
+
+    def with_dynamic_angles(ids_T: Tensor, positions_T: Tensor, plan: Any) -> Tensor:
+        return hidden(ids_T, positions_T + positions_T.min() * 3, plan)
+
+    monkeypatch.setattr(lm, "hidden", with_dynamic_angles)
+    with pytest.raises(ModelUnsupported, match="more than a rotation"):
+        KeyRotation.of(lm)
+
+
+def test_all_tokens_are_the_documents_own_kv(lm: FrozenLM) -> None:
+    found = compact(lm, DOCUMENT, REFERENCES, replace(KEEP, num_tokens=N))
+    assert found.equal(lm.prefill(DOCUMENT))
+
+
+@torch.no_grad()
+def plan_of(lm: FrozenLM, references: Sequence[Sequence[int]], compaction: Compaction = KEEP) -> CompactingAttention:
+    plan = CompactingAttention(references, lm.prefill(DOCUMENT), compaction)
+    lm.hidden(torch.tensor([token for each in references for token in each]), plan.positions_T, plan)
+    return plan
+
+
+@torch.no_grad()
+def test_references_go_through_the_model_as_behind_the_document(lm: FrozenLM) -> None:
+    """Where every token is kept as it is, the forward of the compaction is the plain one."""
+    plan = CompactingAttention(REFERENCES, kv := lm.prefill(DOCUMENT), replace(KEEP, num_tokens=N, refit=False))
+    found = lm.hidden(torch.tensor([token for each in REFERENCES for token in each]), plan.positions_T, plan)
+    expected = lm.packed_hidden(REFERENCES, [kv] * len(REFERENCES))
+    assert (found - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_most_attended_tokens_are_kept(lm: FrozenLM) -> None:
+    """Against attention weights written out, for the first layer."""
+    captured: list[Tensor] = []
+
+    class Captures(CompactingAttention):
+        def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+            if layer == 0:
+                captured.extend([q_HTD * scale, k_GTD])
+            return super().attend(layer, q_HTD, k_GTD, v_GTD, scale)
+
+    plan = Captures(REFERENCES[:2], kv := lm.prefill(DOCUMENT), KEEP)
+    lm.hidden(torch.tensor([*REFERENCES[0], *REFERENCES[1]]), plan.positions_T, plan)
+    q_HTD, k_GTD = captured
+    mass_GN = torch.zeros(2, N, dtype=torch.float64)
+    begin = 0
+    for sequence in REFERENCES[:2]:
+        for position in range(len(sequence)):
+            for head in range(4):
+                keys = torch.cat([kv[0, 0, head // 2], k_GTD[head // 2, begin : begin + position + 1]])
+                weights = (keys @ q_HTD[head, begin + position]).softmax(0)
+                mass_GN[head // 2] += weights[:N].double() ** 2
+        begin += len(sequence)
+    mass_GN[:, 0] = mass_GN[:, -3:] = torch.inf
+    assert plan.indices[0].equal(mass_GN.topk(P).indices.sort().values)
+
+
+def test_first_and_last_tokens_are_kept_in_order(lm: FrozenLM) -> None:
+    for indices_GP in plan_of(lm, REFERENCES).indices:
+        assert (indices_GP.diff() > 0).all()
+        assert (indices_GP[:, 0] == 0).all()
+        assert indices_GP[:, -3:].tolist() == [[N - 3, N - 2, N - 1]] * 2
+
+
+def test_what_is_kept_does_not_depend_on_how_references_are_laid(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(lm, REFERENCES)
+    monkeypatch.setattr(compacting, "_TILE_BYTES", 4 * 2 * N * 5)
+    for other in (plan_of(lm, REFERENCES[::-1]), plan_of(lm, REFERENCES)):
+        for layer in range(2):
+            assert other.indices[layer].equal(plan.indices[layer])
+            assert torch.allclose(other.kept[layer], plan.kept[layer], atol=1e-4)
+
+
+def test_the_same_bits_again(lm: FrozenLM) -> None:
+    assert compact(lm, DOCUMENT, REFERENCES, KEEP).equal(compact(lm, DOCUMENT, REFERENCES, KEEP))
+
+
+class Measured(CompactingAttention):
+    """How far attention behind what another plan kept is from that behind the whole document, layer by layer."""
+
+    def __init__(self, kept: Sequence[Tensor], document_L2GND: Tensor) -> None:
+        super().__init__(OTHERS, document_L2GND, replace(KEEP, num_tokens=N, refit=False, sequential=False))
+        self._behind = PackedAttention(OTHERS, [torch.stack(list(kept))] * len(OTHERS), 512, document_L2GND.device)
+        self.errors: list[float] = []
+
+    def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        expected = super().attend(layer, q_HTD, k_GTD, v_GTD, scale)
+        found = self._behind.attend(layer, q_HTD, k_GTD, v_GTD, scale)
+        self.errors.append((found - expected).norm().item())
+        return expected
+
+
+@torch.no_grad()
+def test_refitted_values_are_better_for_queries_that_they_were_not_fitted_to(lm: FrozenLM) -> None:
+    references = [ids(seed, 20) for seed in range(100, 160)]
+
+    def errors(**changes: Any) -> list[float]:
+        plan = plan_of(lm, references, replace(KEEP, sequential=False, **changes))
+        measured = Measured(plan.kept, lm.prefill(DOCUMENT))
+        lm.hidden(torch.tensor([token for each in OTHERS for token in each]), measured.positions_T, measured)
+        return measured.errors
+
+    refitted, chosen = errors(), errors(refit=False)
+    assert all(better < 0.9 * worse for better, worse in zip(refitted, chosen, strict=True))
+
+
+@torch.no_grad()
+def test_a_start_fitted_in_sequence_is_nearer_to_the_document(lm: FrozenLM) -> None:
+    references = [ids(seed, 20) for seed in range(100, 160)]
+    expected = lm.packed_hidden(OTHERS, [lm.prefill(DOCUMENT)] * len(OTHERS))
+
+    def error(**changes: Any) -> float:
+        kv = compact(lm, DOCUMENT, references, replace(KEEP, **changes))
+        return (lm.packed_hidden(OTHERS, [kv] * len(OTHERS)) - expected).norm().item()
+
+    assert error() < error(refit=False, sequential=False)
+
+
+@pytest.mark.parametrize("num_keys", [6, 15])
+def test_values_are_those_of_ridge_least_squares(num_keys: int) -> None:
+    """With more rows than keys and with fewer, which are solved in two forms."""
+    generator = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(1, num_keys, 4, generator=generator) for _ in range(2))
+    query, own, out = (torch.randn(1, 9, 4, generator=generator) for _ in range(3))
+    own_lse = torch.randn(1, 9, generator=generator)
+    found = compacting.refit(key, value, compacting.Rows(query, own_lse, own, out), 0.1)
+
+    scores = torch.cat([query[0] @ key[0].T, own_lse[0].unsqueeze(1)], dim=1).double().softmax(1)
+    weights, own_weight = scores[:, :-1], scores[:, -1:]
+    gram = weights.T @ weights
+    ridge = 0.1 * gram.diagonal().mean() * torch.eye(num_keys, dtype=torch.float64)
+    target = out[0].double() - own_weight * own[0].double()
+    expected = torch.linalg.solve(gram + ridge, weights.T @ target + ridge @ value[0].double())
+    assert (found[0] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "references", "error", "says"),
+    [
+        (N + 1, REFERENCES, CartridgeTooLong, "only 90"),
+        (4, REFERENCES, InvalidArgument, "closing tokens"),
+        (P, [], InvalidArgument, "none of 0 references"),
+        (P, [ids(1, 500)], InvalidArgument, "none of 1 references fits"),
+    ],
+)
+def test_what_has_no_start_is_refused(
+    num_tokens: int, references: list[list[int]], error: type[Exception], says: str, lm: FrozenLM
+) -> None:
+    with pytest.raises(error, match=says):
+        compact(lm, DOCUMENT, references, replace(KEEP, num_tokens=num_tokens))

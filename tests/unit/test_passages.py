@@ -1,0 +1,76 @@
+"""Exercises that visit a whole document, in any script, and the references that are made of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from foundry.model.template import ChatTemplate
+from foundry.selfstudy.passages import cloze, pieces, recite, sentences
+from foundry.selfstudy.references import references
+from tests.tiny import CLOCK, build_tokenizer
+
+TOKENIZER = build_tokenizer()
+TEXTS = {
+    "prose": "The harbour is open again. The treaty was signed in the spring! What is the price? It is twelve.",
+    "Chinese": "港口又开放了。条约是在春天签署的。粮食的价格是多少？是十二。",
+    "Arabic": "الميناء مفتوح مرة أخرى. تم توقيع المعاهدة في الربيع. ما هو سعر الحبوب؟ إنه اثنا عشر.",
+    "table": "name,price,open\nharbour,12,yes\ngrain,7,no\ntreaty,0,spring\n",
+    "code": "def price(grain):\n    if grain is None:\n        return 12\n    return grain.weight * 3\n",
+    "one line": "word " * 60,
+}
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_nothing_of_a_document_is_left_out(text: str) -> None:
+    assert "".join(sentences(text)) == text
+    assert squeezed("".join(pieces(text, TOKENIZER, 20))) == squeezed(text)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_every_piece_is_recited_in_the_documents_own_words(text: str) -> None:
+    exercises = list(recite(text, TOKENIZER, 20))
+    assert exercises
+    for exercise in exercises:
+        cue = exercise.prompt.removeprefix("Continue the text word for word: ")
+        assert cue != exercise.prompt
+        assert squeezed(cue + exercise.answer) in squeezed(text)
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_sentences_are_completed_in_their_own_words(text: str) -> None:
+    exercises = list(cloze(text, TOKENIZER, 3, seed=1))
+    assert exercises == list(cloze(text, TOKENIZER, 3, seed=1))
+    for exercise in exercises:
+        cue = exercise.prompt.removeprefix("Complete this sentence from the text: ").removesuffix(" ...")
+        assert squeezed(cue + exercise.answer) in {squeezed(sentence) for sentence in sentences(text)}
+
+
+def test_a_word_is_not_cut_where_words_have_spaces() -> None:
+    words = set(TEXTS["prose"].split())
+    for exercise in (*recite(TEXTS["prose"], TOKENIZER, 20), *cloze(TEXTS["prose"], TOKENIZER, 5, seed=1)):
+        assert set(exercise.answer.split()) <= words
+
+
+def test_what_is_too_short_to_be_asked_about_is_no_exercise() -> None:
+    assert list(recite("Yes.", TOKENIZER, 20)) == list(cloze("Yes.", TOKENIZER, 3, seed=1)) == []
+
+
+def test_references_are_of_the_whole_document_however_few() -> None:
+    template = ChatTemplate(TOKENIZER, CLOCK)
+    document = " ".join(f"The price of grain number {number} is {number * 7}." for number in range(100))
+    every = references(document, template, TOKENIZER, max_tokens=10**6, seed=0)
+    assert len(every) > 100
+    some = references(document, template, TOKENIZER, max_tokens=3000, seed=0)
+    assert 2500 < sum(map(len, some)) <= 3000
+    assert some == references(document, template, TOKENIZER, max_tokens=3000, seed=0)
+    # A quarter of what is kept is of each quarter of the document.
+    recited = [sequence for sequence in every if sequence in some]
+    assert recited == some
+    texts = [TOKENIZER.decode(sequence) for sequence in some]
+    for quarter in range(4):
+        numbers = range(25 * quarter, 25 * quarter + 25)
+        assert any(f"number {number} " in text for text in texts for number in numbers)

@@ -2,9 +2,11 @@
 
     python examples/demo.py            (or: make demo, which installs first)
 
-It fetches the demo model, starts the local stack, trains on-policy, asks the held-out questions through the gateway
-without the document, behind the cartridge and with the whole document in the prompt, prints what it measured and
-writes it to demo-result.json. The stack is stopped at the end; the cartridge stays in FOUNDRY_HOME.
+It fetches the demo model, starts the local stack, trains a cartridge of a quarter of the document's length, first on
+answers that are written with the document at hand, then on the cartridge's own. It asks the held-out questions through
+the gateway without the document, behind the cartridge untrained and trained, and with the whole document in the prompt,
+prints what it measured and writes it to demo-result.json. The stack is stopped at the end; the cartridge stays in
+FOUNDRY_HOME.
 """
 
 from __future__ import annotations
@@ -91,11 +93,11 @@ def main() -> int:
             stack = cleanup.enter_context(LocalStack(options.home, "demo", say=console.print))
             client = cleanup.enter_context(FoundryClient(stack.url))
             console.print(f"The gateway listens at {stack.url}")
-        with phases.phase("training", "3  Training a cartridge, on-policy"):
+        with phases.phase("training", "3  Training a cartridge"):
             run, steps = train(client, options)
-        with phases.phase("questions", "4  The same questions, three ways"):
-            reference = f"{NAME}@{run['result']['version']}"
-            ways = ask(client, questions, reference, run_id=run["id"], max_tokens=options.max_tokens)
+        with phases.phase("questions", "4  The same questions, four ways"):
+            reference, untrained = f"{NAME}@{run['result']['version']}", f"{NAME}@{steps[0]['version'] - 1}"
+            ways = ask(client, questions, untrained, reference, run_id=run["id"], max_tokens=options.max_tokens)
         cartridge = client.cartridges.get(reference)
     result = summarize(options, phases, run, steps, cartridge, ways, questions, stack)
     options.result.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -106,14 +108,16 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps")
-    parser.add_argument("--tokens", type=int, default=512, help="length of the cartridge")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts per step")
-    parser.add_argument("--num-prompts", type=int, default=64, help="questions that the model asks itself")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
+    parser.add_argument("--off-policy-share", type=float, default=0.85, help="share of steps before its own answers")
+    parser.add_argument("--tokens", type=int, default=490, help="length of the cartridge")
+    parser.add_argument("--reference-tokens", type=int, default=8192, help="that say what the start keeps")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts per step")
+    parser.add_argument("--num-prompts", type=int, default=32, help="questions that the model asks itself")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
-    parser.add_argument("--answer-tokens", type=int, default=24, help="most tokens of an answer in training")
+    parser.add_argument("--answer-tokens", type=int, default=32, help="most tokens of an answer in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, help="FOUNDRY_HOME; default: the one that `foundry` uses")
     parser.add_argument("--result", type=Path, default=Path("demo-result.json"), help="where to write the figures")
@@ -134,6 +138,9 @@ def train(client: FoundryClient, options: argparse.Namespace) -> tuple[dict[str,
         document=document["digest"],
         num_tokens=options.tokens,
         num_steps=options.steps,
+        mode="hybrid",
+        off_policy_share=options.off_policy_share,
+        reference_tokens=options.reference_tokens,
         batch_size=options.batch_size,
         max_new_tokens=options.answer_tokens,
         learning_rate=options.lr,
@@ -160,12 +167,13 @@ def train(client: FoundryClient, options: argparse.Namespace) -> tuple[dict[str,
 
 
 def ask(
-    client: FoundryClient, questions: Sequence[Question], cartridge: str, *, run_id: str, max_tokens: int
+    client: FoundryClient, questions: Sequence[Question], untrained: str, trained: str, *, run_id: str, max_tokens: int
 ) -> list[Way]:
     base = client.models()[0]["id"]
     ways = [
         Way("no document", base),
-        Way("cartridge", cartridge),
+        Way("cartridge, untrained", untrained),
+        Way("cartridge", trained),
         Way("whole document", base, system=DOCUMENT.read_text()),
     ]
     for way in ways:
@@ -205,10 +213,13 @@ def summarize(
         "seconds": {**rounded(phases.seconds), "total": round(sum(phases.seconds.values()), 1)},
         "run": {"id": run["id"], "name": NAME, "spec": run["spec"], "tokens_seen": result["tokens_seen"]},
         "seconds_per_step": {
-            stage: round(statistics.mean(step["seconds"][stage] for step in steps), 2) for stage in (*STAGES, "total")
+            stage: round(statistics.mean(step["seconds"].get(stage, 0.0) for step in steps), 2)
+            for stage in (*STAGES, "total")
         },
         "heldout_kl": {"first": result["heldout_kl_first"], "last": result["heldout_kl_last"]},
-        "policy_mismatch_kl_max": max(step["policy_mismatch_kl"] for step in steps),
+        "policy_mismatch_kl_max": max(
+            (step["policy_mismatch_kl"] for step in steps if step["policy_mismatch_kl"] is not None), default=None
+        ),
         "cartridge": {
             "reference": f"{NAME}@{manifest['version']}",
             "digest": manifest["digest"],

@@ -10,14 +10,20 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 # A sentence with the white space after it; lines end sentences too. Some scripts have marks, and spaces, of their own.
 _SENTENCE = re.compile(r".+?(?:[.!?…؟।]+[\"'”’)\]]*\s+|[。！？]+[」』”]*\s*|\n+|$)", re.DOTALL)
 _SPACE = re.compile(r"\s")
 # In characters. What has no space for so long is of a script that has none.
 _LONGEST_WORD = 24
+_PIECES_TOKENS = (28, 40, 52)
+# Of each sentence.
+CLOZE_CUTS = 8
 # Shorter ones say too little to be found again.
 _MIN_CUE_TOKENS = 4
 _MIN_ANSWER_TOKENS = 3
@@ -34,6 +40,17 @@ class Exercise:
 def sentences(document: str) -> list[str]:
     """The document in order, nothing left out."""
     return _SENTENCE.findall(document)
+
+
+def recitations(document: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Exercise]:
+    """The document in pieces of several lengths, so that every sentence begins one and stands within another."""
+    for piece_tokens in _PIECES_TOKENS:
+        yield from recite(document, tokenizer, piece_tokens)
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items, evenly spread."""
+    return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)
 
 
 def recite(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> Iterator[Exercise]:

@@ -47,6 +47,7 @@ def _unicode(value: str) -> str:
 
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens"]
+Mode = Literal["on", "off", "hybrid"]
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
@@ -122,6 +123,14 @@ class RunSpec(Checked):
     batch_size: int = Field(default=8, ge=1, le=2**16)
     """Prompts per step."""
 
+    mode: Mode = "on"
+    """Who writes the answers that are trained on: the cartridge itself at every step (`on`), the model with the
+    document before it and the document's own words, once before the first step (`off`), or these first and then the
+    cartridge (`hybrid`)."""
+
+    off_policy_share: Number = Field(default=0.5, gt=0, lt=1)
+    """Share of the steps of `hybrid` before the cartridge answers itself."""
+
     samples_per_prompt: int = Field(default=1, ge=1, le=2**10)
     """Answers to each prompt of a step."""
 
@@ -196,10 +205,17 @@ class RunSpec(Checked):
 
     @property
     def digest(self) -> str:
-        """Of all that a checkpoint must agree with. It is past the start, so that runs from before there was a choice
-        of starts keep their digest."""
-        values = self.model_dump(exclude={"init", "reference_tokens"})
+        """Of all that a checkpoint must agree with. It is past the start; and runs from before there was a choice of
+        modes keep their digest."""
+        unsaid = {"init", "reference_tokens"} | ({"mode", "off_policy_share"} if self.mode == "on" else set())
+        values = self.model_dump(exclude=unsaid)
         return content_digest(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
+
+    @property
+    def num_off_policy_steps(self) -> int:
+        """The first so many steps train on answers that were there before them."""
+        share = {"on": 0.0, "off": 1.0, "hybrid": self.off_policy_share}[self.mode]
+        return round(share * self.num_steps)
 
     @property
     def start(self) -> str:

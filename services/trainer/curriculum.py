@@ -7,8 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from foundry.seeds import derive_seed
+
+T = TypeVar("T")
 
 # Where no held-out prompts are given one in eight is held out, at least four, at most half.
 _HELDOUT_SHARE = 8
@@ -26,16 +29,35 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A turn whose answer stands before the run begins, and the family of exercises that it is of."""
+
+    turn_ids: Sequence[int]
+    answer_ids: Sequence[int]
+    family: str
+
+
+@dataclass(frozen=True, slots=True)
 class Curriculum:
     """Kept beside the run's checkpoints, so that every attempt asks the same."""
 
     turns: Sequence[Sequence[int]]
     heldout: Sequence[HeldOut]
+    written: Sequence[Written] = ()
 
     def batch(self, step: int, batch_size: int, seed: int) -> list[Sequence[int]]:
         """The turns of one step: each epoch is its own permutation, and batches run on across epochs."""
-        places = (divmod(step * batch_size + offset, len(self.turns)) for offset in range(batch_size))
-        return [self.turns[_order(len(self.turns), seed, epoch)[place]] for epoch, place in places]
+        return _batch(self.turns, step, batch_size, seed)
+
+    def written_batch(self, step: int, batch_size: int, seed: int) -> list[Written]:
+        """As many of each family, as nearly as can be: one alone teaches less than the same number of several."""
+        families = sorted({item.family for item in self.written})
+        batch: list[Written] = []
+        for index, family in enumerate(families):
+            items = [item for item in self.written if item.family == family]
+            share = (batch_size + index) // len(families)
+            batch += _batch(items, step, share, derive_seed(seed, family))
+        return batch
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -43,7 +65,8 @@ class Curriculum:
     @classmethod
     def from_json(cls, text: str | bytes) -> Curriculum:
         values = json.loads(text)
-        return cls(values["turns"], [HeldOut(**item) for item in values["heldout"]])
+        heldout = [HeldOut(**item) for item in values["heldout"]]
+        return cls(values["turns"], heldout, [Written(**item) for item in values.get("written", [])])
 
 
 def hold_out(turns: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]]]:
@@ -52,8 +75,13 @@ def hold_out(turns: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[
     return turns[num_heldout:], turns[:num_heldout]
 
 
-# Steps go through one epoch after another: the order of the current one is all that is asked for again.
-@lru_cache(maxsize=1)
+def _batch(items: Sequence[T], step: int, batch_size: int, seed: int) -> list[T]:
+    places = (divmod(step * batch_size + offset, len(items)) for offset in range(batch_size))
+    return [items[_order(len(items), seed, epoch)[place]] for epoch, place in places]
+
+
+# Steps go through one epoch after another: the order of the current one, of each family, is all that is asked again.
+@lru_cache(maxsize=8)
 def _order(num_turns: int, seed: int, epoch: int) -> Sequence[int]:
     order = list(range(num_turns))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)

@@ -32,6 +32,8 @@ from services.trainer.publish import PolicyPublisher
 from services.trainer.ranks.leader import Leader
 from services.trainer.run import Run
 from services.trainer.settings import TrainerSettings
+from services.trainer.sources.hybrid import Hybrid
+from services.trainer.sources.off_policy import OffPolicy
 from services.trainer.sources.on_policy import OnPolicy
 from services.trainer.stages import Stages
 from services.trainer.update.heldout import HeldOutSet
@@ -77,7 +79,11 @@ class Preparation:
             attempt,
             progress,
             training,
-            source=OnPolicy(attempt, curriculum, self._rollouts, publisher, stages),
+            source=Hybrid(
+                OffPolicy(self._spec, curriculum, ids_digest(context)),
+                OnPolicy(attempt, curriculum, self._rollouts, publisher, stages),
+                num_first_steps=self._spec.num_off_policy_steps,
+            ),
             teacher=teacher,
             publisher=publisher,
             heldout=HeldOutSet(curriculum.heldout, self._settings.micro_batch_tokens),

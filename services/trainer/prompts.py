@@ -13,11 +13,12 @@ from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt, RolloutClient
 from foundry.seeds import derive_seed
+from foundry.selfstudy.passages import CLOZE_CUTS, cloze, evenly, recitations
 from foundry.selfstudy.prompts import read_prompts
-from foundry.selfstudy.questions import write_prompts
+from foundry.selfstudy.questions import ROUND, write_prompts
 from foundry.store import DocumentPrompts, Prompts
 from services.trainer.attempt import Attempt
-from services.trainer.curriculum import Curriculum, HeldOut, hold_out
+from services.trainer.curriculum import Curriculum, HeldOut, Written, hold_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,10 @@ class CurriculumWriter:
     async def write(self, document: str, context: Sequence[int]) -> Curriculum:
         """`context` are the ids of the document. Raises InvalidArgument if no prompts are left to train on."""
         spec = self.attempt.spec
-        turns: Sequence[list[int]] = await self._turns(document, spec.prompts, "prompts")
+        turns: Sequence[list[int]] = []
+        # What the cartridge is not asked nobody needs to write, but for what is held out of it.
+        if spec.num_off_policy_steps < spec.num_steps or spec.heldout is None:
+            turns = await self._turns(document, spec.prompts, "prompts")
         if spec.heldout is None:
             turns, heldout = hold_out(turns)
         else:
@@ -40,17 +44,54 @@ class CurriculumWriter:
             # A prompt that is held out is never trained on, whoever wrote it.
             held = set(map(tuple, heldout))
             turns = [turn for turn in turns if tuple(turn) not in held]
-        if not turns:
+        if not turns and spec.num_off_policy_steps < spec.num_steps:
             raise InvalidArgument("no training prompts are left beside the held-out ones: bring more", field="prompts")
-        answers = await self._answers(heldout, context)
-        return Curriculum(turns, [HeldOut(turn, answer.ids) for turn, answer in zip(heldout, answers, strict=True)])
+        answers = await self._answers(heldout, context, "heldout", temperature=0.0)
+        kept = [HeldOut(turn, answer) for turn, answer in zip(heldout, answers, strict=True)]
+        written = await self._written(document, context, heldout) if spec.num_off_policy_steps else []
+        return Curriculum(turns, kept, written)
 
-    async def _answers(self, heldout: Sequence[list[int]], context: Sequence[int]) -> list[Answer]:
-        seed, total = self.attempt.spec.seed, len(heldout)
-        prompts = [Prompt([*context, *turn], derive_seed(seed, "heldout", place)) for place, turn in enumerate(heldout)]
+    async def _written(self, document: str, context: Sequence[int], heldout: Sequence[list[int]]) -> list[Written]:
+        """Of each family what the off-policy steps can use, about every part of the document."""
+        spec, tokenizer = self.attempt.spec, self.lm.tokenizer
+        enough = -(-spec.num_off_policy_steps * spec.batch_size // 2)
+        held = set(map(tuple, heldout))
+        recited = [
+            Written(self._turn(exercise.prompt), self._answer_ids(exercise.answer), "recite")
+            for exercise in recitations(document, tokenizer)
+        ]
+        cut = cloze(document, tokenizer, CLOZE_CUTS, derive_seed(spec.seed, "cloze"))
+        turns = [turn for turn in (self._turn(exercise.prompt) for exercise in cut) if tuple(turn) not in held]
+        turns = evenly(turns, enough)
+        answers = await self._answers(turns, context, "cloze", temperature=spec.temperature)
+        completed = [Written(turn, answer, "cloze") for turn, answer in zip(turns, answers, strict=True)]
+        written = [item for item in (*recited, *completed) if item.answer_ids and tuple(item.turn_ids) not in held]
+        if not written:
+            raise InvalidArgument(
+                "the document is too short for exercises: use mode on, with a prompts file", field="mode"
+            )
+        return written
+
+    def _turn(self, prompt: str) -> list[int]:
+        return self.template.turn([{"role": "user", "content": prompt}])
+
+    def _answer_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids[: self.attempt.spec.max_new_tokens]
+
+    async def _answers(
+        self, turns: Sequence[list[int]], context: Sequence[int], family: str, *, temperature: float
+    ) -> list[Sequence[int]]:
+        """What the model says to each turn with the document before it."""
+        seed, total = self.attempt.spec.seed, len(turns)
+        prompts = [Prompt([*context, *turn], derive_seed(seed, family, place)) for place, turn in enumerate(turns)]
+        answers: list[Sequence[int]] = []
         await self._tell("teacher answers", 0, total)
-        answers = await self._ask(prompts, temperature=0.0, max_new_tokens=self.attempt.spec.max_new_tokens)
-        await self._tell("teacher answers", total, total)
+        for begin in range(0, total, ROUND):
+            some = prompts[begin : begin + ROUND]
+            asked = await self._ask(some, temperature=temperature, max_new_tokens=self.attempt.spec.max_new_tokens)
+            answers += [answer.ids for answer in asked]
+            await self._tell("teacher answers", len(answers), total)
         return answers
 
     async def _turns(self, document: str, source: Prompts, field: str) -> list[list[int]]:
@@ -75,7 +116,7 @@ class CurriculumWriter:
             seed=derive_seed(self.attempt.spec.seed, field),
             progress=progress,
         )
-        return [self.template.turn([{"role": "user", "content": question}]) for question in questions]
+        return [self._turn(question) for question in questions]
 
     async def _ask(
         self, prompts: Sequence[Prompt], *, temperature: float, max_new_tokens: int, stop: Sequence[str] = ()

@@ -68,7 +68,7 @@ class Run:
 
     async def _update(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
         metrics.STALENESS.set(self.progress.policy.version - min(sample.version for sample in samples))
-        prove_policy = self._source.proves_policy
+        prove_policy = self._source.proves_policy(self.progress.step)
         try:
             with self._stages.timed("update"):
                 update = await asyncio.to_thread(self._training.run, samples, signals, prove_policy=prove_policy)

@@ -12,11 +12,11 @@ from foundry.store import CartridgeId
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A turn and the answer that a policy gave to it. `digest` names the bytes that it was decoded with."""
+    """A turn and its answer. `digest` names what it was decoded with: the policy's bytes, or the document's tokens."""
 
     turn_ids: Sequence[int]
     answer_ids: Sequence[int]
-    # Of the answer's tokens, as the rollout server computed them: untempered, natural log.
+    # Of the answer's tokens, as the rollout server computed them: untempered, natural log. None if it is no policy's.
     rollout_logprobs: Sequence[float]
     digest: str
     version: int

@@ -10,9 +10,9 @@ from services.trainer.sample import Sample
 
 
 class SampleSource(Protocol):
-    @property
-    def proves_policy(self) -> bool:
-        """Whether its samples claim to be decoded with the policy: nothing is then trained on them unless they are."""
+    def proves_policy(self, step: int) -> bool:
+        """Whether the samples after `step` updates claim to be decoded with the policy: nothing is then trained on them
+        unless they are."""
 
     async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
         """What to train on after `step` updates, which have made `policy`."""

@@ -25,8 +25,6 @@ _MAX_LOSSES = 5
 class OnPolicy:
     """Every draw is seeded by its place, so that a step that is computed again asks the same."""
 
-    proves_policy = True
-
     def __init__(
         self,
         attempt: Attempt,
@@ -37,6 +35,9 @@ class OnPolicy:
     ) -> None:
         self._attempt, self._spec, self._curriculum = attempt, attempt.spec, curriculum
         self._rollouts, self._publisher, self._stages = rollouts, publisher, stages
+
+    def proves_policy(self, step: int) -> bool:
+        return True
 
     async def samples(self, step: int, policy: CartridgeId) -> list[Sample]:
         with _tracer.start_as_current_span("prompts"):

@@ -1,0 +1,23 @@
+"""One source first, then another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from foundry.store.names import CartridgeId
+from services.trainer.sample import Sample
+from services.trainer.sources import SampleSource
+
+
+class Hybrid:
+    def __init__(self, first: SampleSource, then: SampleSource, *, num_first_steps: int) -> None:
+        self._first, self._then, self._num_first_steps = first, then, num_first_steps
+
+    def proves_policy(self, step: int) -> bool:
+        return self._at(step).proves_policy(step)
+
+    async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
+        return await self._at(step).samples(step, policy)
+
+    def _at(self, step: int) -> SampleSource:
+        return self._first if step < self._num_first_steps else self._then

@@ -1,0 +1,79 @@
+"""Runs that train on answers that others wrote: what is proved of them, and that they are resumed as they were."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from foundry.store import CartridgeStore
+from tests.e2e.training import create_run, follow, numbers, start_trainer, step_events
+from tests.services import Process, Stack
+
+# The first half off-policy; the kill is at a step of each half.
+STEPS, SHARE, OFF_POLICY_STEPS = 8, 0.5, 4
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("modes"))
+    asyncio.run(stack.valkey.start())
+    yield stack
+    stack.close()
+
+
+@pytest.fixture(scope="module")
+def trainer(stack: Stack) -> Process:
+    return start_trainer(stack)[2]
+
+
+async def events_of(store: CartridgeStore, name: str, **changes: Any) -> list[dict[str, Any]]:
+    settings = {"num_steps": STEPS, "off_policy_share": SHARE, "heldout_every": 1, **changes}
+    return [event async for event in follow(store, await create_run(store, name, **settings))]
+
+
+@pytest.fixture(scope="module")
+def hybrid(stack: Stack, trainer: Process) -> list[dict[str, Any]]:
+    return stack.with_store(lambda store: events_of(store, "hybrid", mode="hybrid"))
+
+
+def test_what_the_policy_says_is_proved_and_nothing_else_claims_to_be(hybrid: list[dict[str, Any]]) -> None:
+    steps = [event for event in hybrid if event["type"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    first, then = steps[:OFF_POLICY_STEPS], steps[OFF_POLICY_STEPS:]
+    assert all(event["policy_mismatch_kl"] is None for event in first)
+    # One digest for all: the document's.
+    assert len({event["sampled_digest"] for event in first}) == 1
+    assert all(event["policy_mismatch_kl"] < 1e-5 for event in then)
+    digests = [event["digest"] for event in steps]
+    assert [event["sampled_digest"] for event in then] == digests[OFF_POLICY_STEPS - 1 : -1]
+
+
+@pytest.mark.parametrize("mode", ["off", "hybrid", "on"])
+def test_every_mode_comes_nearer_to_the_document(stack: Stack, trainer: Process, mode: str) -> None:
+    events = stack.with_store(lambda store: events_of(store, f"nearer-{mode}", mode=mode, num_steps=2 * STEPS))
+    kls = [event["kl"] for event in events if event["type"] == "heldout"]
+    assert kls[-1] < 0.9 * kls[0]
+
+
+@pytest.mark.parametrize("kill_at", [2, 6])
+def test_a_resumed_run_is_the_undisturbed_one(
+    stack: Stack, trainer: Process, hybrid: list[dict[str, Any]], kill_at: int
+) -> None:
+    async def killed(store: CartridgeStore) -> list[dict[str, Any]]:
+        settings = {"num_steps": STEPS, "off_policy_share": SHARE, "mode": "hybrid", "heldout_every": 1}
+        events = []
+        async for event in step_events(store, await create_run(store, f"killed-{kill_at}", **settings)):
+            events.append(event)
+            if event["step"] == kill_at and event["attempt"] == 1:
+                trainer.kill()
+                trainer.start()
+        return events
+
+    expected = {event["step"]: numbers(event) for event in hybrid if event["type"] == "step"}
+    found = stack.with_store(killed)
+    assert {event["step"] for event in found} == set(expected)
+    for event in found:
+        assert numbers(event) == expected[event["step"]]

@@ -5,7 +5,6 @@ The idea of seeds over chunks is that of Eyuboglu et al., https://arxiv.org/abs/
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt
 from foundry.seeds import derive_seed
+from foundry.selfstudy.passages import pieces
 
 # What the base model is shown first: a text that has nothing to do with any document, and questions about it. Small
 # models write questions by example far better than by instruction.
@@ -32,24 +32,8 @@ SEEDS = (
 )
 # Asked of the base model in one call at the most.
 ROUND = 32
-# A sentence with the white space after it; lines end sentences too.
-_SENTENCE = re.compile(r".+?(?:[.!?]\s+|\n+|$)", re.DOTALL)
 
 Ask = Callable[[Sequence[Prompt]], Awaitable[list[Answer]]]
-
-
-def chunk_document(document: str, tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> list[str]:
-    """The document in consecutive pieces of whole sentences, about `chunk_tokens` each."""
-    chunks: list[str] = []
-    piece, num_tokens = "", 0
-    for sentence in _SENTENCE.findall(document):
-        length = len(tokenizer(sentence, add_special_tokens=False)["input_ids"])
-        if piece.strip() and num_tokens + length > chunk_tokens:
-            chunks.append(piece.strip())
-            piece, num_tokens = "", 0
-        piece += sentence
-        num_tokens += length
-    return [*chunks, piece.strip()] if piece.strip() else chunks
 
 
 async def write_prompts(
@@ -67,7 +51,7 @@ async def write_prompts(
 
     `ask` has the base model answer prompts. Raises InvalidArgument if it does not find enough different ones.
     """
-    chunks = chunk_document(document, tokenizer, chunk_tokens)
+    chunks = pieces(document, tokenizer, chunk_tokens)
     per_chunk = -(-num_prompts // len(chunks))
     questions: dict[str, None] = {}
     # Twice as many tries as prompts: a small model repeats itself, a hopeless one must not loop for ever.

@@ -66,7 +66,7 @@ class Curriculum:
     def from_json(cls, text: str | bytes) -> Curriculum:
         values = json.loads(text)
         heldout = [HeldOut(**item) for item in values["heldout"]]
-        return cls(values["turns"], heldout, [Written(**item) for item in values.get("written", [])])
+        return cls(values["turns"], heldout, tuple(Written(**item) for item in values.get("written", [])))
 
 
 def hold_out(turns: Sequence[list[int]]) -> tuple[Sequence[list[int]], Sequence[list[int]]]:

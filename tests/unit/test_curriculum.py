@@ -16,9 +16,10 @@ from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt
 from foundry.seeds import derive_seed
+from foundry.selfstudy.passages import pieces
 from foundry.selfstudy.prompts import read_prompts
-from foundry.selfstudy.questions import SEEDS, chunk_document, write_prompts
-from services.trainer.curriculum import MAX_HELDOUT, Curriculum, HeldOut, hold_out
+from foundry.selfstudy.questions import SEEDS, write_prompts
+from services.trainer.curriculum import MAX_HELDOUT, Curriculum, HeldOut, Written, hold_out
 from tests.tiny import CLOCK, build_tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "handbook.md"
@@ -87,6 +88,23 @@ def test_some_prompts_are_held_out_but_not_ever_more(num_turns: int, num_heldout
     assert [*heldout, *training] == turns
 
 
+def test_a_step_has_as_many_of_each_family() -> None:
+    written = [Written([number], [1], "recite") for number in range(5)]
+    written += [Written([number], [1], "cloze") for number in range(100, 130)]
+    curriculum = Curriculum([], [], written)
+    batches = [curriculum.written_batch(step, 7, seed=3) for step in range(10)]
+    for batch in batches:
+        assert sorted(item.family for item in batch) == ["cloze"] * 3 + ["recite"] * 4
+    # Each family goes through its own epochs.
+    completed = [item.turn_ids[0] for batch in batches for item in batch if item.family == "cloze"]
+    assert sorted(completed) == list(range(100, 130))
+    recited = [item.turn_ids[0] for batch in batches for item in batch if item.family == "recite"]
+    assert all(sorted(recited[begin : begin + 5]) == list(range(5)) for begin in range(0, 40, 5))
+    assert batches == [curriculum.written_batch(step, 7, seed=3) for step in range(10)]
+    assert curriculum.written_batch(0, 7, seed=4) != batches[0]
+    assert Curriculum.from_json(curriculum.to_json()).written_batch(3, 7, seed=3) == batches[3]
+
+
 def test_curriculum_survives_its_store() -> None:
     curriculum = Curriculum([[1, 2], [3]], [HeldOut([4], [5, 6])])
     assert Curriculum.from_json(curriculum.to_json()) == curriculum
@@ -119,7 +137,7 @@ def test_bad_prompts_files_name_the_line(text: str, message: str) -> None:
 @pytest.mark.parametrize("chunk_tokens", [16, 100, 100_000])
 def test_chunks_are_the_document(tokenizer: PreTrainedTokenizerBase, chunk_tokens: int) -> None:
     document = DOCUMENT.read_text()
-    chunks = chunk_document(document, tokenizer, chunk_tokens)
+    chunks = pieces(document, tokenizer, chunk_tokens)
     assert "".join("".join(chunks).split()) == "".join(document.split())
     assert all(chunk.strip() for chunk in chunks)
     longest = max(len(tokenizer(chunk)["input_ids"]) for chunk in chunks)
@@ -154,7 +172,7 @@ async def test_self_study_asks_about_every_chunk(template: ChatTemplate, tokeniz
     questions = await write(document, template, tokenizer, ask)
     assert len(set(questions)) == len(questions) == 40
     assert all(question.startswith("What is number") and question.endswith("?") for question in questions)
-    for chunk in chunk_document(document, tokenizer, 60):
+    for chunk in pieces(document, tokenizer, 60):
         about = [prompt for prompt in ask.prompts if chunk in prompt]
         assert len(about) >= 2
         assert len({seed for seed, _ in SEEDS for prompt in about if prompt.rindex(seed) > prompt.rindex(chunk)}) >= 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foundry.model.template import ChatTemplate
-from foundry.selfstudy.passages import cloze, pieces, recite, sentences
+from foundry.selfstudy.passages import cloze, evenly, pieces, recitations, recite, sentences
 from foundry.selfstudy.references import references
 from tests.tiny import CLOCK, build_tokenizer
 
@@ -74,3 +74,16 @@ def test_references_are_of_the_whole_document_however_few() -> None:
     for quarter in range(4):
         numbers = range(25 * quarter, 25 * quarter + 25)
         assert any(f"number {number} " in text for text in texts for number in numbers)
+
+
+def test_every_sentence_is_recited_as_a_beginning_or_as_an_answer() -> None:
+    document = " ".join(f"The price of grain number {number} is {number * 7}." for number in range(20))
+    recited = squeezed("".join(f"{each.prompt} {each.answer}" for each in recitations(document, TOKENIZER)))
+    assert all(squeezed(sentence) in recited for sentence in sentences(document))
+
+
+def test_what_is_spread_evenly_is_of_every_part() -> None:
+    assert evenly(range(10), 20) == list(range(10))
+    assert evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert evenly(range(7), 3) == [0, 2, 4]
+    assert evenly(range(7), 0) == []

@@ -49,12 +49,14 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("digest", WRITTEN)
-def test_what_was_written_before_there_was_a_choice_of_starts_means_what_it_meant(digest: str) -> None:
+def test_what_was_written_before_there_was_a_choice_means_what_it_meant(digest: str) -> None:
     spec = RunSpec.from_json(WRITTEN[digest])
     assert spec.init == "first_tokens"
     # A checkpoint of it fits.
     assert spec.digest == digest
-    written = {"init": "first_tokens", "reference_tokens": 16384, **json.loads(WRITTEN[digest])}
+    assert spec.num_off_policy_steps == 0
+    chosen = {"init": "first_tokens", "reference_tokens": 16384, "mode": "on", "off_policy_share": 0.5}
+    written = {**chosen, **json.loads(WRITTEN[digest])}
     assert spec.to_json() == json.dumps(written, sort_keys=True)
     assert RunSpec.from_json(spec.to_json()) == spec
     # As the gateway answers.
@@ -66,6 +68,12 @@ def test_a_new_run_starts_compact_and_says_with_what() -> None:
     assert spec.start == "compact, reference_tokens=16384"
     assert spec.digest == spec.model_copy(update={"init": "first_tokens"}).digest
     assert spec.digest != spec.model_copy(update={"num_tokens": 9}).digest
+    assert spec.digest != spec.model_copy(update={"mode": "off"}).digest
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("on", 0), ("off", 3), ("hybrid", 1)])
+def test_a_mode_is_a_number_of_steps(mode: str, steps: int) -> None:
+    assert RunSpec(**MINIMAL, mode=mode, off_policy_share=0.4).num_off_policy_steps == steps
 
 
 def test_a_record_of_redis_is_read() -> None:

@@ -35,7 +35,7 @@ class TrainCommand(TyperCommand):
 
 
 def train() -> None:
-    """Train a cartridge for a document, on-policy, and watch. Ctrl-C stops watching, not the run."""
+    """Train a cartridge for a document and watch. Ctrl-C stops watching, not the run."""
 
 
 def _train(

@@ -83,15 +83,15 @@ class CurriculumWriter:
         self, turns: Sequence[list[int]], context: Sequence[int], family: str, *, temperature: float
     ) -> list[Sequence[int]]:
         """What the model says to each turn with the document before it."""
-        seed, total = self.attempt.spec.seed, len(turns)
+        seed, total, stage = self.attempt.spec.seed, len(turns), f"teacher answers ({family})"
         prompts = [Prompt([*context, *turn], derive_seed(seed, family, place)) for place, turn in enumerate(turns)]
         answers: list[Sequence[int]] = []
-        await self._tell("teacher answers", 0, total)
+        await self._tell(stage, 0, total)
         for begin in range(0, total, ROUND):
             some = prompts[begin : begin + ROUND]
             asked = await self._ask(some, temperature=temperature, max_new_tokens=self.attempt.spec.max_new_tokens)
             answers += [answer.ids for answer in asked]
-            await self._tell("teacher answers", len(answers), total)
+            await self._tell(stage, len(answers), total)
         return answers
 
     async def _turns(self, document: str, source: Prompts, field: str) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The chart on a real cluster, whichever KUBECONFIG names: `make e2e-kube`. Timings go to benchmarks/results/kube.json.
+"""The chart on a real cluster, whichever KUBECONFIG names: `make e2e-kube`. Timings go to benchmarks/results/kube.json
+when no test has failed.
 
 One release for all tests, in the order of the file: the last one uninstalls it. The images must be where the cluster
 finds them (FOUNDRY_REGISTRY, FOUNDRY_TAG); FOUNDRY_ENGINE chooses the rollout's, and of vLLM
@@ -52,7 +53,7 @@ TIMINGS: dict[str, float] = {}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     opened = Cluster(f"foundry-e2e-{secrets.token_hex(3)}", VALUES)
     try:
         began = time.monotonic()
@@ -66,6 +67,7 @@ def cluster() -> Iterator[Cluster]:
         opened.uninstall()
         opened.core.delete_namespace(opened.namespace)
         opened.close()
+    if not request.session.testsfailed:
         result = {name: round(seconds, 1) for name, seconds in TIMINGS.items()}
         path = ROOT / "benchmarks" / "results" / ("kube-vllm.json" if ENGINE == "vllm" else "kube.json")
         path.write_text(json.dumps({"machine": f"{os.cpu_count()} cores", "seconds": result}, indent=2) + "\n")

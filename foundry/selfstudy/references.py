@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from foundry.model.template import ChatTemplate
-from foundry.selfstudy.passages import Exercise, cloze, recite
+from foundry.selfstudy.passages import Exercise, cloze, evenly, recite
 
 _RECITED_TOKENS = 40
 # Of each sentence; more only repeat what the first ones show.
 _CLOZE_CUTS = 4
+# Of a turn with its answer.
+_LEAST_TOKENS = 16
 
 
 def references(
@@ -25,7 +27,9 @@ def references(
     found: list[list[int]] = []
     for exercises in (recite(document, tokenizer, _RECITED_TOKENS), cloze(document, tokenizer, _CLOZE_CUTS, seed)):
         room = max_tokens - sum(map(len, found))
-        found += _thinned([_ids(exercise, template, tokenizer) for exercise in exercises], room)
+        # No more than could fit, since rendering a turn takes far longer than thinking of it.
+        candidates = evenly(list(exercises), room // _LEAST_TOKENS)
+        found += _thinned([_ids(exercise, template, tokenizer) for exercise in candidates], room)
     return found
 
 

@@ -126,7 +126,7 @@ class Preparation:
             return await asyncio.to_thread(lm.prefill, cut_context(context, template.closing, spec.num_tokens))
         await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 0, "total": 1})
         seed, max_tokens = derive_seed(spec.seed, "references"), spec.reference_tokens
-        shown = references(document, template, lm.tokenizer, max_tokens=max_tokens, seed=seed)
+        shown = await asyncio.to_thread(references, document, template, lm.tokenizer, max_tokens=max_tokens, seed=seed)
         compaction = Compaction(spec.num_tokens, num_first=1, num_last=len(template.closing))
         kv_L2GPD = await asyncio.to_thread(compact, lm, context, shown, compaction)
         await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 1, "total": 1})

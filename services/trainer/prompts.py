@@ -5,7 +5,8 @@ The held-out ones get their answers here, from the base model with the whole doc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from foundry.errors import InvalidArgument
@@ -53,24 +54,29 @@ class CurriculumWriter:
 
     async def _written(self, document: str, context: Sequence[int], heldout: Sequence[list[int]]) -> list[Written]:
         """Of each family what the off-policy steps can use, about every part of the document."""
-        spec, tokenizer = self.attempt.spec, self.lm.tokenizer
-        enough = -(-spec.num_off_policy_steps * spec.batch_size // 2)
-        held = set(map(tuple, heldout))
-        recited = [
-            Written(self._turn(exercise.prompt), self._answer_ids(exercise.answer), "recite")
-            for exercise in recitations(document, tokenizer)
-        ]
-        cut = cloze(document, tokenizer, CLOZE_CUTS, derive_seed(spec.seed, "cloze"))
-        turns = [turn for turn in (self._turn(exercise.prompt) for exercise in cut) if tuple(turn) not in held]
-        turns = evenly(turns, enough)
-        answers = await self._answers(turns, context, "cloze", temperature=spec.temperature)
+        recited, turns = await asyncio.to_thread(self._exercises, document, set(map(tuple, heldout)))
+        answers = await self._answers(turns, context, "cloze", temperature=self.attempt.spec.temperature)
         completed = [Written(turn, answer, "cloze") for turn, answer in zip(turns, answers, strict=True)]
-        written = [item for item in (*recited, *completed) if item.answer_ids and tuple(item.turn_ids) not in held]
-        if not written:
+        if not (written := [*recited, *completed]):
             raise InvalidArgument(
                 "the document is too short for exercises: use mode on, with a prompts file", field="mode"
             )
         return written
+
+    def _exercises(self, document: str, held: Set[tuple[int, ...]]) -> tuple[list[Written], list[list[int]]]:
+        """Recitations with their answers, and the turns of sentences to be completed; none of them is held out."""
+        spec, tokenizer = self.attempt.spec, self.lm.tokenizer
+        enough = -(-spec.num_off_policy_steps * spec.batch_size * spec.samples_per_prompt // 2)
+        recited = [
+            Written(self._turn(exercise.prompt), self._answer_ids(exercise.answer), "recite")
+            for exercise in evenly(list(recitations(document, tokenizer)), enough)
+        ]
+        cut = cloze(document, tokenizer, CLOZE_CUTS, derive_seed(spec.seed, "cloze"))
+        turns = [self._turn(exercise.prompt) for exercise in evenly(list(cut), enough)]
+        return (
+            [item for item in recited if tuple(item.turn_ids) not in held],
+            [turn for turn in turns if tuple(turn) not in held],
+        )
 
     def _turn(self, prompt: str) -> list[int]:
         return self.template.turn([{"role": "user", "content": prompt}])

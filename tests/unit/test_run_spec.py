@@ -73,7 +73,8 @@ def test_a_new_run_starts_compact_and_says_with_what() -> None:
 
 @pytest.mark.parametrize(("mode", "steps"), [("on", 0), ("off", 3), ("hybrid", 1)])
 def test_a_mode_is_a_number_of_steps(mode: str, steps: int) -> None:
-    assert RunSpec(**MINIMAL, mode=mode, off_policy_share=0.4).num_off_policy_steps == steps
+    values = MINIMAL | {"mode": mode, "off_policy_share": 0.4}
+    assert RunSpec(**values).num_off_policy_steps == steps
 
 
 def test_a_record_of_redis_is_read() -> None:

@@ -23,11 +23,21 @@ file (YAML or JSON), where `document`, `prompts` and `heldout` may be paths too,
 
     name: handbook
     document: handbook.md
-    num_tokens: 512
-    prompts: {kind: selfstudy, num_prompts: 64}
+    num_tokens: 490
+    mode: hybrid
+    off_policy_share: 0.85
+    num_steps: 12
+    batch_size: 32
+    max_new_tokens: 32
+    learning_rate: 0.02
+    prompts: {kind: selfstudy, num_prompts: 32}
     heldout: handbook.heldout.jsonl
 
 Options win over the file. `--dry-run` prints the run that results and starts nothing. Unknown keys are refused.
+
+These are the demo's values: a cartridge of a quarter of the document's length; exercises about every part of it first,
+answered once by the model that has the document; then the cartridge's own answers, which are proved. The start is
+compacted from the document's own KV and takes longer the more `reference_tokens` it is shown.
 """
 
 

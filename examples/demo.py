@@ -212,6 +212,7 @@ def summarize(
         },
         "seconds": {**rounded(phases.seconds), "total": round(sum(phases.seconds.values()), 1)},
         "run": {"id": run["id"], "name": NAME, "spec": run["spec"], "tokens_seen": result["tokens_seen"]},
+        # The steps whose answers were there before them have no rollout.
         "seconds_per_step": {
             stage: round(statistics.mean(step["seconds"].get(stage, 0.0) for step in steps), 2)
             for stage in (*STAGES, "total")

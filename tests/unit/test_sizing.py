@@ -107,9 +107,9 @@ def test_a_version_through_the_store() -> None:
     assert VLLM.version_seconds() == near(seconds["publish"] + seconds["fetch"])
 
 
-def test_the_demo() -> None:
-    """On two cores. The turns are taken to be as long as those of its held-out questions: 19 tokens."""
-    demo = results("demo.json")
+def test_on_policy_steps_on_two_cores() -> None:
+    """Of the demo's model and document. The turns are taken to be as long as those of its held-out questions: 19."""
+    demo = results("on_policy.json")
     spec, whole_document = demo["run"]["spec"], demo["ways"][2]
     sizing = Sizing(
         model=MODELS["smollm2-135m"],

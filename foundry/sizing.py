@@ -97,7 +97,7 @@ GPUS = {
     "h200": Gpu(141, 989, 4800),
     "l40s": Gpu(48, 362, 864),
     "l4": Gpu(24, 121, 300),
-    # 2 cores with AVX2 at 2.7 GHz in float32: 32 FLOP a cycle and core. Bandwidth and share are what on_policy.json shows.
+    # 2 cores with AVX2 at 2.7 GHz in float32: 32 FLOP a cycle and core. Bandwidth and share: on_policy.json.
     "cpu-2-cores": Gpu(8, 0.17, 5, compute_share=0.54),
 }
 

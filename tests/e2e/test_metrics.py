@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import grpc
 import httpx
 import pytest
 from prometheus_client import Metric
@@ -43,7 +44,7 @@ WORDS = {
     "outcome": {"created", "existed", "deleted", "failed", "refused", "error"},
     "call": {"rollout", "teacher", "store"},
     "method": {"GET", "POST", "other", "Generate", "GenerateBatch", "Resident", "PutContext", "Score", "Status"},
-    "code": {"OK", "CANCELLED", "NOT_FOUND"},
+    "code": {code.name for code in grpc.StatusCode},
 }
 FREE = {"version": r"[0-9.]+", "status": r"[1-5][0-9][0-9]", "route": r"unmatched|/[a-z0-9/_{}]*"}
 

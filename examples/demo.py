@@ -1,12 +1,12 @@
-"""The whole loop on this machine: train a cartridge for examples/handbook.md, then ask about it in three ways.
+"""The whole loop on this machine: train a cartridge for examples/handbook.md, then ask about it in five ways.
 
     python examples/demo.py            (or: make demo, which installs first)
 
-It fetches the demo model, starts the local stack, trains a cartridge of a quarter of the document's length, first on
-answers that are written with the document at hand, then on the cartridge's own. It asks the held-out questions through
-the gateway without the document, behind the cartridge untrained and trained, and with the whole document in the prompt,
-prints what it measured and writes it to demo-result.json. The stack is stopped at the end; the cartridge stays in
-FOUNDRY_HOME.
+It fetches the demo model, starts the local stack, trains a cartridge of a quarter of the document's length by the quick
+recipe, first on answers that are written with the document at hand, then on the cartridge's own. It asks the held-out
+questions through the gateway without the document, behind the document's first tokens, behind the cartridge untrained
+and trained, and with the whole document in the prompt, prints what it measured and writes it to demo-result.json. The
+stack is stopped at the end; the cartridge stays in FOUNDRY_HOME.
 """
 
 from __future__ import annotations
@@ -94,12 +94,15 @@ def main() -> int:
             client = cleanup.enter_context(FoundryClient(stack.url))
             console.print(f"The gateway listens at {stack.url}")
         with phases.phase("training", "3  Training a cartridge"):
-            run, steps = train(client, options)
-        with phases.phase("questions", "4  The same questions, four ways"):
+            run, steps = train(client, NAME, options)
+        with phases.phase("first_tokens", "4  Beside it, the document's first tokens"):
+            num_tokens = run["spec"]["num_tokens"]
+            first, _ = train(client, f"{NAME}-first", options, init="first_tokens", num_tokens=num_tokens, num_steps=0)
+        with phases.phase("questions", "5  The same questions, five ways"):
             reference, untrained = f"{NAME}@{run['result']['version']}", f"{NAME}@{steps[0]['version'] - 1}"
             ways = ask(client, questions, untrained, reference, run_id=run["id"], max_tokens=options.max_tokens)
         cartridge = client.cartridges.get(reference)
-    result = summarize(options, phases, run, steps, cartridge, ways, questions, stack)
+    result = summarize(phases, run, first, steps, cartridge, ways, questions, stack)
     options.result.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     show(result)
     console.print(f"\nAll figures are in {options.result}")
@@ -108,16 +111,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
-    parser.add_argument("--off-policy-share", type=float, default=0.85, help="share of steps before its own answers")
-    parser.add_argument("--tokens", type=int, default=490, help="length of the cartridge")
-    parser.add_argument("--reference-tokens", type=int, default=8192, help="that say what the start keeps")
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts per step")
-    parser.add_argument("--num-prompts", type=int, default=32, help="questions that the model asks itself")
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--recipe", default="quick", help="where the values come from that are not given here")
+    parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, help="prompts per step")
+    parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
-    parser.add_argument("--answer-tokens", type=int, default=32, help="most tokens of an answer in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, help="FOUNDRY_HOME; default: the one that `foundry` uses")
     parser.add_argument("--result", type=Path, default=Path("demo-result.json"), help="where to write the figures")
@@ -129,30 +128,25 @@ def read_questions(limit: int) -> list[Question]:
     return [Question(row["prompt"], row["expected"]) for row in rows[:limit]]
 
 
-def train(client: FoundryClient, options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(
+    client: FoundryClient, name: str, options: argparse.Namespace, **more: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The finished run and its step events. Interrupted, the run is cancelled, so that it does not go on later."""
     document = client.documents.create(DOCUMENT.read_bytes(), title=DOCUMENT.name)
     heldout = client.documents.create(HELDOUT.read_bytes(), title=HELDOUT.name)
+    given = {"num_steps": options.steps, "batch_size": options.batch_size, "learning_rate": options.lr}
     run = client.runs.create(
-        name=NAME,
+        name=name,
         document=document["digest"],
-        num_tokens=options.tokens,
-        num_steps=options.steps,
-        mode="hybrid",
-        off_policy_share=options.off_policy_share,
-        reference_tokens=options.reference_tokens,
-        batch_size=options.batch_size,
-        max_new_tokens=options.answer_tokens,
-        learning_rate=options.lr,
+        recipe=options.recipe,
         seed=options.seed,
-        prompts={"kind": "selfstudy", "num_prompts": options.num_prompts},
         heldout={"kind": "document", "digest": heldout["digest"]},
-        heldout_every=max(1, options.steps // 5),
+        **{key: value for key, value in given.items() if value is not None} | more,
     )
-    console.print(f"{run['id']}: {options.tokens} tokens, {options.steps} steps of {options.batch_size} answers")
+    console.print(f"{run['id']}: {'; '.join(run['chosen'])}")
     steps = []
     try:
-        with RunView(NAME, console) as view:
+        with RunView(name, console) as view:
             for event in client.runs.events(run["id"]):
                 view.show(event)
                 if event["type"] == "step":
@@ -172,6 +166,7 @@ def ask(
     base = client.models()[0]["id"]
     ways = [
         Way("no document", base),
+        Way("first tokens, untrained", f"{NAME}-first"),
         Way("cartridge, untrained", untrained),
         Way("cartridge", trained),
         Way("whole document", base, system=DOCUMENT.read_text()),
@@ -190,9 +185,9 @@ def ask(
 
 
 def summarize(
-    options: argparse.Namespace,
     phases: Phases,
     run: dict[str, Any],
+    first: dict[str, Any],
     steps: Sequence[dict[str, Any]],
     cartridge: dict[str, Any],
     ways: Sequence[Way],
@@ -217,7 +212,12 @@ def summarize(
             stage: round(statistics.mean(step["seconds"].get(stage, 0.0) for step in steps), 2)
             for stage in (*STAGES, "total")
         },
-        "heldout_kl": {"first": result["heldout_kl_first"], "last": result["heldout_kl_last"]},
+        "heldout_kl": {
+            "first_tokens": first["result"]["heldout_kl_first"],
+            "first": result["heldout_kl_first"],
+            "last": result["heldout_kl_last"],
+            "best": result["best"]["kl"],
+        },
         "policy_mismatch_kl_max": max(
             (step["policy_mismatch_kl"] for step in steps if step["policy_mismatch_kl"] is not None), default=None
         ),
@@ -256,10 +256,11 @@ def prefix_tokens(way: Way, turn_tokens: Sequence[int]) -> int:
 
 
 def show(result: dict[str, Any]) -> None:
-    console.rule("5  What came out", align="left", style="bold")
+    console.rule("6  What came out", align="left", style="bold")
     kl, seconds = result["heldout_kl"], result["seconds"]
     console.print(
-        f"Held-out KL to the teacher: {kl['first']:.3f} at step 0, {kl['last']:.3f} at the end (nats per token)"
+        f"Held-out KL to the teacher: first tokens {kl['first_tokens']:.3f}, at step 0 {kl['first']:.3f}, at the end "
+        f"{kl['last']:.3f}, at best {kl['best']:.3f} (nats per token)"
     )
     per_step = "  ".join(f"{stage} {value} s" for stage, value in result["seconds_per_step"].items())
     console.print(f"One step, on average: {per_step}")

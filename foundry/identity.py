@@ -20,7 +20,7 @@ FORMAT = "foundry-cartridge/1"
 # Of a model in memory.
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 # The losses of `foundry.model.objectives`, which needs torch.
-ObjectiveKind = Literal["forward_kl", "reverse_kl", "jsd", "topk"]
+ObjectiveKind = Literal["forward_kl", "reverse_kl", "jsd", "topk", "nll"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Far above what any model has: damaged headers must not make us reserve the machine.

@@ -91,18 +91,22 @@ def _read(file: Path) -> str:
         raise DocumentUnreadable(f"{file}: {error.message}", field="document") from error
 
 
-def _check_length(request: RunRequest) -> None:
-    """Against the tokens of the document, where the model that the stack will serve is on this machine."""
+def document_tokens(request: RunRequest) -> int | None:
+    """Of the document's text, without its template; None unless the model that will read it is on this machine."""
     running = Home().running()
     model = Path(running.model_directory) if running is not None else demo_model_directory()
     file = model / "tokenizer.json"
     elsewhere = os.environ.get("FOUNDRY_GATEWAY")
     if request.text is None or elsewhere or not file.is_file() or find_spec("tokenizers") is None:
-        return
+        return None
     from tokenizers import Tokenizer
 
-    num_tokens = len(Tokenizer.from_file(str(file)).encode(request.text, add_special_tokens=False).ids)
-    if request.num_tokens > num_tokens + TEMPLATE_TOKENS:
+    return len(Tokenizer.from_file(str(file)).encode(request.text, add_special_tokens=False).ids)
+
+
+def _check_length(request: RunRequest) -> None:
+    num_tokens = document_tokens(request)
+    if num_tokens is not None and request.num_tokens > num_tokens + TEMPLATE_TOKENS:
         raise CartridgeTooLong(
             f"a cartridge of {request.num_tokens} tokens was asked for, but the document has only {num_tokens}",
             field="num_tokens",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+    from foundry.store import RunRequest
+
 # Shorter spellings.
 _SHORT = {"num_tokens": "--tokens", "num_steps": "--steps", "learning_rate": "--lr"}
 
@@ -68,18 +70,34 @@ def _train(
     if dry_run:
         import yaml
 
-        print(yaml.safe_dump(request.spec.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(_dry(request), sort_keys=False, allow_unicode=True), end="")
         return
     with connect(start=True) as client:
         for role, content in uploads.items():
             client.documents.create(content, title=f"{role} of {request.name}")
         unsaid = {"text", "title"} if request.text is None else {"document"}
-        run = client.runs.create(**request.model_dump(exclude=unsaid))
+        run = client.runs.create(**request.model_dump(exclude_unset=True, exclude=unsaid))
+        for line in run.get("chosen") or ():
+            note(line)
         if detach:
             note(f"Watch it:  foundry runs follow {run['id']}")
             print(run["id"])
             return
         watch(client, run)
+
+
+def _dry(request: RunRequest) -> dict[str, Any]:
+    """The whole run where the document's length is known here, else what was asked for."""
+    from foundry.cli.run_request import document_tokens
+    from foundry.recipes import choose, describe
+
+    num_tokens = document_tokens(request)
+    if num_tokens is None:
+        return request.model_dump(mode="json", exclude_unset=True, exclude={"text"})
+    spec = choose(request, num_tokens)
+    for line in describe(spec, request.recipe, num_tokens):
+        note(line)
+    return spec.model_dump(mode="json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +115,15 @@ class RunOption:
     @property
     def parameter(self) -> inspect.Parameter:
         """None stands for what the configuration file says, else for the default."""
+        from foundry.recipes import CHOSEN
+
         kinds = (self.field.annotation, *get_args(self.field.annotation))
         kind = next((kind for kind in (int, float) if kind in kinds), str)
         about = " ".join((self.field.description or "").split())
         if self.key[0] == "heldout":
             about = f"Held out: {about}"
+        elif self.key[-1] in CHOSEN or self.key[0] in CHOSEN:
+            about += "  [default: the recipe's]"
         elif isinstance(self.field.default, int | float | str) and self.field.default != "":
             about += f"  [default: {self.field.default}]"
         option = typer.Option(*self.spellings, help=about, show_default=False)
@@ -112,7 +134,7 @@ class RunOption:
 
 def run_options() -> Iterator[RunOption]:
     """One for every value of a run but the document, prompts in files apart."""
-    from foundry.store import Resources, RunSpec, SelfStudyPrompts
+    from foundry.store import Resources, RunRequest, RunSpec, SelfStudyPrompts
 
     parts: dict[str, tuple[str, type[BaseModel]]] = {
         "prompts": ("", SelfStudyPrompts),
@@ -128,6 +150,8 @@ def run_options() -> Iterator[RunOption]:
         elif key != "document":
             short = (_SHORT[key],) if key in _SHORT else ()
             yield RunOption((key,), (*short, f"--{key.replace('_', '-')}"), field)
+    for key in ("recipe", "compression"):
+        yield RunOption((key,), (f"--{key}",), RunRequest.model_fields[key])
 
 
 def _with_run_options(function: Callable[..., None], *, help: str | None) -> Callable[..., None]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from foundry.errors import CartridgeTooLong, InvalidArgument
+from foundry.errors import CartridgeTooLong, FingerprintMismatch, InvalidArgument, ShapeMismatch
+from foundry.identity import CartridgeBytes
 from foundry.model.attention.compacting import CompactingAttention, Compaction
+from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.rotation import KeyRotation
 
@@ -52,6 +55,37 @@ def compact(
     key_LGPD, value_LGPD = torch.stack(plan.kept).unbind(1)
     turned_LGPD = rotation.turn(key_LGPD, compaction.num_tokens - len(context))
     return torch.stack([turned_LGPD, value_LGPD], dim=1).to(lm.dtype)
+
+
+@torch.no_grad()
+def random_tokens(lm: FrozenLM, context: Sequence[int], num_closing: int, num_tokens: int, seed: int) -> Tensor:
+    """KV [L, 2, G, P, D] of tokens of the context that are drawn at random, as they stand in it, keys turned by p - n.
+
+    The first token and the closing ones are always among them. Raises CartridgeTooLong and ModelUnsupported.
+    """
+    check_num_tokens(num_tokens, len(context), num_closing)
+    middle = range(1, len(context) - num_closing)
+    drawn = random.Random(seed).sample(middle, num_tokens - 1 - num_closing)
+    places = torch.tensor([0, *sorted(drawn), *range(len(context) - num_closing, len(context))], device=lm.device)
+    key_LGPD, value_LGPD = lm.prefill(context)[:, :, :, places].unbind(1)
+    turned_LGPD = KeyRotation.of(lm).turn(key_LGPD, num_tokens - len(context))
+    return torch.stack([turned_LGPD, value_LGPD], dim=1)
+
+
+def from_version(lm: FrozenLM, stored: CartridgeBytes, num_tokens: int) -> Tensor:
+    """The KV [L, 2, G, P, D] of a version. Raises FingerprintMismatch and ShapeMismatch if it is not for this run."""
+    header = stored.header
+    if header.model_fingerprint != lm.spec.fingerprint:
+        raise FingerprintMismatch(
+            f"the initial version is of model {header.model_fingerprint}, this one is {lm.spec.fingerprint}",
+            field="init_version",
+        )
+    if header.num_tokens != num_tokens:
+        raise ShapeMismatch(
+            f"the initial version has {header.num_tokens} tokens, the run asks for {num_tokens}: ask for as many",
+            field="init_version",
+        )
+    return Cartridge.from_bytes(stored, lm.device).kv_L2GPD.to(lm.dtype)
 
 
 def check_num_tokens(num_tokens: int, num_context: int, num_closing: int) -> None:

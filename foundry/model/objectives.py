@@ -1,4 +1,4 @@
-"""The losses of context distillation: exact KLs over the full vocabulary, and the top-k approximation.
+"""The losses of context distillation: exact KLs over the full vocabulary, the top-k approximation, and likelihood.
 
 All are means over the scored tokens, at temperature 1. Teacher and student share one frozen LM head, so hidden states
 decide both distributions. `distill` multiplies them by the head in tiles of tokens and differentiates tile by tile:
@@ -122,12 +122,13 @@ def distill(
         tile_hidden = hidden_NE[tile].requires_grad_(grad_NE is not None)
         with torch.set_grad_enabled(grad_NE is not None):
             logprobs = F.log_softmax(F.linear(tile_hidden, head_VE).float(), dim=-1)
-            loss = _tile_loss(objective, logprobs, teacher, tile, head_VE)
+            chosen = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
+            loss = -chosen if objective.kind == "nll" else _tile_loss(objective, logprobs, teacher, tile, head_VE)
         if grad_NE is not None:
             (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
         with torch.no_grad():
             token_loss_N[tile] = loss
-            chosen_N[tile] = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
+            chosen_N[tile] = chosen
             entropy_N[tile] = -(logprobs.exp() * logprobs).sum(-1)
     mean = token_loss_N.mean()
     if grad_NE is not None:

@@ -91,6 +91,19 @@ class ChatTemplate:
             raise InvalidArgument("messages is empty", field="messages")
         return self._render(messages, generation_prompt=True)
 
+    def bare(self) -> list[int]:
+        """Token ids that stand before the turn of a plain conversation: a template's own system message, or nothing.
+
+        Raises TemplateUnsupported if a plain conversation does not end with the turn that follows a document.
+        """
+        messages = [{"role": "user", "content": _PROBES[0]}]
+        plain, turn = self.prompt(messages), self.turn(messages)
+        if plain[len(plain) - len(turn) :] != turn:
+            raise TemplateUnsupported(
+                "the chat template renders a turn without a document otherwise than behind one: use general_share 0"
+            )
+        return plain[: len(plain) - len(turn)]
+
     def _closing(self) -> list[int]:
         first, second = (self._render([_system(probe)], generation_prompt=False) for probe in _PROBES)
         shared = 0

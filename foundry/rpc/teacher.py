@@ -34,8 +34,8 @@ class TeacherClient:
         template_digest: str = "",
         context_digest: str = "",
     ) -> None:
-        """`context_digest` is of the ids that the document must become, with the template of `template_digest`: who
-        scores needs both. `close` closes the pods."""
+        """`document` may be empty: the model without one. `context_digest` is of the ids that it must become, with the
+        template of `template_digest`: who scores needs both. `close` closes the pods."""
         self._pods = pods
         self._pod: Pod | None = None
         # The document's and not the context's, which the gateway doesn't know: both must come to the same teacher.

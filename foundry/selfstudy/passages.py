@@ -31,10 +31,14 @@ _MIN_ANSWER_TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """What is asked about a document, and the document's own words for it."""
+    """What is asked about a passage of a document."""
 
     prompt: str
+    # The document's own words for it; none where only a model can answer.
     answer: str
+    # Which passage of its kind, and how many tokens that has.
+    passage: int
+    passage_tokens: int
 
 
 def sentences(document: str) -> list[str]:
@@ -55,40 +59,58 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
 
 def recite(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> Iterator[Exercise]:
     """The document in consecutive pieces of about `piece_tokens`, each to be continued from its first words."""
-    for piece in pieces(document, tokenizer, piece_tokens):
-        if cut := _cut(piece, tokenizer, _MIN_CUE_TOKENS + 1):
+    for place, piece in enumerate(pieces(document, tokenizer, piece_tokens)):
+        length = num_tokens(piece, tokenizer)
+        if cut := _cut_where_it_is_known(document, piece, tokenizer, range(_MIN_CUE_TOKENS + 1, length)):
             cue, rest = cut
-            yield Exercise(f"Continue the text word for word: {cue}", rest)
+            yield Exercise(f"Continue the text word for word: {cue}", rest, place, length)
 
 
 def cloze(document: str, tokenizer: PreTrainedTokenizerBase, num_cuts: int, seed: int) -> Iterator[Exercise]:
     """Each sentence, cut at `num_cuts` places, to be completed."""
     draw = random.Random(seed)
-    for sentence in sentences(document):
-        num_tokens = _length(sentence.strip(), tokenizer)
-        places = range(_MIN_CUE_TOKENS, num_tokens - _MIN_ANSWER_TOKENS)
+    for number, sentence in enumerate(map(str.strip, sentences(document))):
+        length = num_tokens(sentence, tokenizer)
+        places = range(_MIN_CUE_TOKENS, length - _MIN_ANSWER_TOKENS)
         for place in sorted(draw.sample(places, min(num_cuts, len(places)))):
-            if cut := _cut(sentence.strip(), tokenizer, place):
+            if cut := _cut(sentence, tokenizer, place):
                 cue, rest = cut
-                yield Exercise(f"Complete this sentence from the text: {cue} ...", rest)
+                yield Exercise(f"Complete this sentence from the text: {cue} ...", rest, number, length)
+
+
+def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> Iterator[Exercise]:
+    """Each piece of about `piece_tokens`, named by its first words, to be summed up."""
+    for place, piece in enumerate(pieces(document, tokenizer, piece_tokens)):
+        length = num_tokens(piece, tokenizer)
+        if cut := _cut_where_it_is_known(document, piece, tokenizer, range(2 * _MIN_CUE_TOKENS, length)):
+            cue, _ = cut
+            yield Exercise(f'Summarize the part of the text that begins with "{cue}".', "", place, length)
 
 
 def pieces(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> list[str]:
     """Consecutive pieces of whole sentences, of about `piece_tokens` each; a longer sentence is a piece."""
     found: list[str] = []
-    piece, num_tokens = "", 0
+    piece, total = "", 0
     for sentence in sentences(document):
-        length = _length(sentence, tokenizer)
-        if piece.strip() and num_tokens + length > piece_tokens:
+        length = num_tokens(sentence, tokenizer)
+        if piece.strip() and total + length > piece_tokens:
             found.append(piece.strip())
-            piece, num_tokens = "", 0
+            piece, total = "", 0
         piece += sentence
-        num_tokens += length
+        total += length
     return [*found, piece.strip()] if piece.strip() else found
 
 
-def _length(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def num_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _cut_where_it_is_known(
+    document: str, piece: str, tokenizer: PreTrainedTokenizerBase, places: range
+) -> tuple[str, str] | None:
+    """A piece after its shortest beginning that stands in the document once: after any other, what is to follow?"""
+    cuts = (_cut(piece, tokenizer, place) for place in places[::_MIN_CUE_TOKENS])
+    return next((cut for cut in cuts if cut and document.count(cut[0]) == 1), None)
 
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase, place: int) -> tuple[str, str] | None:
@@ -102,4 +124,4 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase, place: int) -> tuple[str
     spaces = [match.start() for match in _SPACE.finditer(text, max(0, at - _LONGEST_WORD), at + _LONGEST_WORD)]
     at = next((space for space in spaces if space >= at), spaces[-1] if spaces else at)
     cue, rest = text[:at].strip(), text[at:].strip()
-    return (cue, rest) if cue and _length(rest, tokenizer) >= _MIN_ANSWER_TOKENS else None
+    return (cue, rest) if cue and num_tokens(rest, tokenizer) >= _MIN_ANSWER_TOKENS else None

@@ -1,91 +1,114 @@
-"""Self-study: the base model reads chunks of the document and writes the prompts that the cartridge will train on.
+"""Self-study: the base model reads passages of the document and writes questions about them.
 
-The idea of seeds over chunks is that of Eyuboglu et al., https://arxiv.org/abs/2506.06266, section 4.
+The idea of seeds over passages is that of Eyuboglu et al., https://arxiv.org/abs/2506.06266, section 4.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
-from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt
 from foundry.seeds import derive_seed
-from foundry.selfstudy.passages import pieces
+from foundry.selfstudy.passages import num_tokens, pieces
 
 # What the base model is shown first: a text that has nothing to do with any document, and questions about it. Small
 # models write questions by example far better than by instruction.
 EXAMPLE_TEXT = (
     "The bakery in Port Lune opens at six. The baker is Tom Reed, and his oven is painted green. "
-    "The oven bakes 40 loaves an hour. Never open the oven while it sings."
+    "The oven bakes 40 loaves an hour. Never open the oven while it sings, because the bread would fall. "
+    "To light the oven, fill it with beech wood and close both doors."
 )
-# Each asks for a question of another kind: numbers, names, things, procedures, overviews.
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A kind of question, what asks for one, and the one that the example text is asked."""
+
+    kind: str
+    request: str
+    example: str
+
+
 SEEDS = (
-    ("Write one question about a number in the text.", "How many loaves does the oven bake in an hour?"),
-    ("Write one question about a name in the text.", "Who is the baker in Port Lune?"),
-    ("Write one question about a thing in the text.", "What is the colour of the oven of the bakery?"),
-    ("Write one question about a rule in the text.", "What must never be done while the oven sings?"),
-    ("Write one question about a time or a place in the text.", "When does the bakery in Port Lune open?"),
-    ("Write one request to describe something in the text.", "Describe the oven of the bakery."),
+    Seed("number", "Write one question about a number in the text.", "How many loaves does the oven bake in an hour?"),
+    Seed("name", "Write one question about a name in the text.", "Who is the baker in Port Lune?"),
+    Seed("fact", "Write one question about a thing in the text.", "What is the colour of the oven of the bakery?"),
+    Seed(
+        "reason", "Write one question about a reason in the text.", "Why must the oven never be opened while it sings?"
+    ),
+    Seed("procedure", "Write one question about how something is done.", "How is the oven of the bakery lit?"),
+    Seed("use case", "Write one question of a person who needs the text.", "When can I buy bread in Port Lune?"),
+    Seed("overview", "Write one request to describe something in the text.", "Describe the oven of the bakery."),
 )
-# Asked of the base model in one call at the most.
-ROUND = 32
-
-Ask = Callable[[Sequence[Prompt]], Awaitable[list[Answer]]]
 
 
-async def write_prompts(
-    document: str,
-    template: ChatTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    ask: Ask,
-    *,
-    num_prompts: int,
-    chunk_tokens: int,
-    seed: int,
-    progress: Callable[[int], Awaitable[None]],
-) -> list[str]:
-    """`num_prompts` different questions about the document, every chunk asked about as often as the others.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the model asked, of which kind, and the passage it had before it, which has `passage_tokens`."""
 
-    `ask` has the base model answer prompts. Raises InvalidArgument if it does not find enough different ones.
-    """
-    chunks = pieces(document, tokenizer, chunk_tokens)
-    per_chunk = -(-num_prompts // len(chunks))
-    questions: dict[str, None] = {}
-    # Twice as many tries as prompts: a small model repeats itself, a hopeless one must not loop for ever.
-    for begin in range(0, 2 * num_prompts + len(chunks), ROUND):
-        wanted = min(ROUND, num_prompts - len(questions))
-        answers = await ask(
-            [_request(template, chunks, per_chunk, number, seed) for number in range(begin, begin + wanted)]
-        )
-        questions |= {question: None for answer in answers if (question := _clean(answer.text))}
-        await progress(len(questions))
-        if len(questions) >= num_prompts:
-            return list(questions)
-    raise InvalidArgument(
-        f"the base model wrote {len(questions)} different questions about the document, {num_prompts} were asked for: "
-        "ask for fewer, or bring a prompts file",
-        field="prompts.num_prompts",
-    )
+    prompt: str
+    kind: str
+    passage: int
+    passage_tokens: int
 
 
-def _request(template: ChatTemplate, chunks: Sequence[str], per_chunk: int, number: int, seed: int) -> Prompt:
-    # All share the examples and neighbours share a chunk: the rollout server reuses their KV.
-    visit, within = divmod(number, per_chunk)
-    again, place = divmod(visit, len(chunks))
-    seed_request, _ = SEEDS[(again * per_chunk + within + place) % len(SEEDS)]
-    messages = [{"role": "user", "content": f"Text: {chunks[place]}\n\n{seed_request}"}]
-    return Prompt(template.prompt([*_examples(), *messages]), derive_seed(seed, "selfstudy", number))
+Answerer = Callable[[Sequence[Prompt]], Awaitable[list[Answer]]]
+
+
+class Questioner:
+    """Asks about a document: each passage as often as its share of the tokens says, for `num_questions` in all."""
+
+    def __init__(
+        self,
+        document: str,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_questions: int,
+        passage_tokens: int,
+        seed: int,
+    ) -> None:
+        self._passages = pieces(document, tokenizer, passage_tokens)
+        self._lengths = [num_tokens(passage, tokenizer) for passage in self._passages]
+        self._ends = list(accumulate(self._lengths))
+        self._template, self._num_questions, self._seed = template, num_questions, seed
+        # A small model repeats itself; a hopeless one must not be asked for ever.
+        self.max_tries = 2 * num_questions + len(self._passages)
+
+    async def ask(self, tries: range, answer: Answerer) -> list[Question]:
+        """What the base model writes at these tries, of which some may come to nothing; `answer` has it answer."""
+        places = [self._place(each) for each in tries]
+        seeds = [SEEDS[(each + each // self._num_questions) % len(SEEDS)] for each in tries]
+        answers = await answer([self._request(*each) for each in zip(tries, places, seeds, strict=True)])
+        return [
+            Question(question, seed.kind, place, self._lengths[place])
+            for written, place, seed in zip(answers, places, seeds, strict=True)
+            if (question := _clean(written.text))
+        ]
+
+    def _place(self, number: int) -> int:
+        """Numbers are spread evenly over the tokens, so that neighbours share a passage, whose KV is reused."""
+        token = (number % self._num_questions + 0.5) / self._num_questions * self._ends[-1]
+        return bisect_right(self._ends[:-1], token)
+
+    def _request(self, number: int, place: int, seed: Seed) -> Prompt:
+        # All share the examples.
+        messages = [{"role": "user", "content": f"Text: {self._passages[place]}\n\n{seed.request}"}]
+        return Prompt(self._template.prompt([*_examples(), *messages]), derive_seed(self._seed, "selfstudy", number))
 
 
 def _examples() -> list[dict[str, str]]:
     messages = []
-    for request, question in SEEDS:
-        messages.append({"role": "user", "content": request})
-        messages.append({"role": "assistant", "content": question})
-    messages[0]["content"] = f"Text: {EXAMPLE_TEXT}\n\n{SEEDS[0][0]}"
+    for seed in SEEDS:
+        messages.append({"role": "user", "content": seed.request})
+        messages.append({"role": "assistant", "content": seed.example})
+    messages[0]["content"] = f"Text: {EXAMPLE_TEXT}\n\n{SEEDS[0].request}"
     return messages
 
 

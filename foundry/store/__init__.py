@@ -1,6 +1,7 @@
 """The store: versioned cartridges, documents and runs, in object storage and Redis. No torch in here."""
 
 from foundry.store.cartridges import CartridgeStore
+from foundry.store.datasets import DatasetStore, DatasetSummary
 from foundry.store.documents import DocumentInfo, DocumentStore
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
@@ -23,6 +24,8 @@ __all__ = [
     "Checkpoints",
     "ClaimedRun",
     "Collected",
+    "DatasetStore",
+    "DatasetSummary",
     "Desired",
     "DocumentInfo",
     "DocumentPrompts",

@@ -18,6 +18,7 @@ from foundry.errors import CartridgeNotFound, InvalidArgument, StoreRefused, Sto
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import metrics
 from foundry.store.credentials import RedisAccess, S3Access
+from foundry.store.datasets import DatasetStore
 from foundry.store.documents import DocumentStore
 from foundry.store.fetch import Fetcher
 from foundry.store.manifest import Manifest, ManifestDraft
@@ -68,6 +69,7 @@ class CartridgeStore:
         self._fetcher = Fetcher(self._pointers, self._durable.blobs, self._hot)
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
+        self.datasets = DatasetStore(self.objects)
         self.runs = RunStore(self._connection, self.objects, settings)
         self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 

@@ -179,15 +179,6 @@ class RunQueue:
         """Step and bytes of the newest good checkpoint, if there is one. Raises DigestMismatch if all are damaged."""
         return await self._checkpoints.load(check_run(run_id, field="run_id"))
 
-    async def save_curriculum(self, run_id: str, attempt: int, content: bytes) -> str:
-        """Keep what the run asks, once for all its checkpoints; returns its digest. Raises Fenced, StoreFull."""
-        await self._held("runs/check", run_id, attempt)
-        return await self._checkpoints.save_curriculum(run_id, content)
-
-    async def load_curriculum(self, run_id: str, digest: str) -> bytes:
-        """Raises DigestMismatch if it is gone or damaged."""
-        return await self._checkpoints.load_curriculum(check_run(run_id, field="run_id"), digest)
-
     async def traceparent(self, run_id: str) -> str:
         """Where the run was asked for, to link its steps' traces to; "" if nobody traced that."""
         return await self._archive.traceparent(check_run(run_id, field="run_id"))

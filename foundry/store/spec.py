@@ -9,7 +9,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from foundry.errors import CartridgeTooLong, InvalidArgument
 from foundry.identity import ObjectiveKind, check_digest, content_digest
@@ -35,8 +35,19 @@ def _memory(value: str) -> str:
     return value
 
 
-def _fingerprint(value: str) -> str:
+def _stored(value: str) -> str:
     return value and check_digest(value)
+
+
+def _several(value: Any) -> Any:
+    """JSON has no tuples, and an option on the command line is one word."""
+    return tuple(value.split(",") if isinstance(value, str) else value) if isinstance(value, list | str) else value
+
+
+def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError(f"{', '.join(value)}: name each once")
+    return value
 
 
 def _unicode(value: str) -> str:
@@ -46,8 +57,12 @@ def _unicode(value: str) -> str:
 
 
 Digest = Annotated[str, checked(check_digest)]
-Init = Literal["compact", "first_tokens"]
+Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
+Family = Literal["recite", "cloze", "question", "summary"]
+Schedule = Literal["constant", "cosine"]
+Recipe = Literal["quick", "standard", "thorough"]
+Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
@@ -109,7 +124,14 @@ class RunSpec(Checked):
 
     init: Init = "compact"
     """What the cartridge holds before the first step: the document's tokens that are attended to most, with their
-    values refitted (`compact`), or its first ones (`first_tokens`)."""
+    values refitted (`compact`), its first ones (`first_tokens`), random ones (`random`), those of another text (`text`,
+    which is `init_text`), or a version that exists (`version`, which is `init_version`)."""
+
+    init_text: Annotated[str, checked(_stored)] = ""
+    """Digest of the stored document whose first tokens `text` begins with, such as a summary."""
+
+    init_version: str = Field(default="", max_length=256)
+    """Reference of the version that `version` goes on from: of this model and length, whatever its document."""
 
     reference_tokens: int = Field(default=16384, ge=1, le=2**20)
     """Most tokens of the turns about the document that say what `compact` keeps."""
@@ -117,8 +139,8 @@ class RunSpec(Checked):
     num_frozen: int = Field(default=1, ge=0, le=2**20)
     """The first so many tokens of the cartridge are never trained."""
 
-    num_steps: int = Field(default=40, ge=1, le=10**7)
-    """Optimiser steps."""
+    num_steps: int = Field(default=40, ge=0, le=10**7)
+    """Optimiser steps; 0 publishes the start and measures it."""
 
     batch_size: int = Field(default=8, ge=1, le=2**16)
     """Prompts per step."""
@@ -130,6 +152,14 @@ class RunSpec(Checked):
 
     off_policy_share: Number = Field(default=0.5, gt=0, lt=1)
     """Share of the steps of `hybrid` before the cartridge answers itself."""
+
+    families: Families = ("recite", "cloze")
+    """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
+    sentences completed (`cloze`), the answers to `prompts` (`question`), and summaries of its parts (`summary`)."""
+
+    general_share: Number = Field(default=0.0, ge=0, le=0.5)
+    """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the
+    cartridge the model should stay what it is."""
 
     samples_per_prompt: int = Field(default=1, ge=1, le=2**10)
     """Answers to each prompt of a step."""
@@ -145,7 +175,8 @@ class RunSpec(Checked):
 
     objective: ObjectiveKind = "forward_kl"
     """The loss: KL from teacher to student (`forward_kl`) or back (`reverse_kl`), the generalised Jensen-Shannon
-    divergence (`jsd`), or `forward_kl` over the teacher's most likely tokens and the rest as one (`topk`)."""
+    divergence (`jsd`), `forward_kl` over the teacher's most likely tokens and the rest as one (`topk`), or the
+    likelihood of written answers (`nll`, with mode `off`)."""
 
     jsd_beta: Number = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
@@ -154,7 +185,16 @@ class RunSpec(Checked):
     """Tokens that `topk` matches one by one."""
 
     learning_rate: Number = Field(default=0.01, gt=0, le=10)
-    """Learning rate of the optimiser."""
+    """Learning rate of the optimiser, where it is highest."""
+
+    schedule: Schedule = "constant"
+    """How the learning rate goes on after the warm-up: the same, or down to 0 at the last step (`cosine`)."""
+
+    warmup_steps: int = Field(default=0, ge=0, le=10**7)
+    """Steps over which the learning rate rises to its height, in equal parts."""
+
+    max_grad_norm: Number = Field(default=0.0, ge=0)
+    """Longer gradients are shortened to this norm; 0: never."""
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Of everything that is drawn: equal runs with equal seeds draw the same."""
@@ -163,7 +203,11 @@ class RunSpec(Checked):
     """Prompts that are never trained on, to measure with. Unset: a part of `prompts`."""
 
     heldout_every: int = Field(default=10, ge=0, le=10**7)
-    """Measure on held-out prompts every so many steps, besides the first and the last; 0: at those only."""
+    """Measure on held-out prompts every so many steps, besides the first and the last; 0: at those only. The version
+    with the lowest KL is tagged `best`, and published once more when the run ends, if it is not the last."""
+
+    patience: int = Field(default=0, ge=0, le=10**7)
+    """End after so many measurements in a row that were no better than the best one; 0: never."""
 
     durable_every: int = Field(default=10, ge=1, le=10**7)
     """Steps between two versions that go to object storage."""
@@ -174,7 +218,7 @@ class RunSpec(Checked):
     policy_mismatch_threshold: Number = Field(default=0.05, gt=0)
     """Nats per token beyond which the rollout is not the policy it claims to be, and the run stops."""
 
-    model_fingerprint: Annotated[str, checked(_fingerprint)] = ""
+    model_fingerprint: Annotated[str, checked(_stored)] = ""
     """Model that the run is for. Empty: whatever model the worker serves."""
 
     # Left out, so that checkpoints of runs from before it keep their configuration's digest.
@@ -190,6 +234,22 @@ class RunSpec(Checked):
             )
         return self
 
+    @model_validator(mode="after")
+    def _name_the_start(self) -> Self:
+        for init, field in (("text", "init_text"), ("version", "init_version")):
+            if (self.init == init) != bool(getattr(self, field)):
+                raise InvalidArgument(f"init {init} and {field} go together", field=field)
+        return self
+
+    @model_validator(mode="after")
+    def _imitate_what_is_written(self) -> Self:
+        if self.objective == "nll" and self.mode != "off":
+            raise InvalidArgument(
+                "objective nll imitates written answers: of its own ones a cartridge learns nothing; use mode off",
+                field="objective",
+            )
+        return self
+
     def to_json(self) -> str:
         """Always the same for the same run."""
         return json.dumps(self.model_dump(), sort_keys=True, ensure_ascii=False)
@@ -201,15 +261,13 @@ class RunSpec(Checked):
         except ValueError as error:
             raise InvalidArgument(f"run is not JSON: {error}") from error
         # Runs from before there was a choice.
-        return cls.model_validate({"init": "first_tokens", **values} if isinstance(values, dict) else values)
+        old = {"init": "first_tokens", "mode": "on"}
+        return cls.model_validate(old | values if isinstance(values, dict) else values)
 
     @property
     def digest(self) -> str:
-        """Of all that a checkpoint must agree with. It is past the start; and runs from before there was a choice of
-        modes keep their digest."""
-        unsaid = {"init", "reference_tokens"} | ({"mode", "off_policy_share"} if self.mode == "on" else set())
-        values = self.model_dump(exclude=unsaid)
-        return content_digest(json.dumps(values, sort_keys=True, ensure_ascii=False).encode())
+        """Of all that a checkpoint must agree with."""
+        return content_digest(self.to_json().encode())
 
     @property
     def num_off_policy_steps(self) -> int:
@@ -220,11 +278,23 @@ class RunSpec(Checked):
     @property
     def start(self) -> str:
         """How the first version is made, for people to read."""
-        return f"compact, reference_tokens={self.reference_tokens}" if self.init == "compact" else self.init
+        said = {
+            "compact": f"reference_tokens={self.reference_tokens}",
+            "text": self.init_text,
+            "version": self.init_version,
+        }
+        return f"{self.init}, {said[self.init]}" if self.init in said else self.init
 
 
 class RunRequest(RunSpec):
-    """A run whose document may come with it, as `text`."""
+    """A run whose document may come with it, as `text`, and of which little need be said: the rest is the recipe's."""
+
+    recipe: Recipe = "standard"
+    """Where the values come from that are not given: `quick` takes minutes on two cores, `standard` is the best for its
+    cost on a GPU, `thorough` trains longer on more kinds of data."""
+
+    compression: Number | None = Field(default=None, ge=1, le=10**6)
+    """How many tokens of the document one of the cartridge stands for, in place of `num_tokens`. Unset: 4."""
 
     document: Digest = ""
     """Digest of a stored document that the cartridge stands in for; either this or `text`."""
@@ -260,6 +330,8 @@ class RunRequest(RunSpec):
             )
         return self
 
-    @property
-    def spec(self) -> RunSpec:
-        return RunSpec(**{name: getattr(self, name) for name in RunSpec.model_fields})
+    @model_validator(mode="after")
+    def _say_once_how_long(self) -> Self:
+        if self.compression is not None and "num_tokens" in self.model_fields_set:
+            raise InvalidArgument("give either num_tokens or compression", field="compression")
+        return self

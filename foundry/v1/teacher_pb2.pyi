@@ -27,7 +27,7 @@ class PutContextRequest(_message.Message):
     DOCUMENT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
-    """Rendered as the system message of the model's chat template."""
+    """Rendered as the system message of the model's chat template. Empty: the model as it is without a document."""
     def __init__(
         self,
         *,

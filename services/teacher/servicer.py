@@ -53,7 +53,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
-        ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+        if request.document:
+            ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+        else:
+            ids = self._template.bare()
         digest = await self._run(lambda: self._contexts.put(ids))
         return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from foundry.store import RunState
 from services.trainer.attempt import Attempt
@@ -36,4 +36,5 @@ class ActiveRun:
             "tokens_seen": progress.tokens_seen,
             "heldout_kl_first": progress.heldout_kl_first,
             "heldout_kl_last": progress.heldout_kl_last,
+            "best": asdict(progress.best) if progress.best else None,
         }

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundry.identity import CartridgeBytes
 from foundry.rpc.retry import Retry
-from foundry.store import CartridgeStore, ClaimedRun, Desired, Manifest, ManifestDraft, RunSpec, RunState
-from services.trainer.curriculum import Curriculum
+from foundry.store import (
+    CartridgeStore,
+    ClaimedRun,
+    DatasetSummary,
+    Desired,
+    Manifest,
+    ManifestDraft,
+    RunSpec,
+    RunState,
+)
+
+Json = dict[str, Any]
 
 
 class Attempt:
@@ -57,6 +67,17 @@ class Attempt:
     async def publish(self, stored: CartridgeBytes, draft: ManifestDraft, *, durable: bool) -> Manifest:
         return await self.retry.call("store", lambda: self._store.publish(stored, draft, durable=durable))
 
+    async def tag(self, tag: str, version: int) -> None:
+        await self.retry.call("store", lambda: self._store.tag(self.spec.name, tag, version))
+
+    async def version(self, reference: str) -> CartridgeBytes:
+        """The bytes of any cartridge. Raises CartridgeNotFound, InvalidArgument."""
+
+        async def fetch() -> CartridgeBytes:
+            return await self._store.fetch((await self._store.resolve(reference)).digest)
+
+        return await self.retry.call("store", fetch)
+
     # What it reads and keeps
 
     async def document(self, digest: str) -> str:
@@ -70,11 +91,13 @@ class Attempt:
         kept = await self.retry.call("store", lambda: self._runs.load_checkpoint(self.claimed.run_id))
         return kept[1] if kept is not None else None
 
-    async def save_curriculum(self, curriculum: Curriculum) -> str:
-        """Returns its digest, by which checkpoints name it."""
-        content = curriculum.to_json().encode()
-        return await self.retry.call("store", lambda: self._runs.save_curriculum(*self._held, content))
+    async def read_shard(self, dataset: str, family: str, number: int) -> list[Json] | None:
+        """None if it is not written yet."""
+        return await self.retry.call("store", lambda: self._store.datasets.shard(dataset, family, number))
 
-    async def load_curriculum(self, digest: str) -> Curriculum:
-        content = await self.retry.call("store", lambda: self._runs.load_curriculum(self.claimed.run_id, digest))
-        return Curriculum.from_json(content)
+    async def append_shard(self, dataset: str, family: str, number: int, rows: Sequence[Json]) -> list[Json]:
+        """Returns what stands: an attempt that was first may have written it."""
+        return await self.retry.call("store", lambda: self._store.datasets.append(dataset, family, number, rows))
+
+    async def finish_dataset(self, dataset: str, summary: DatasetSummary) -> DatasetSummary:
+        return await self.retry.call("store", lambda: self._store.datasets.finish(dataset, summary))

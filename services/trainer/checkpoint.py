@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had never stopped: one safetensors file, and the curriculum that it names.
+"""All that a run needs to go on as if it had never stopped: one safetensors file, and the data set that it names.
 
 The random state is not in it: every draw of a run is seeded by its place (`foundry.seeds`).
 """
@@ -17,6 +17,15 @@ from foundry.store.names import CartridgeId
 from services.trainer.update.step import TrainingStep
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The version that was closest to the document on held-out prompts."""
+
+    policy: CartridgeId
+    step: int
+    kl: float
+
+
 @dataclass(slots=True)
 class Progress:
     """Where a run stands after `step` updates. The run moves it on; its publisher sets the policy."""
@@ -28,10 +37,13 @@ class Progress:
     config: str
     # Digest of the chat template that made the prompts.
     template: str
-    # Digest of what it asks, and `step` is how far it is in it.
-    curriculum: str
+    # Digest of the data set's content, and `step` is how far it is in it.
+    dataset: str
     heldout_kl_first: float = 0.0
     heldout_kl_last: float = 0.0
+    best: Best | None = None
+    # Measurements since then.
+    num_no_better: int = 0
 
 
 def write(progress: Progress, training: TrainingStep) -> bytes:
@@ -61,7 +73,10 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
             f"the checkpoint was written by another release (it says {', '.join(sorted(values))}): let that one end "
             "the run, or cancel it and start it anew"
         )
-    progress = Progress(**{**values, "policy": CartridgeId(**values["policy"])})
+    values["policy"] = CartridgeId(**values["policy"])
+    if best := values["best"]:
+        values["best"] = Best(CartridgeId(**best["policy"]), best["step"], best["kl"])
+    progress = Progress(**values)
     if progress.config != config:
         raise InvalidArgument(
             f"the checkpoint at step {progress.step} is of configuration {progress.config}, the run's is {config}"

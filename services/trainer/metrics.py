@@ -33,6 +33,10 @@ STALENESS = Gauge(
 LOSS = Gauge("foundry_trainer_loss", "Mean loss per token of the last step, in nats.")
 GRAD_NORM = Gauge("foundry_trainer_grad_norm", "Norm of the last step's gradient.")
 HELDOUT_KL = Gauge("foundry_trainer_heldout_kl", "Mean forward KL to the teacher on held-out answers, in nats.")
+GENERAL_KL = Gauge(
+    "foundry_trainer_general_kl",
+    "Mean forward KL to the model without document or cartridge on held-out answers to general prompts, in nats.",
+)
 POLICY_MISMATCH_KL = Gauge(
     "foundry_trainer_policy_mismatch_kl", "KL between the rollout's and the trainer's logprobs of the sampled tokens."
 )

@@ -1,41 +1,43 @@
-"""Making a run ready: document, curriculum, cartridge at its start or at its last checkpoint."""
+"""Making a run ready: document, data set, cartridge at its start or at its last checkpoint."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from foundry.errors import FingerprintMismatch
+from foundry.errors import DigestMismatch, FingerprintMismatch
 from foundry.identity import ids_digest
-from foundry.model.attention.compacting import Compaction
 from foundry.model.cartridge import TrainableCartridge
-from foundry.model.initialise import check_num_tokens, compact, cut_context
+from foundry.model.initialise import check_num_tokens
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.teacher import TeacherClient
-from foundry.seeds import derive_seed
-from foundry.selfstudy.references import references
 from foundry.store import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.curriculum import Curriculum
-from services.trainer.prompts import CurriculumWriter
+from services.trainer.data.conversation import Conversation
+from services.trainer.data.curriculum import Curriculum
+from services.trainer.data.writer import DatasetWriter
+from services.trainer.measurements import Measurements
 from services.trainer.publish import PolicyPublisher
 from services.trainer.ranks.leader import Leader
 from services.trainer.run import Run
+from services.trainer.sample import Sample
 from services.trainer.settings import TrainerSettings
+from services.trainer.signal_cache import SignalCache
+from services.trainer.signals import Teachers
 from services.trainer.sources.hybrid import Hybrid
 from services.trainer.sources.off_policy import OffPolicy
 from services.trainer.sources.on_policy import OnPolicy
 from services.trainer.stages import Stages
+from services.trainer.start import initial_kv
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
 
@@ -55,58 +57,77 @@ class Preparation:
             self._template.digest,
             settings.rollout_timeout_seconds,
         )
-        self._teacher: TeacherClient | None = None
+        self._cache = SignalCache(settings.signal_memory_bytes, settings.signal_disk_bytes)
+        self._teachers: Teachers | None = None
 
     async def run(self, control: Control) -> Run:
         """The run, ready to train. Raises what makes it impossible, e.g. DocumentTooLong or CartridgeTooLong."""
-        attempt, lm = self._attempt, self._lm
-        if self._spec.model_fingerprint and self._spec.model_fingerprint != lm.spec.fingerprint:
+        attempt, spec, lm = self._attempt, self._spec, self._lm
+        if spec.model_fingerprint and spec.model_fingerprint != lm.spec.fingerprint:
             raise FingerprintMismatch(
-                f"the run is for model {self._spec.model_fingerprint}, this trainer has {lm.spec.fingerprint}"
+                f"the run is for model {spec.model_fingerprint}, this trainer has {lm.spec.fingerprint}"
             )
-        document = await attempt.document(self._spec.document)
+        document = await attempt.document(spec.document)
         context = self._template.context(document, max_tokens=lm.spec.max_tokens)
-        check_num_tokens(self._spec.num_tokens, len(context), len(self._template.closing))
-        self._teacher = teacher = await self._teach(document, context)
+        check_num_tokens(spec.num_tokens, len(context), len(self._template.closing))
+        self._teachers = teachers = await self._teach(document, context)
         kept = await attempt.load_checkpoint()
-        kv = await self._initial_kv(document, context) if kept is None else self._empty_kv()
-        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=self._spec.num_frozen))
-        progress, curriculum = (
-            await self._start(document, context) if kept is None else await self._resume(kept, training)
+        kv = self._empty_kv() if kept else await initial_kv(attempt, lm, self._template, document, context)
+        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
+        writer = DatasetWriter(
+            *(attempt, lm, self._template, self._rollouts),
+            document=document,
+            context=context,
+            passage_tokens=self._settings.selfstudy_chunk_tokens,
         )
+        curriculum = await writer.write()
+        progress = await self._resume(kept, training, curriculum) if kept else self._begin(curriculum)
         publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
+        objective = training.objective
         return Run(
             attempt,
             progress,
             training,
             source=Hybrid(
-                OffPolicy(self._spec, curriculum, ids_digest(context)),
-                OnPolicy(attempt, curriculum, self._rollouts, publisher, stages),
-                num_first_steps=self._spec.num_off_policy_steps,
+                OffPolicy(attempt, lm, document, curriculum, teachers, self._cache, objective),
+                OnPolicy(attempt, curriculum, self._rollouts, teachers, objective, publisher, stages),
+                num_first_steps=spec.num_off_policy_steps,
             ),
-            teacher=teacher,
             publisher=publisher,
-            heldout=HeldOutSet(curriculum.heldout, self._settings.micro_batch_tokens),
+            measurements=Measurements(
+                *(attempt, progress, training, teachers, stages),
+                heldout=self._heldout(curriculum.heldout),
+                general=self._heldout(curriculum.general_heldout),
+            ),
             stages=stages,
             control=control,
         )
 
     async def close(self) -> None:
         await self._rollouts.close()
-        if self._teacher is not None:
-            await self._teacher.close()
+        self._cache.close()
+        if self._teachers is not None:
+            await self._teachers.close()
 
-    async def _teach(self, document: str, context: Sequence[int]) -> TeacherClient:
-        teacher = TeacherClient(
-            Pods("teacher", [self._settings.teacher_address], self._settings.tls),
-            self._lm.spec.fingerprint,
-            document,
-            timeout_seconds=self._settings.teacher_timeout_seconds,
-            template_digest=self._template.digest,
-            context_digest=ids_digest(context),
-        )
-        await self._attempt.retry.call("teacher", teacher.put_context)
-        return teacher
+    async def _teach(self, document: str, context: Sequence[int]) -> Teachers:
+        """The teacher with the document before it and, for general prompts, without."""
+        contexts = {ids_digest(context): document}
+        if self._spec.general_share:
+            contexts[ids_digest(self._template.bare())] = ""
+        teachers = {
+            digest: TeacherClient(
+                Pods("teacher", [self._settings.teacher_address], self._settings.tls),
+                self._lm.spec.fingerprint,
+                text,
+                timeout_seconds=self._settings.teacher_timeout_seconds,
+                template_digest=self._template.digest,
+                context_digest=digest,
+            )
+            for digest, text in contexts.items()
+        }
+        for teacher in teachers.values():
+            await self._attempt.retry.call("teacher", teacher.put_context)
+        return Teachers(teachers)
 
     def _training_step(self, cartridge: TrainableCartridge) -> TrainingStep:
         spec = self._spec
@@ -117,37 +138,29 @@ class Preparation:
             learning_rate=spec.learning_rate,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             policy_mismatch_threshold=spec.policy_mismatch_threshold,
+            max_grad_norm=spec.max_grad_norm,
             leader=self._leader,
         )
 
-    async def _initial_kv(self, document: str, context: Sequence[int]) -> Tensor:
-        spec, lm, template = self._spec, self._lm, self._template
-        if spec.init == "first_tokens":
-            return await asyncio.to_thread(lm.prefill, cut_context(context, template.closing, spec.num_tokens))
-        await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 0, "total": 1})
-        seed, max_tokens = derive_seed(spec.seed, "references"), spec.reference_tokens
-        shown = await asyncio.to_thread(references, document, template, lm.tokenizer, max_tokens=max_tokens, seed=seed)
-        compaction = Compaction(spec.num_tokens, num_first=1, num_last=len(template.closing))
-        kv_L2GPD = await asyncio.to_thread(compact, lm, context, shown, compaction)
-        await self._attempt.tell({"type": "progress", "stage": "compaction", "done": 1, "total": 1})
-        return kv_L2GPD
+    def _heldout(self, conversations: Sequence[Conversation]) -> HeldOutSet:
+        samples = [Sample.written(each, each.family) for each in conversations]
+        return HeldOutSet(samples, self._settings.micro_batch_tokens)
 
     def _empty_kv(self) -> Tensor:
         """For a checkpoint to be read into."""
         lm = self._lm
         return torch.zeros(lm.spec.kv_shape(self._spec.num_tokens), dtype=lm.dtype, device=lm.device)
 
-    async def _resume(self, content: bytes, training: TrainingStep) -> tuple[Progress, Curriculum]:
+    async def _resume(self, content: bytes, training: TrainingStep, curriculum: Curriculum) -> Progress:
         progress = checkpoint.read(content, training, config=self._spec.digest, template=self._template.digest)
-        curriculum = await self._attempt.load_curriculum(progress.curriculum)
+        if progress.dataset != curriculum.digest:
+            raise DigestMismatch(
+                f"the checkpoint at step {progress.step} went through the data set {progress.dataset}, the one that "
+                f"stands is {curriculum.digest}: it was damaged or deleted; start the run anew"
+            )
         await self._attempt.tell({"type": "resumed", "step": progress.step, "attempt": self._attempt.claimed.attempt})
-        return progress, curriculum
+        return progress
 
-    async def _start(self, document: str, context: Sequence[int]) -> tuple[Progress, Curriculum]:
-        writer = CurriculumWriter(
-            self._attempt, self._lm, self._template, self._rollouts, self._settings.selfstudy_chunk_tokens
-        )
-        curriculum = await writer.write(document, context)
-        digest = await self._attempt.save_curriculum(curriculum)
+    def _begin(self, curriculum: Curriculum) -> Progress:
         policy = CartridgeId(self._spec.name, 0, "")
-        return Progress(0, policy, 0, self._spec.digest, self._template.digest, digest), curriculum
+        return Progress(0, policy, 0, self._spec.digest, self._template.digest, curriculum.digest)

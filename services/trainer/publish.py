@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from foundry.identity import CartridgeBytes
 from foundry.model.cartridge import TrainableCartridge
 from foundry.store import CartridgeId, ManifestDraft
 from services.trainer import metrics
 from services.trainer.attempt import Attempt
-from services.trainer.checkpoint import Progress
+from services.trainer.checkpoint import Best, Progress
 from services.trainer.update.step import Update
 
 
@@ -33,8 +34,19 @@ class PolicyPublisher:
         """Durably: the same version, unless Redis lost it. What it was made from is not known any more."""
         return await self._publish(durable=True)
 
+    async def publish_best(self, best: Best) -> CartridgeId:
+        """Durably, the bytes of the best version once more: `latest` then means them."""
+        stored = await self._attempt.version(f"{self._spec.name}@{best.policy.digest}")
+        measured = {"heldout_kl": best.kl, "best_step": float(best.step)}
+        return await self._publish(stored, durable=True, parent=self._progress.policy.digest, measured=measured)
+
     async def _publish(
-        self, *, durable: bool, parent: str | None = None, measured: dict[str, float] | None = None
+        self,
+        stored: CartridgeBytes | None = None,
+        *,
+        durable: bool,
+        parent: str | None = None,
+        measured: dict[str, float] | None = None,
     ) -> CartridgeId:
         progress, spec = self._progress, self._spec
         draft = ManifestDraft(
@@ -50,7 +62,8 @@ class PolicyPublisher:
             metrics=measured or {},
         )
         durable = durable or progress.step in (0, spec.num_steps) or progress.step % spec.durable_every == 0
-        manifest = await self._attempt.publish(self._cartridge.snapshot().to_bytes(), draft, durable=durable)
+        stored = stored or self._cartridge.snapshot().to_bytes()
+        manifest = await self._attempt.publish(stored, draft, durable=durable)
         progress.policy = CartridgeId(spec.name, manifest.version, manifest.digest)
         metrics.VERSION.set(manifest.version)
         return progress.policy

@@ -65,10 +65,20 @@ async def report_step(
     )
 
 
-async def report_heldout(attempt: Attempt, progress: Progress, num_tokens: int) -> None:
+async def report_heldout(attempt: Attempt, progress: Progress, num_tokens: int, general_kl: float | None) -> None:
     metrics.HELDOUT_KL.set(progress.heldout_kl_last)
+    if general_kl is not None:
+        metrics.GENERAL_KL.set(general_kl)
     await attempt.tell(
-        {"type": "heldout", "step": progress.step, "kl": progress.heldout_kl_last, "num_tokens": num_tokens}
+        {
+            "type": "heldout",
+            "step": progress.step,
+            "kl": progress.heldout_kl_last,
+            "num_tokens": num_tokens,
+            "general_kl": general_kl,
+            "tokens_seen": progress.tokens_seen,
+            "best_step": progress.best.step if progress.best else None,
+        }
     )
 
 

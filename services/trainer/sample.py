@@ -6,27 +6,32 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foundry.identity import ids_digest
 from foundry.rpc.rollout import Answer, Prompt
 from foundry.store import CartridgeId
+from services.trainer.data.conversation import Conversation
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A turn and its answer. `digest` names what it was decoded with: the policy's bytes, or the document's tokens."""
+    """A turn and its answer. `digest` names what it was decoded with: a version's bytes, or a context's tokens."""
 
     turn_ids: Sequence[int]
     answer_ids: Sequence[int]
-    # Of the answer's tokens, as the rollout server computed them: untempered, natural log. None if it is no policy's.
+    # Of the answer's tokens, as the rollout server computed them: untempered, natural log. None of a document's words.
     rollout_logprobs: Sequence[float]
     digest: str
+    # 0 if it is no version's.
     version: int
     truncated: bool
     # Address of the rollout server that answered, and the prompt's place: whom to look at when the proof fails.
     server: str = ""
     place: str = ""
+    # Digest of the teacher's context.
+    context: str = ""
 
     @classmethod
-    def of(cls, prompt: Prompt, answer: Answer, policy: CartridgeId) -> Sample:
+    def of(cls, prompt: Prompt, answer: Answer, policy: CartridgeId, context: str) -> Sample:
         """`answer` is what the policy gave to `prompt`."""
         return cls(
             prompt.ids,
@@ -37,7 +42,27 @@ class Sample:
             answer.truncated,
             server=answer.server,
             place=prompt.place,
+            context=context,
         )
+
+    @classmethod
+    def written(cls, conversation: Conversation, place: str) -> Sample:
+        """Of an answer that is no policy's."""
+        return cls(
+            conversation.turn_ids,
+            conversation.answer_ids,
+            conversation.logprobs,
+            conversation.context,
+            0,
+            conversation.truncated,
+            place=place,
+            context=conversation.context,
+        )
+
+    @property
+    def key(self) -> str:
+        """What the teacher's word on it depends on."""
+        return f"{self.context}/{self.score_from}/{ids_digest(self.ids)}"
 
     @property
     def ids(self) -> list[int]:

@@ -49,6 +49,12 @@ class TrainerSettings(ModelSettings):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Most tokens in one packed forward and backward; more are accumulated."""
 
+    signal_memory_bytes: int = Field(default=2**30, ge=0)
+    """Memory for the teacher's word on written answers that come up again, which is asked for once."""
+
+    signal_disk_bytes: int = Field(default=2**34, ge=0)
+    """The same on disk, where memory is full, in the directory for temporary files. Beyond both it is asked again."""
+
     rank_timeout_seconds: float = Field(default=600.0, ge=10)
     """Under torchrun: how long one rank waits for another that is silent, because it loads the model or computes its
     share of a gradient, before all end. A process that dies is noticed at once."""

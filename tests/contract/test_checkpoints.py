@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foundry.errors import DigestMismatch, Fenced, StoreFull
+from foundry.errors import DigestMismatch, StoreFull
 from foundry.store import RunStore
 from tests.store_data import claim, run_spec
 
@@ -93,28 +93,3 @@ async def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
     with pytest.raises(StoreFull):
         await runs.save_checkpoint(run_id, 1, 6, [b"six"])
     assert await runs.load_checkpoint(run_id) == (5, b"five")
-
-
-async def test_a_curriculum_comes_back_as_it_was_or_not_at_all(runs: RunStore) -> None:
-    run_id = await runs.create(run_spec())
-    await claim(runs)
-    digest = await runs.save_curriculum(run_id, 1, b"prompts")
-    assert await runs.load_curriculum(run_id, digest) == b"prompts"
-    objects = runs._checkpoints._objects
-    (key,) = await objects.keys(f"runs/{run_id}/curriculum")
-    await objects.put(key, [b"prompt5"])
-    with pytest.raises(DigestMismatch, match="hashes to"):
-        await runs.load_curriculum(run_id, digest)
-    assert await runs.save_curriculum(run_id, 1, b"prompts") == digest
-    assert await runs.load_curriculum(run_id, digest) == b"prompts", "not repaired"
-    await objects.delete(key)
-    with pytest.raises(DigestMismatch, match="gone"):
-        await runs.load_curriculum(run_id, digest)
-
-
-async def test_a_replaced_worker_keeps_no_curriculum(runs: RunStore) -> None:
-    run_id = await runs.create(run_spec())
-    await claim(runs, lease_seconds=0.05)
-    await claim(runs, "worker-1")
-    with pytest.raises(Fenced):
-        await runs.save_curriculum(run_id, 1, b"prompts")

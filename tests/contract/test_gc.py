@@ -296,16 +296,13 @@ async def test_checkpoints_of_runs_that_are_over_go(collecting: CartridgeStore) 
         claimed = await collecting.runs.claim("worker", 60)
         assert claimed is not None
         await collecting.runs.save_checkpoint(claimed.run_id, claimed.attempt, 1, [b"state"])
-        curriculum = await collecting.runs.save_curriculum(claimed.run_id, claimed.attempt, b"prompts")
         runs.append(claimed)
     await collecting.runs.finish(runs[0].run_id, runs[0].attempt, RunState.SUCCEEDED)
     collected = await gc(collecting)
     stem = f"runs/{runs[0].run_id}/checkpoints/000001-0000000001"
-    prompts = f"runs/{runs[0].run_id}/curriculum/{curriculum.removeprefix('blake3:')}.json"
-    assert keys(collected, "checkpoint") == [f"{stem}.json", f"{stem}.safetensors", prompts]
+    assert keys(collected, "checkpoint") == [f"{stem}.json", f"{stem}.safetensors"]
     assert await collecting.runs.load_checkpoint(runs[0].run_id) is None
     assert await collecting.runs.load_checkpoint(runs[1].run_id) == (1, b"state")
-    assert await collecting.runs.load_curriculum(runs[1].run_id, curriculum) == b"prompts"
 
 
 async def test_what_a_dead_collector_left_is_forgotten(collecting: CartridgeStore, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ async def test_the_proof_names_the_pod(scaled: Scaled) -> None:
     liar = await scaled.add(SECOND)
     rollouts = scaled.rollouts()
     answers = await rollouts.sample(PROMPTS, POLICY, temperature=1.0, max_new_tokens=8)
-    samples = [Sample.of(prompt, answer, POLICY) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    samples = [Sample.of(prompt, answer, POLICY, "") for prompt, answer in zip(PROMPTS, answers, strict=True)]
     assert [sample.place for sample in samples] == [prompt.place for prompt in PROMPTS]
     trainers_word = torch.tensor([word for sample in samples for word in truth(sample, SECOND)])
     with pytest.raises(PolicyMismatch, match=f"from 1 of 2 .* Rollout {SECOND}:{scaled.port} claimed version 7"):

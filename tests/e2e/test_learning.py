@@ -16,7 +16,6 @@ from foundry.seeds import derive_seed
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 from services.teacher.scorer import Item, Want, score
-from services.trainer.curriculum import HeldOut
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
 from services.trainer.update.heldout import HeldOutSet
@@ -57,7 +56,8 @@ class Setting:
         heldout = turns(self.template, seed=99, count=6)
         answers = self.answer([[*self.context, *turn] for turn in heldout], (), temperature=0.0, seed=0)
         pairs = zip(heldout, answers, strict=True)
-        self.heldout = HeldOutSet([HeldOut(turn, ids) for turn, (ids, _) in pairs], micro_batch_tokens=4096)
+        samples = [Sample(turn, ids, logprobs, "", 0, truncated=False) for turn, (ids, logprobs) in pairs]
+        self.heldout = HeldOutSet(samples, micro_batch_tokens=4096)
         self.heldout.signals = self.teach(self.heldout.samples)
 
     def answer(

@@ -53,7 +53,9 @@ def test_what_the_policy_says_is_proved_and_nothing_else_claims_to_be(hybrid: li
 
 @pytest.mark.parametrize("mode", ["off", "hybrid", "on"])
 def test_every_mode_comes_nearer_to_the_document(stack: Stack, trainer: Process, mode: str) -> None:
-    events = stack.with_store(lambda store: events_of(store, f"nearer-{mode}", mode=mode, num_steps=2 * STEPS))
+    events = stack.with_store(
+        lambda store: events_of(store, f"nearer-{mode}", mode=mode, num_steps=3 * STEPS, batch_size=4)
+    )
     kls = [event["kl"] for event in events if event["type"] == "heldout"]
     assert kls[-1] < 0.9 * kls[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt
-from foundry.seeds import derive_seed
-from foundry.selfstudy.passages import pieces
+from foundry.selfstudy.general import GENERAL_PROMPTS
+from foundry.selfstudy.passages import num_tokens, pieces
 from foundry.selfstudy.prompts import read_prompts
-from foundry.selfstudy.questions import SEEDS, write_prompts
-from services.trainer.curriculum import MAX_HELDOUT, Curriculum, HeldOut, Written, hold_out
+from foundry.selfstudy.questions import SEEDS, Questioner
+from foundry.selfstudy.wording import jumbled, normalised
+from foundry.store import RunSpec
+from services.trainer.data.conversation import Conversation
+from services.trainer.data.curriculum import Curriculum
+from tests.conversations import conversation
+from tests.store_data import run_spec
 from tests.tiny import CLOCK, build_tiny_model
 
 DOCUMENT = Path(__file__).parents[2] / "examples" / "handbook.md"
@@ -35,32 +40,37 @@ def template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     return ChatTemplate(tokenizer, CLOCK)
 
 
+def curriculum(num_asked: int = 0, **written: int) -> Curriculum:
+    """Conversations told apart by their turns; each family's begin at another hundred."""
+    asked = [conversation([number]) for number in range(num_asked)]
+    answered = [
+        conversation([100 * place + number], [1], family=family)
+        for place, (family, count) in enumerate(written.items(), start=1)
+        for number in range(count)
+    ]
+    general = [conversation([9000 + number], [1], family="general") for number in range(5)]
+    return Curriculum("", asked, answered, [], general)
+
+
+def numbers(batch: Sequence[Conversation]) -> list[int]:
+    return [each.turn_ids[0] for each in batch]
+
+
 @given(num_turns=st.integers(1, 30), batch_size=st.integers(1, 20), seed=st.integers(0, 9))
 def test_every_prompt_comes_once_an_epoch(num_turns: int, batch_size: int, seed: int) -> None:
-    curriculum = Curriculum([[turn] for turn in range(num_turns)], [])
-    asked = [turn[0] for step in range(3 * num_turns) for turn in curriculum.batch(step, batch_size, seed)]
+    spec = run_spec(batch_size=batch_size, seed=seed)
+    asks = curriculum(num_turns)
+    asked = [number for step in range(3 * num_turns) for number in numbers(asks.asked_batch(step, spec))]
     for epoch in range(len(asked) // num_turns):
         assert sorted(asked[epoch * num_turns : (epoch + 1) * num_turns]) == list(range(num_turns))
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
-    curriculum = Curriculum([[turn] for turn in range(50)], [])
-    first = curriculum.batch(0, 50, seed=0)
-    assert first != curriculum.batch(1, 50, seed=0)
-    assert first != curriculum.batch(0, 50, seed=1)
-    assert first == curriculum.batch(0, 50, seed=0)
-
-
-@given(num_turns=st.integers(1, 30), batch_size=st.integers(1, 80), seed=st.integers(0, 9), step=st.integers(0, 9))
-def test_the_order_is_that_of_runs_before(num_turns: int, batch_size: int, seed: int, step: int) -> None:
-    """Resumed runs, and their digests, rest on it."""
-    asked = []
-    for cursor in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(cursor, num_turns)
-        order = list(range(num_turns))
-        random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-        asked.append([order[place]])
-    assert Curriculum([[turn] for turn in range(num_turns)], []).batch(step, batch_size, seed) == asked
+    asks, spec = curriculum(50), run_spec(batch_size=50)
+    first = asks.asked_batch(0, spec)
+    assert first != asks.asked_batch(1, spec)
+    assert first != asks.asked_batch(0, run_spec(batch_size=50, seed=1))
+    assert first == asks.asked_batch(0, spec)
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,42 +82,39 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         shuffle(self, values)
 
     monkeypatch.setattr(random.Random, "shuffle", counted)
-    curriculum = Curriculum([[turn] for turn in range(101)], [])
+    asks, spec = curriculum(101), run_spec(batch_size=10, seed=77)
     for step in range(20):
-        curriculum.batch(step, 10, seed=77)
+        asks.asked_batch(step, spec)
     assert shuffled == [101, 101], "200 prompts, which are two epochs"
 
 
-@pytest.mark.parametrize(
-    ("num_turns", "num_heldout"), [(1, 0), (5, 2), (8, 4), (100, 12), (512, 64), (2184, MAX_HELDOUT), (100_000, 64)]
-)
-def test_some_prompts_are_held_out_but_not_ever_more(num_turns: int, num_heldout: int) -> None:
-    turns = [[turn] for turn in range(num_turns)]
-    training, heldout = hold_out(turns)
-    assert len(heldout) == num_heldout
-    assert [*heldout, *training] == turns
-
-
 def test_a_step_has_as_many_of_each_family() -> None:
-    written = [Written([number], [1], "recite") for number in range(5)]
-    written += [Written([number], [1], "cloze") for number in range(100, 130)]
-    curriculum = Curriculum([], [], written)
-    batches = [curriculum.written_batch(step, 7, seed=3) for step in range(10)]
+    asks, spec = curriculum(recite=5, cloze=30), run_spec(batch_size=7, seed=3)
+    batches = [asks.written_batch(step, spec) for step in range(10)]
     for batch in batches:
         assert sorted(item.family for item in batch) == ["cloze"] * 3 + ["recite"] * 4
     # Each family goes through its own epochs.
-    completed = [item.turn_ids[0] for batch in batches for item in batch if item.family == "cloze"]
-    assert sorted(completed) == list(range(100, 130))
-    recited = [item.turn_ids[0] for batch in batches for item in batch if item.family == "recite"]
-    assert all(sorted(recited[begin : begin + 5]) == list(range(5)) for begin in range(0, 40, 5))
-    assert batches == [curriculum.written_batch(step, 7, seed=3) for step in range(10)]
-    assert curriculum.written_batch(0, 7, seed=4) != batches[0]
-    assert Curriculum.from_json(curriculum.to_json()).written_batch(3, 7, seed=3) == batches[3]
+    completed = [number for batch in batches for number in numbers(batch) if number >= 200]
+    assert sorted(completed) == list(range(200, 230))
+    recited = [number for batch in batches for number in numbers(batch) if number < 200]
+    assert all(sorted(recited[begin : begin + 5]) == list(range(100, 105)) for begin in range(0, 40, 5))
+    assert batches == [asks.written_batch(step, spec) for step in range(10)]
+    assert asks.written_batch(0, run_spec(batch_size=7, seed=4)) != batches[0]
 
 
-def test_curriculum_survives_its_store() -> None:
-    curriculum = Curriculum([[1, 2], [3]], [HeldOut([4], [5, 6])])
-    assert Curriculum.from_json(curriculum.to_json()) == curriculum
+@pytest.mark.parametrize("batch", [Curriculum.asked_batch, Curriculum.written_batch])
+def test_general_prompts_have_their_share_of_all_steps(
+    batch: Callable[[Curriculum, int, RunSpec], list[Conversation]],
+) -> None:
+    asks, spec = curriculum(10, recite=10), run_spec(batch_size=8, general_share=0.05)
+    batches = [batch(asks, step, spec) for step in range(50)]
+    assert {len(each) for each in batches} == {8}
+    general = [number for each in batches for number in numbers(each) if number >= 9000]
+    assert len(general) == 0.05 * 50 * 8
+    assert set(general) == set(range(9000, 9005)), "some are never asked"
+    assert not [
+        each for step in range(50) for each in numbers(batch(asks, step, run_spec(batch_size=8))) if each >= 9000
+    ]
 
 
 def test_prompts_file() -> None:
@@ -160,30 +167,65 @@ async def ignore(done: int) -> None:
     """Nobody watches."""
 
 
-async def write(document: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, ask: Echo) -> list[str]:
-    return await write_prompts(
-        document, template, tokenizer, ask, num_prompts=40, chunk_tokens=60, seed=3, progress=ignore
-    )
+def questioner(document: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Questioner:
+    return Questioner(document, template, tokenizer, num_questions=40, passage_tokens=60, seed=3)
 
 
-async def test_self_study_asks_about_every_chunk(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> None:
-    document = "".join(f"Fact {number} is that the grain of kind {number} is cheap. " for number in range(12))
-    ask = Echo(tokenizer)
-    questions = await write(document, template, tokenizer, ask)
-    assert len(set(questions)) == len(questions) == 40
-    assert all(question.startswith("What is number") and question.endswith("?") for question in questions)
-    for chunk in pieces(document, tokenizer, 60):
-        about = [prompt for prompt in ask.prompts if chunk in prompt]
-        assert len(about) >= 2
-        assert len({seed for seed, _ in SEEDS for prompt in about if prompt.rindex(seed) > prompt.rindex(chunk)}) >= 2
-    again = Echo(tokenizer)
-    assert await write(document, template, tokenizer, again) == questions
-
-
-async def test_a_model_that_repeats_itself_is_an_error(
+async def test_self_study_asks_about_every_passage_by_its_length(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    ask = Echo(tokenizer, "What is it about?")
-    with pytest.raises(InvalidArgument, match=r"wrote 1 different questions .* 40 were asked for"):
-        await write("The harbour is open. " * 10, template, tokenizer, ask)
-    assert len(ask.prompts) < 200
+    document = "".join(f"Fact {number} is that the grain of kind {number} is cheap. " for number in range(12)) + "End."
+    echo = Echo(tokenizer)
+    asks = questioner(document, template, tokenizer)
+    questions = [*await asks.ask(range(32), echo), *await asks.ask(range(32, 40), echo)]
+    assert len({question.prompt for question in questions}) == 40
+    assert all(each.prompt.startswith("What is number") and each.prompt.endswith("?") for each in questions)
+    passages = pieces(document, tokenizer, 60)
+    total = sum(num_tokens(passage, tokenizer) for passage in passages)
+    for place, passage in enumerate(passages):
+        about = [each for each in questions if each.passage == place]
+        assert abs(len(about) - 40 * num_tokens(passage, tokenizer) / total) <= 1
+        assert len({each.kind for each in about}) >= min(len(about), 4)
+        assert {each.passage_tokens for each in about} <= {num_tokens(passage, tokenizer)}
+    assert {each.kind for each in questions} == {seed.kind for seed in SEEDS}
+    assert len({seed.kind for seed in SEEDS}) >= 6
+    assert await questioner(document, template, tokenizer).ask(range(32), Echo(tokenizer)) == questions[:32]
+    # Tries beyond the first sweep ask for another kind at the same place.
+    again = await asks.ask(range(40, 80), echo)
+    assert [each.passage for each in again] == [each.passage for each in questions]
+    assert all(first.kind != second.kind for first, second in zip(questions, again, strict=True))
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "Why?", '**"'])
+async def test_what_is_no_question_is_left_out(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    echo = Echo(tokenizer, text or " ")
+    assert await questioner("The harbour is open.", template, tokenizer).ask(range(3), echo) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("What is the price?", "  what IS the Price ", True),
+        ("What is the price?", "What\u3000is, the “price”…", True),
+        ("Où est le café ?", "OU\u0300 EST LE CAFE\u0301?", True),
+        ("Ｗｈａｔ？", "what", True),
+        ("价格是多少？", "价格是多少", True),
+        ("What is the price?", "What is the price of it?", False),
+        ("Is A before B?", "Is B before A?", False),
+    ],
+)
+def test_wordings(first: str, second: str, same: bool) -> None:
+    assert (normalised(first) == normalised(second)) == same
+
+
+def test_near_duplicates_have_the_same_words() -> None:
+    assert jumbled("What is the price of the grain?") == jumbled(
+        "The grain: what is the price of it, of what?".replace("it, ", "")
+    )
+    assert jumbled("What is the price?") != jumbled("What is the place?")
+
+
+def test_general_prompts_differ() -> None:
+    assert len({normalised(prompt) for prompt in GENERAL_PROMPTS}) == len(GENERAL_PROMPTS) > 64

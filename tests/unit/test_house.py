@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"foundry.cli"},
     {"foundry.local"},
-    {"foundry.client", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
+    {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {"foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"},

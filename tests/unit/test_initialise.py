@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from foundry.errors import CartridgeTooLong, InvalidArgument, ModelUnsupported
+from foundry.errors import CartridgeTooLong, FingerprintMismatch, InvalidArgument, ModelUnsupported, ShapeMismatch
 from foundry.model.attention import compacting
 from foundry.model.attention.compacting import CompactingAttention, Compaction
 from foundry.model.attention.packed import PackedAttention
-from foundry.model.initialise import compact
+from foundry.model.cartridge import TrainableCartridge
+from foundry.model.initialise import compact, from_version, random_tokens
 from foundry.model.lm import FrozenLM
 from foundry.model.rotation import KeyRotation
 from tests.tiny import Family, build_model, build_tokenizer
@@ -249,3 +250,40 @@ def test_what_has_no_start_is_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         compact(lm, DOCUMENT, references, replace(KEEP, num_tokens=num_tokens))
+
+
+# Other starts
+
+
+@torch.no_grad()
+def test_random_tokens_are_as_they_stand_in_the_document(lm: FrozenLM) -> None:
+    whole = lm.prefill(DOCUMENT)
+    found = random_tokens(lm, DOCUMENT, 3, P, seed=4)
+    assert found.shape == lm.spec.kv_shape(P)
+    moved = torch.stack([KeyRotation.of(lm).turn(whole[:, 0], P - N), whole[:, 1]], dim=1)
+    # Each is one of the document's, moved; the first and the closing ones are among them, in the document's order.
+    places = [int((moved - found[:, :, :, [place]]).abs().amax((0, 1, 2, 4)).argmin()) for place in range(P)]
+    assert places == sorted(set(places))
+    assert [places[0], *places[-3:]] == [0, N - 3, N - 2, N - 1]
+    assert torch.allclose(moved[:, :, :, places], found, atol=1e-5)
+    assert torch.equal(found, random_tokens(lm, DOCUMENT, 3, P, seed=4))
+    assert not torch.equal(found, random_tokens(lm, DOCUMENT, 3, P, seed=5))
+    with pytest.raises(CartridgeTooLong):
+        random_tokens(lm, DOCUMENT, 3, N + 1, seed=4)
+
+
+def test_a_warm_start_is_the_version(lm: FrozenLM) -> None:
+    version = TrainableCartridge(lm, torch.randn(lm.spec.kv_shape(P))).snapshot().to_bytes()
+    start = from_version(lm, version, P)
+    again = TrainableCartridge(lm, start).snapshot().to_bytes()
+    assert again.digest() == version.digest()
+
+
+def test_a_version_of_another_length_or_model_is_no_start(lm: FrozenLM) -> None:
+    version = TrainableCartridge(lm, torch.randn(lm.spec.kv_shape(P))).snapshot().to_bytes()
+    with pytest.raises(ShapeMismatch, match=f"has {P} tokens, the run asks for {P + 1}") as shape:
+        from_version(lm, version, P + 1)
+    other = replace(version, header=replace(version.header, model_fingerprint="blake3:" + "1" * 64))
+    with pytest.raises(FingerprintMismatch, match="is of model blake3:1111") as model:
+        from_version(lm, other, P)
+    assert shape.value.field == model.value.field == "init_version"

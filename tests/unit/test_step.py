@@ -16,8 +16,7 @@ from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.store.names import CartridgeId
 from services.trainer import checkpoint
-from services.trainer.checkpoint import Progress
-from services.trainer.curriculum import HeldOut
+from services.trainer.checkpoint import Best, Progress
 from services.trainer.update.gradient import distill_samples
 from services.trainer.update.heldout import MEASURE, HeldOutSet
 from services.trainer.update.step import TrainingStep
@@ -153,7 +152,7 @@ def test_heldout_kl_is_the_mean_over_all_tokens_however_they_are_packed(
     monkeypatch.setattr(lm, "packed_hidden", counted)
     for micro_batch_tokens in (4096, 30, 1):
         forwards.append(0)
-        heldout = HeldOutSet([HeldOut(each.turn_ids, each.answer_ids) for each in samples], micro_batch_tokens)
+        heldout = HeldOutSet(samples, micro_batch_tokens)
         heldout.signals = signals
         # Float32, summed in another order.
         assert heldout.kl(lm, cartridge) == pytest.approx(expected, rel=1e-5)
@@ -162,7 +161,9 @@ def test_heldout_kl_is_the_mean_over_all_tokens_however_they_are_packed(
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
     progress = Progress(
-        2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "blake3:" + "1" * 64, 1.5, 1.25
+        *(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "blake3:" + "1" * 64, 1.5, 1.25),
+        best=Best(CartridgeId("name", 2, "blake3:" + "2" * 64), 1, 1.0),
+        num_no_better=1,
     )
     straight, interrupted, resumed = make_step(lm), make_step(lm), make_step(lm)
 
@@ -186,8 +187,8 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
 
 def test_a_checkpoint_of_another_release_is_refused(lm: FrozenLM) -> None:
     progress = asdict(Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", ""))
-    del progress["curriculum"]
-    # The curriculum was a tensor in it.
+    del progress["dataset"]
+    # What was asked was a tensor in it.
     content = save({"curriculum": torch.zeros(4)}, metadata={"progress": json.dumps(progress)})
     with pytest.raises(InvalidArgument, match="another release"):
         checkpoint.read(content, make_step(lm), config="config", template="template")

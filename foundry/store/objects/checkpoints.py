@@ -65,15 +65,14 @@ class Checkpoints:
         return None
 
     async def of_runs_that_ended(self, *, before: datetime) -> AsyncIterator[ObjectInfo]:
-        """The files of all runs whose result was written before a time: of a checkpoint the json comes first, and the
-        curriculum after all checkpoints, which are nothing without it."""
+        """The files of all runs whose result was written before a time: of a checkpoint the json comes first."""
         over: set[str] = set()
         files: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
         async for entry in self._objects.scan(layout.RUNS):
             run = entry.key.split("/")[1]
             if entry.key == layout.run_record(run, "result.json") and entry.last_modified < before:
                 over.add(run)
-            elif layout.CHECKPOINT.fullmatch(entry.key) or layout.CURRICULUM.fullmatch(entry.key):
+            elif layout.CHECKPOINT.fullmatch(entry.key):
                 files[run].append(entry)
         for run in sorted(over & files.keys()):
             for entry in sorted(files[run], key=lambda entry: entry.key):
@@ -108,24 +107,6 @@ class Checkpoints:
                 # The json first: without it the rest is no checkpoint.
                 await self._objects.delete(f"{stem}.json")
                 await self._objects.delete(f"{stem}.safetensors")
-
-    async def save_curriculum(self, run_id: str, content: bytes) -> str:
-        """Keep what a run asks beside its checkpoints, and return its digest. Raises StoreFull, StoreUnavailable."""
-        digest = await asyncio.to_thread(content_digest, content)
-        # Also over one that stands: it is the same, unless it is damaged, and then this repairs it.
-        await self._objects.put(layout.curriculum(run_id, digest), [content])
-        return digest
-
-    async def load_curriculum(self, run_id: str, digest: str) -> bytes:
-        """Raises DigestMismatch if it is gone or damaged."""
-        key = layout.curriculum(run_id, digest)
-        try:
-            content = bytes(await self._objects.get(key))
-        except NotFound as error:
-            raise DigestMismatch(f"the curriculum {key} is gone: the run's checkpoints are of no use") from error
-        if (found := await asyncio.to_thread(content_digest, content)) != digest:
-            raise DigestMismatch(f"the curriculum {key} hashes to {found}")
-        return content
 
 
 def _digest(parts: list[Buffer]) -> str:

@@ -7,6 +7,8 @@
     documents/<hex>.txt                                     a document's bytes
     documents/<hex>.json                                    {title, num_bytes, created_at}, written last: without it
                                                             there is no document
+    datasets/<hex>/<family>-<n:06d>.json                    {family, number, rows}: a shard of what runs train on
+    datasets/<hex>/dataset.json                             {digest, families}, written last: all shards are there
     runs/<id>/run.json                                      {spec, name, created_ms}, and the traceparent of the request
                                                             if that was traced
     runs/<id>/attempts/<n:06d>                              one for each time a worker took the run up
@@ -15,7 +17,6 @@
     runs/<id>/result.json                                   {state, error, result, finished_ms}: the run is over
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json    {digest, num_bytes}, written last
-    runs/<id>/curriculum/<hex>.json                         what all checkpoints of a run share, by its digest
     condemned/<batch>.json                                  {digests} of blobs that are being deleted: stands from
                                                             before Redis is marked until the last blob is gone
 
@@ -31,6 +32,7 @@ from foundry.identity import check_digest
 BLOBS = "blobs"
 CARTRIDGES = "cartridges"
 COUNTERS = "counters"
+DATASETS = "datasets"
 DOCUMENTS = "documents"
 RUNS = "runs"
 MARKS = "condemned"
@@ -41,7 +43,6 @@ TAG = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-
 LIMIT = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
 RUN = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
 CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
-CURRICULUM = re.compile(r"runs/[^/]+/curriculum/[0-9a-f]{64}\.json")
 
 
 def blob(digest: str) -> str:
@@ -79,6 +80,19 @@ def document_info(digest: str) -> str:
     return f"{DOCUMENTS}/{_hex(check_digest(digest, field='document'))}.json"
 
 
+def dataset(digest: str) -> str:
+    """The directory of a data set. Raises InvalidArgument unless it is spelt as a digest."""
+    return f"{DATASETS}/{_hex(check_digest(digest, field='dataset'))}"
+
+
+def dataset_shard(digest: str, family: str, number: int) -> str:
+    return f"{dataset(digest)}/{family}-{number:06d}.json"
+
+
+def dataset_summary(digest: str) -> str:
+    return f"{dataset(digest)}/dataset.json"
+
+
 def run(run_id: str) -> str:
     """The directory of all that is kept of a run."""
     return f"{RUNS}/{run_id}"
@@ -106,11 +120,6 @@ def checkpoints(run_id: str) -> str:
 def checkpoint(run_id: str, attempt: int, step: int) -> str:
     """A checkpoint's keys but for their suffix."""
     return f"{checkpoints(run_id)}/{attempt:06d}-{step:010d}"
-
-
-def curriculum(run_id: str, digest: str) -> str:
-    """Raises InvalidArgument unless `digest` is spelt as one."""
-    return f"{run(run_id)}/curriculum/{_hex(check_digest(digest, field='curriculum'))}.json"
 
 
 def mark(batch: str) -> str:

@@ -3,7 +3,7 @@
     hot         bytes in Redis beyond `keep_hot`, whose trimming a lease had put off
     version     durable versions beyond retention, and manifests that publishers left who were replaced or died
     blob        tensors that no manifest names
-    checkpoint  of runs that are over, with the curriculum that they share
+    checkpoint  of runs that are over
 
 Why none of this takes what a publisher at work or a reader needs is argued in docs/store-protocol.md. Tombstones
 stay: there is one for each publication that was cut off, and each is needed as long as its publisher might wake up.

@@ -22,6 +22,7 @@ from foundry.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from foundry.recipes import choose, describe
 from foundry.rpc.pods import Pods
 from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
@@ -36,7 +37,7 @@ router = APIRouter(tags=["runs"])
 _TEACHER_TIMEOUT_SECONDS = 60.0
 
 _EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
-_EXAMPLE = {"name": "handbook", "document": "blake3:…", "num_tokens": 512, "num_steps": 100}
+_EXAMPLE = {"name": "handbook", "document": "blake3:…", "recipe": "quick"}
 
 
 class RunCard(RunRecord):
@@ -44,6 +45,9 @@ class RunCard(RunRecord):
 
     job: str | None = None
     """The run's Kubernetes Job, if there is one now."""
+
+    chosen: list[str] | None = None
+    """What was chosen for the run and why, for people to read; said when it is made."""
 
 
 class RunList(BaseModel):
@@ -57,17 +61,20 @@ async def create_run(
 ) -> RunCard:
     """Queue a run for a stored `document` (a digest), or for a `text` (and `title`) that is stored with it.
 
-    What can be known now is checked now: every value, the documents, the model, and how long the document is.
+    What is not given follows from the recipe and the document's length. What can be known now is checked now: every
+    value, the documents, the model, and how long the document is.
     """
-    spec, text = asked.spec, asked.text
-    _check_resources(spec, gateway)
+    text = asked.text
+    _check_resources(asked, gateway)
     model = _served_model(gateway)
-    if model is not None:
-        _check_model(spec, model)
-    await _check_prompts(spec, gateway)
-    document = text if text is not None else await gateway.store.documents.get(spec.document)
+    await _check_prompts(asked, gateway)
+    document = text if text is not None else await gateway.store.documents.get(asked.document)
+    num_tokens = None
     if model is not None and gateway.teachers is not None:
         num_tokens = await _context_tokens(document, model, gateway.teachers)
+    spec = choose(asked, num_tokens)
+    if model is not None:
+        _check_model(spec, model)
         if num_tokens is not None and spec.num_tokens > num_tokens:
             raise CartridgeTooLong(
                 f"a cartridge of {spec.num_tokens} tokens was asked for, but the document has only {num_tokens} "
@@ -78,7 +85,10 @@ async def create_run(
         await documents.put(gateway, text, asked.title or "")
     run_id = await gateway.store.runs.create(spec)
     _look_at_jobs(gateway)
-    return await _card_of(run_id, gateway)
+    card = await _card_of(run_id, gateway)
+    if num_tokens is None:
+        return card
+    return card.model_copy(update={"chosen": describe(spec, asked.recipe, num_tokens)})
 
 
 @router.get("/v1/runs")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from foundry.store.names import CartridgeId
 from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal
 
 
 class SampleSource(Protocol):
@@ -16,3 +17,6 @@ class SampleSource(Protocol):
 
     async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
         """What to train on after `step` updates, which have made `policy`."""
+
+    async def signals(self, step: int, samples: Sequence[Sample]) -> Sequence[Signal]:
+        """The teacher's word on what `samples` gave at `step`."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from foundry.store.names import CartridgeId
 from services.trainer.sample import Sample
 from services.trainer.sources import SampleSource
+from services.trainer.update.gradient import Signal
 
 
 class Hybrid:
@@ -18,6 +19,9 @@ class Hybrid:
 
     async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
         return await self._at(step).samples(step, policy)
+
+    async def signals(self, step: int, samples: Sequence[Sample]) -> Sequence[Signal]:
+        return await self._at(step).signals(step, samples)
 
     def _at(self, step: int) -> SampleSource:
         return self._first if step < self._num_first_steps else self._then

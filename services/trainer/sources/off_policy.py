@@ -1,35 +1,85 @@
-"""Answers that were there before the run began: those of the model with the document before it, and its own words."""
+"""Answers that were there before the run began: those of the model with the document before it, and its own words.
+
+No policy wrote them, so there is nothing of it to prove. Who did is proved once, when they are scored: a model's words
+are as likely behind the context as was said when they were written, the document's stand in the document.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
+from foundry.model.lm import FrozenLM
+from foundry.model.objectives import Objective
+from foundry.selfstudy.wording import normalised
 from foundry.store.names import CartridgeId
-from foundry.store.spec import RunSpec
-from services.trainer.curriculum import Curriculum
+from services.trainer.attempt import Attempt
+from services.trainer.data.curriculum import Curriculum
 from services.trainer.sample import Sample
+from services.trainer.signal_cache import SignalCache
+from services.trainer.signals import Teachers
+from services.trainer.update.authorship import prove_authors
+from services.trainer.update.gradient import Signal
 
 
 class OffPolicy:
-    """No policy wrote them, so there is nothing of it to prove."""
-
-    def __init__(self, spec: RunSpec, curriculum: Curriculum, context_digest: str) -> None:
-        """`context_digest` names the document's tokens, behind which the answers were written."""
-        self._spec, self._curriculum, self._context_digest = spec, curriculum, context_digest
+    def __init__(
+        self,
+        attempt: Attempt,
+        lm: FrozenLM,
+        document: str,
+        curriculum: Curriculum,
+        teachers: Teachers,
+        cache: SignalCache,
+        objective: Objective,
+    ) -> None:
+        self._attempt, self._spec, self._lm, self._words = attempt, attempt.spec, lm, normalised(document)
+        self._curriculum, self._teachers, self._cache, self._objective = curriculum, teachers, cache, objective
+        # In which step each answer comes up first: it is always scored among those of that step, so that its signal has
+        # the same bits whenever it is asked for, and in an attempt that begins later.
+        self._first_steps: dict[str, int] = {}
+        self._scanned = 0
+        num_drawn = self._spec.num_off_policy_steps * self._spec.batch_size * self._spec.samples_per_prompt
+        # What comes up once needs no keeping.
+        self._repeats = num_drawn > len(curriculum.written)
 
     def proves_policy(self, step: int) -> bool:
         return False
 
     async def samples(self, step: int, policy: CartridgeId) -> list[Sample]:
-        spec = self._spec
-        written = self._curriculum.written_batch(step, spec.batch_size * spec.samples_per_prompt, spec.seed)
+        return self._written(step)
+
+    async def signals(self, step: int, samples: Sequence[Sample]) -> list[Signal]:
+        self._scan(step)
+        found: dict[str, Signal | None] = {sample.key: self._cache.get(sample.key) for sample in samples}
+        for first in sorted({self._first_steps[key] for key, signal in found.items() if signal is None}):
+            batch = self._written(first)
+            for sample, scored in zip(batch, await self._score(batch), strict=True):
+                if self._first_steps[sample.key] == first:
+                    found[sample.key] = self._keep(sample, scored)
+        return [signal for sample in samples if (signal := found[sample.key]) is not None]
+
+    def _keep(self, sample: Sample, signal: Signal) -> Signal:
+        if (kept := self._cache.get(sample.key)) is not None:
+            return kept
+        if self._repeats:
+            self._cache.put(sample.key, signal)
+        return signal
+
+    def _written(self, step: int) -> list[Sample]:
         return [
-            Sample(
-                item.turn_ids,
-                item.answer_ids,
-                (),
-                self._context_digest,
-                policy.version,
-                truncated=len(item.answer_ids) == spec.max_new_tokens,
-                place=f"step {step + 1}, {item.family}",
-            )
-            for item in written
+            Sample.written(conversation, f"step {step + 1}, {conversation.family}")
+            for conversation in self._curriculum.written_batch(step, self._spec)
         ]
+
+    def _scan(self, step: int) -> None:
+        for each in range(self._scanned, step + 1):
+            for sample in self._written(each):
+                self._first_steps.setdefault(sample.key, each)
+        self._scanned = max(self._scanned, step + 1)
+
+    async def _score(self, samples: Sequence[Sample]) -> Sequence[Signal]:
+        signals = await self._attempt.retry.call("teacher", lambda: self._teachers.signals(samples, self._objective))
+        threshold = self._spec.policy_mismatch_threshold
+        await asyncio.to_thread(prove_authors, self._lm, self._words, samples, signals, threshold)
+        return signals

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from opentelemetry import trace
 
 from foundry.errors import CartridgeNotFound, DigestMismatch, Unavailable
+from foundry.model.objectives import Objective
 from foundry.rpc.rollout import Prompt, RolloutClient
 from foundry.seeds import derive_seed
 from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt
-from services.trainer.curriculum import Curriculum
+from services.trainer.data.conversation import Conversation
+from services.trainer.data.curriculum import Curriculum
 from services.trainer.publish import PolicyPublisher
 from services.trainer.sample import Sample
+from services.trainer.signals import Teachers
 from services.trainer.stages import Stages
+from services.trainer.update.gradient import Signal
 
 _tracer = trace.get_tracer(__name__)
 
@@ -30,18 +35,23 @@ class OnPolicy:
         attempt: Attempt,
         curriculum: Curriculum,
         rollouts: RolloutClient,
+        teachers: Teachers,
+        objective: Objective,
         publisher: PolicyPublisher,
         stages: Stages,
     ) -> None:
         self._attempt, self._spec, self._curriculum = attempt, attempt.spec, curriculum
-        self._rollouts, self._publisher, self._stages = rollouts, publisher, stages
+        self._rollouts, self._teachers, self._objective = rollouts, teachers, objective
+        self._publisher, self._stages = publisher, stages
 
     def proves_policy(self, step: int) -> bool:
         return True
 
     async def samples(self, step: int, policy: CartridgeId) -> list[Sample]:
         with _tracer.start_as_current_span("prompts"):
-            prompts = self._prompts(step)
+            asked = self._curriculum.asked_batch(step, self._spec)
+            prompts = self._prompts(step, asked)
+            contexts = [each.context for each in asked for _ in range(self._spec.samples_per_prompt)]
         losses = itertools.count(1)
 
         async def sample() -> list[Sample]:
@@ -56,19 +66,24 @@ class OnPolicy:
                 # Redis was emptied and this version was not durable, or all copies are damaged: the bytes are here.
                 policy = await self._publisher.publish_again()
                 raise Unavailable(f"{error.message}; it was published again") from error
-            return [Sample.of(prompt, answer, policy) for prompt, answer in zip(prompts, answers, strict=True)]
+            return [
+                Sample.of(prompt, answer, policy, context)
+                for prompt, answer, context in zip(prompts, answers, contexts, strict=True)
+            ]
 
         with self._stages.timed("rollout"):
             return await self._attempt.retry.call("rollout", sample)
 
-    def _prompts(self, step: int) -> list[Prompt]:
-        turns = self._curriculum.batch(step, self._spec.batch_size, self._spec.seed)
+    async def signals(self, step: int, samples: Sequence[Sample]) -> Sequence[Signal]:
+        return await self._attempt.retry.call("teacher", lambda: self._teachers.signals(samples, self._objective))
+
+    def _prompts(self, step: int, asked: Sequence[Conversation]) -> list[Prompt]:
         return [
             Prompt(
-                turn,
+                each.turn_ids,
                 derive_seed(self._spec.seed, step, place, copy),
-                f"step {step + 1}, prompt {place + 1} of {len(turns)}, answer {copy + 1}",
+                f"step {step + 1}, prompt {place + 1} of {len(asked)}, answer {copy + 1}",
             )
-            for place, turn in enumerate(turns)
+            for place, each in enumerate(asked)
             for copy in range(self._spec.samples_per_prompt)
         ]

@@ -10,7 +10,6 @@ from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.packing import micro_batches
-from services.trainer.curriculum import HeldOut
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
 
@@ -21,11 +20,11 @@ MEASURE = Objective("forward_kl")
 class HeldOutSet:
     """Fixed answers and the teacher's distributions along them: the same tokens before and after training."""
 
-    def __init__(self, items: Sequence[HeldOut], micro_batch_tokens: int) -> None:
-        self.samples = [Sample(item.turn_ids, item.answer_ids, (), "", 0, truncated=False) for item in items]
+    def __init__(self, samples: Sequence[Sample], micro_batch_tokens: int) -> None:
+        self.samples = samples
         self._micro_batch_tokens = micro_batch_tokens
         # Filled once, from the teacher.
-        self.signals: list[Signal] = []
+        self.signals: Sequence[Signal] = ()
 
     @property
     def num_tokens(self) -> int:

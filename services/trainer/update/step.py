@@ -45,16 +45,25 @@ class TrainingStep:
         learning_rate: float,
         micro_batch_tokens: int,
         policy_mismatch_threshold: float,
+        max_grad_norm: float = 0.0,
         leader: Leader | None = None,
     ) -> None:
-        """With a `leader` all ranks of its group compute the gradient together."""
+        """`max_grad_norm` 0 leaves gradients as they are. With a `leader` all ranks of its group compute them."""
         self.lm, self.cartridge, self.objective = lm, cartridge, objective
         self.optimiser = torch.optim.Adam([cartridge.master_L2GRD], lr=learning_rate)
         self._micro_batch_tokens = micro_batch_tokens
+        self._learning_rate, self._max_grad_norm = learning_rate, max_grad_norm
         self._policy_mismatch_threshold = policy_mismatch_threshold
         self._backward = backward if leader is None else leader.backward
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], *, prove_policy: bool) -> Update:
+    def run(
+        self,
+        samples: Sequence[Sample],
+        signals: Sequence[Signal],
+        *,
+        prove_policy: bool,
+        learning_rate_scale: float = 1.0,
+    ) -> Update:
         """Train on the samples.
 
         With `prove_policy` raises PolicyMismatch, and changes nothing, if they are not this policy's. Without it their
@@ -65,15 +74,24 @@ class TrainingStep:
         batch = Batch(samples, signals, self.objective, num_tokens, self._micro_batch_tokens)
         scores = self._backward(self.lm, self.cartridge, batch)
         proof = prove(samples, scores.chosen_logprob_N, self._policy_mismatch_threshold) if prove_policy else None
+        grad_norm = self._clip()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._learning_rate * learning_rate_scale
         self.optimiser.step()
         return Update(
             loss=scores.loss_N.mean().item(),
             num_tokens=num_tokens,
-            grad_norm=_norm(self.cartridge.master_L2GRD.grad),
+            grad_norm=grad_norm,
             entropy=scores.entropy_N.mean().item(),
             proof=proof,
         )
 
-
-def _norm(grad: Tensor | None) -> float:
-    return math.nan if grad is None else grad.norm().item()
+    def _clip(self) -> float:
+        """The gradient's norm before it is shortened."""
+        master = self.cartridge.master_L2GRD
+        if master.grad is None:
+            return math.nan
+        norm: Tensor = master.grad.norm()
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_([master], self._max_grad_norm, norm)
+        return norm.item()

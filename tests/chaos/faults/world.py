@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -36,10 +37,12 @@ from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.curriculum import Curriculum, HeldOut
+from services.trainer.data.curriculum import Curriculum
+from services.trainer.measurements import Measurements
 from services.trainer.publish import PolicyPublisher
 from services.trainer.run import Run
 from services.trainer.sample import Sample
+from services.trainer.signals import Teachers
 from services.trainer.sources.on_policy import OnPolicy
 from services.trainer.stages import Stages
 from services.trainer.update.gradient import Signal
@@ -49,6 +52,7 @@ from tests.chaos.faults.link import Link
 from tests.chaos.faults.observer import Observer
 from tests.chaos.faults.servers import CallSeam, RolloutHost, TeacherHost
 from tests.chaos.faults.storage import ObjectsSeam
+from tests.conversations import conversation
 from tests.tiny import CLOCK
 from tests.valkey import Valkey
 
@@ -85,11 +89,11 @@ class ObservedStep(TrainingStep):
 
     observer: Observer
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], *, prove_policy: bool) -> Update:
+    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], **how: Any) -> Update:
         before = self.cartridge.snapshot().kv_L2GPD
         moved = False
         try:
-            update = super().run(samples, signals, prove_policy=prove_policy)
+            update = super().run(samples, signals, **how)
             moved = True
         finally:
             if not moved and not self.cartridge.snapshot().kv_L2GPD.equal(before):
@@ -215,22 +219,25 @@ class World:
         try:
             await retry.call("teacher", teacher.put_context)
             kept = await attempt.load_checkpoint()
+            curriculum = self._curriculum()
             if kept is None:
-                curriculum = self._curriculum()
-                digest = await attempt.save_curriculum(curriculum)
-                progress = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, self.template.digest, digest)
+                progress = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, self.template.digest, curriculum.digest)
             else:
                 progress = checkpoint.read(kept, training, config=NAME, template=self.template.digest)
-                curriculum = await attempt.load_curriculum(progress.curriculum)
             publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
+            teachers = Teachers({ids_digest(self.context): teacher})
+            heldout = [Sample.written(each, "heldout") for each in curriculum.heldout]
             yield Run(
                 attempt,
                 progress,
                 training,
-                source=OnPolicy(attempt, curriculum, rollouts, publisher, stages),
-                teacher=teacher,
+                source=OnPolicy(attempt, curriculum, rollouts, teachers, training.objective, publisher, stages),
                 publisher=publisher,
-                heldout=HeldOutSet(curriculum.heldout, MICRO_BATCH_TOKENS),
+                measurements=Measurements(
+                    *(attempt, progress, training, teachers, stages),
+                    heldout=HeldOutSet(heldout, MICRO_BATCH_TOKENS),
+                    general=HeldOutSet([], MICRO_BATCH_TOKENS),
+                ),
                 stages=stages,
                 control=control,
             )
@@ -240,7 +247,9 @@ class World:
 
     def _curriculum(self) -> Curriculum:
         turns = [self.template.turn([{"role": "user", "content": question}]) for question in QUESTIONS]
-        return Curriculum(turns, [HeldOut(turns[0], HELD_OUT_ANSWER)])
+        context = ids_digest(self.context)
+        asked = [conversation(turn, context=context) for turn in turns]
+        return Curriculum("", asked, [], [conversation(turns[0], HELD_OUT_ANSWER, context=context)])
 
     # What is read behind the run's back
 

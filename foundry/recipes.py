@@ -1,0 +1,108 @@
+"""What a run is when little is said of it: length, data, steps and rates, chosen from the document's length.
+
+The figures behind the numbers are in docs/results.md and docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foundry.errors import InvalidArgument
+from foundry.store.spec import DocumentPrompts, RunRequest, RunSpec, SelfStudyPrompts
+
+# Of the document: at a quarter most of what the model can say with the document before it is kept.
+COMPRESSION = 4.0
+_MIN_TOKENS = 16
+_COMMON = {
+    "mode": "hybrid",
+    "learning_rate": 0.02,
+    "schedule": "cosine",
+    "general_share": 0.03,
+    "max_grad_norm": 1.0,
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    # Minutes on two cores.
+    "quick": {
+        "off_policy_share": 0.85,
+        "reference_tokens": 8192,
+        "batch_size": 32,
+        "max_new_tokens": 32,
+        "prompts": SelfStudyPrompts(num_prompts=32, max_prompt_tokens=48),
+        "warmup_steps": 1,
+    },
+    # The best that was measured for its cost on a GPU.
+    "standard": {
+        "off_policy_share": 0.9,
+        "batch_size": 64,
+        "max_new_tokens": 48,
+        "prompts": SelfStudyPrompts(num_prompts=128),
+        "warmup_steps": 5,
+    },
+    "thorough": {
+        "off_policy_share": 0.8,
+        "families": ("recite", "cloze", "question", "summary"),
+        "batch_size": 64,
+        "max_new_tokens": 64,
+        "prompts": SelfStudyPrompts(num_prompts=512),
+        "warmup_steps": 10,
+    },
+}
+# What is a recipe's, where it is not asked for.
+CHOSEN = frozenset(
+    {"num_tokens", "num_steps", "heldout_every", "families"}.union(
+        _COMMON, *(each.keys() for each in _RECIPES.values())
+    )
+)
+# Steps for each thousand tokens of the document, at least and at most.
+_STEPS = {"quick": (6.0, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+
+
+def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
+    """The run, with what was not asked for as the recipe has it.
+
+    `num_context_tokens` are the document's with its template. Raises InvalidArgument if they are not known and what
+    depends on them was not asked for.
+    """
+    asked = {name: getattr(request, name) for name in request.model_fields_set & RunSpec.model_fields.keys()}
+    # A document that comes as text is named by it.
+    values = {**_COMMON, **_RECIPES[request.recipe], **asked, "document": request.document}
+    if isinstance(request.prompts, DocumentPrompts):
+        # What somebody thought of is worth learning.
+        values.setdefault("families", ("recite", "cloze", "question"))
+    if missing := [name for name in ("num_tokens", "num_steps") if name not in asked]:
+        if num_context_tokens is None:
+            raise InvalidArgument(
+                f"{' and '.join(missing)} would follow from the document's length, which is not known while no teacher "
+                "answers: give them, or ask again",
+                field=missing[0],
+            )
+        values = {
+            "num_tokens": _num_tokens(request, num_context_tokens),
+            "num_steps": _num_steps(request.recipe, num_context_tokens),
+            **values,
+        }
+    values.setdefault("heldout_every", max(1, values["num_steps"] // 4))
+    values["warmup_steps"] = asked.get("warmup_steps", min(values["warmup_steps"], values["num_steps"] // 4))
+    return RunSpec(**values)
+
+
+def describe(spec: RunSpec, recipe: str, num_context_tokens: int) -> list[str]:
+    """Two lines: what was chosen, and why."""
+    size, off = spec.batch_size * spec.samples_per_prompt, spec.num_off_policy_steps
+    ratio, density = num_context_tokens / spec.num_tokens, 100 * spec.num_steps * size / num_context_tokens
+    return [
+        f"{spec.num_tokens} tokens stand in for {num_context_tokens}, {ratio:.1f} to 1; "
+        f"{COMPRESSION:.0f} to 1 keeps most of what the model can answer with the document",
+        f"recipe {recipe}: {spec.num_steps} steps of {size} answers, {density:.0f} for every 100 tokens; "
+        f"{off} steps on written answers, then {spec.num_steps - off} on its own",
+    ]
+
+
+def _num_tokens(request: RunRequest, num_context_tokens: int) -> int:
+    wanted = max(_MIN_TOKENS, round(num_context_tokens / (request.compression or COMPRESSION)))
+    return min(wanted, num_context_tokens)
+
+
+def _num_steps(recipe: str, num_context_tokens: int) -> int:
+    per_thousand, least, most = _STEPS[recipe]
+    return min(most, max(least, round(per_thousand * num_context_tokens / 1000)))

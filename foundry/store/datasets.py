@@ -1,0 +1,69 @@
+"""Data sets: what runs train on, kept in shards that are written once and never changed.
+
+A data set is named by the digest of all that decides what is in it, so that equal runs share one, and an attempt that
+was killed while it wrote goes on behind the last shard that stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foundry.errors import DigestMismatch, InvalidArgument, NotFound
+from foundry.store.objects import layout
+from foundry.store.objects.objects import Objects
+from foundry.store.sealed import seal, unseal
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """What a whole data set holds: the digest of its content, and counts and coverage by family."""
+
+    digest: str
+    families: Mapping[str, Mapping[str, float]]
+
+
+class DatasetStore:
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    async def shard(self, dataset: str, family: str, number: int) -> list[Json] | None:
+        """The rows of a shard; None if it is not written yet. Raises DigestMismatch if it is damaged."""
+        key = layout.dataset_shard(dataset, family, number)
+        try:
+            record = await self._record(key)
+        except NotFound:
+            return None
+        rows: list[Json] = record["rows"]
+        return rows
+
+    async def append(self, dataset: str, family: str, number: int, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
+        """Write a shard, unless another has written it; returns what stands then."""
+        content = seal({"family": family, "number": number, "rows": list(rows)}).encode()
+        await self._objects.put_if_absent(layout.dataset_shard(dataset, family, number), content)
+        written = await self.shard(dataset, family, number)
+        if written is None:
+            raise DigestMismatch(f"shard {number} of {family} of data set {dataset} is gone")
+        return written
+
+    async def finish(self, dataset: str, summary: DatasetSummary) -> DatasetSummary:
+        """Say that all shards are there. Raises DigestMismatch if another said so of other content."""
+        key = layout.dataset_summary(dataset)
+        await self._objects.put_if_absent(key, seal(asdict(summary)).encode())
+        stands = await self.summary(dataset)
+        if stands.digest != summary.digest:
+            raise DigestMismatch(f"data set {dataset} holds {summary.digest}, its record says {stands.digest}")
+        return stands
+
+    async def summary(self, dataset: str) -> DatasetSummary:
+        """Raises NotFound while the data set is not whole, DigestMismatch if its record is damaged."""
+        return DatasetSummary(**await self._record(layout.dataset_summary(dataset)))
+
+    async def _record(self, key: str) -> Json:
+        try:
+            return await self._objects.parsed(key, lambda content: unseal(content, key))
+        except InvalidArgument as error:
+            raise DigestMismatch(error.message) from error

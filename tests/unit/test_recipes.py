@@ -1,0 +1,82 @@
+"""What a run is when little is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from foundry.errors import InvalidArgument
+from foundry.recipes import CHOSEN, choose, describe
+from foundry.store import RunRequest, RunSpec
+from tests.store_data import DOCUMENT
+
+RECIPES = ("quick", "standard", "thorough")
+
+
+def request(**values: Any) -> RunRequest:
+    return RunRequest(name="report", document=DOCUMENT, **values)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("num_context_tokens", [17, 60, 2000, 100_000])
+def test_a_recipe_is_a_run_for_a_document_of_any_length(recipe: str, num_context_tokens: int) -> None:
+    spec = choose(request(recipe=recipe), num_context_tokens)
+    assert type(spec) is RunSpec
+    assert 16 <= spec.num_tokens <= num_context_tokens
+    assert spec.num_tokens == max(16, round(num_context_tokens / 4))
+    assert spec.mode == "hybrid"
+    assert 0 < spec.num_off_policy_steps < spec.num_steps
+    assert spec.warmup_steps < spec.num_steps
+    assert 0 < spec.heldout_every <= spec.num_steps
+    assert RunSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_longer_document_takes_more_steps_and_a_thorough_recipe_too() -> None:
+    steps = [[choose(request(recipe=recipe), tokens).num_steps for tokens in (2000, 8000)] for recipe in RECIPES]
+    assert all(short < long for short, long in steps)
+    assert steps[0] < steps[1] < steps[2]
+
+
+def test_what_is_asked_for_stays() -> None:
+    asked: dict[str, Any] = {"mode": "on", "num_steps": 7, "batch_size": 3, "heldout_every": 0, "families": ["cloze"]}
+    spec = choose(request(num_tokens=33, **asked), 2000)
+    assert (spec.num_tokens, spec.families) == (33, ("cloze",))
+    assert {key: getattr(spec, key) for key in asked if key != "families"} == {
+        key: value for key, value in asked.items() if key != "families"
+    }
+    assert choose(request(compression=8), 2000).num_tokens == 250
+
+
+def test_prompts_that_somebody_brings_are_written_too() -> None:
+    prompts = {"kind": "document", "digest": DOCUMENT}
+    assert "question" in choose(request(prompts=prompts), 2000).families
+    assert choose(request(prompts=prompts, families=["recite"]), 2000).families == ("recite",)
+
+
+def test_without_the_documents_length_it_must_be_said() -> None:
+    assert choose(request(num_tokens=64, num_steps=10), None).num_tokens == 64
+    with pytest.raises(InvalidArgument, match="num_tokens would follow from the document's length"):
+        choose(request(num_steps=10), None)
+    with pytest.raises(InvalidArgument, match="num_steps would follow"):
+        choose(request(num_tokens=64), None)
+
+
+def test_length_is_said_once() -> None:
+    with pytest.raises(InvalidArgument, match="either num_tokens or compression"):
+        request(num_tokens=64, compression=4)
+
+
+def test_the_choice_is_told_in_two_lines() -> None:
+    spec = choose(request(recipe="quick"), 1960)
+    first, second = describe(spec, "quick", 1960)
+    assert f"{spec.num_tokens} tokens stand in for 1960, 4.0 to 1" in first
+    assert f"quick: {spec.num_steps} steps of 32 answers" in second
+    assert (
+        f"{spec.num_off_policy_steps} steps on written answers, then {spec.num_steps - spec.num_off_policy_steps}"
+        in second
+    )
+
+
+def test_what_a_recipe_chooses_are_values_of_a_run() -> None:
+    assert RunSpec.model_fields.keys() >= CHOSEN

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from docs.make_settings import default, meaning, table, write_or_check
 from foundry.cli.train import run_options
+from foundry.recipes import CHOSEN
 from foundry.store import DocumentPrompts, Resources, RunRecord, RunRequest, SelfStudyPrompts
 
 PAGE = Path(__file__).with_name("runs.md")
@@ -23,21 +24,12 @@ file (YAML or JSON), where `document`, `prompts` and `heldout` may be paths too,
 
     name: handbook
     document: handbook.md
-    num_tokens: 490
-    mode: hybrid
-    off_policy_share: 0.85
-    num_steps: 12
-    batch_size: 32
-    max_new_tokens: 32
-    learning_rate: 0.02
-    prompts: {kind: selfstudy, num_prompts: 32}
+    recipe: quick
+    compression: 8
     heldout: handbook.heldout.jsonl
 
-Options win over the file. `--dry-run` prints the run that results and starts nothing. Unknown keys are refused.
-
-These are the demo's values: a cartridge of a quarter of the document's length; exercises about every part of it first,
-answered once by the model that has the document; then the cartridge's own answers, which are proved. The start is
-compacted from the document's own KV and takes longer the more `reference_tokens` it is shown.
+Options win over the file. `--dry-run` prints the run that results and starts nothing. Unknown keys are refused. What is not given
+follows from the recipe, where the column says so; [training.md](training.md) says what to choose.
 """
 
 
@@ -70,6 +62,8 @@ def _key(name: str, field: FieldInfo) -> str:
 
 
 def _default(name: str, field: FieldInfo) -> str:
+    if name in CHOSEN:
+        return "the recipe's"
     if isinstance(field.default, BaseModel):
         return f"`{field.default.model_dump()}`"
     return "" if field.default in (None, "") else default(name, field)

@@ -28,8 +28,8 @@ file (YAML or JSON), where `document`, `prompts` and `heldout` may be paths too,
     compression: 8
     heldout: handbook.heldout.jsonl
 
-Options win over the file. `--dry-run` prints the run that results and starts nothing. Unknown keys are refused. What is not given
-follows from the recipe, where the column says so; [training.md](training.md) says what to choose.
+Options win over the file. `--dry-run` prints the run that results and starts nothing. Unknown keys are refused. What
+is not given follows from the recipe, where the column says so; [training.md](training.md) says what to choose.
 """
 
 

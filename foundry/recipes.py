@@ -13,6 +13,8 @@ from foundry.store.spec import DocumentPrompts, RunRequest, RunSpec, SelfStudyPr
 # Of the document: at a quarter most of what the model can say with the document before it is kept.
 COMPRESSION = 4.0
 _MIN_TOKENS = 16
+# A short document is not worth more questions, and a small model does not find more.
+_TOKENS_FOR_A_QUESTION = 16
 _COMMON = {
     "mode": "hybrid",
     "learning_rate": 0.02,
@@ -81,6 +83,10 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
             "num_steps": _num_steps(request.recipe, num_context_tokens),
             **values,
         }
+    if "prompts" not in asked and num_context_tokens is not None:
+        prompts: SelfStudyPrompts = values["prompts"]
+        num_prompts = min(prompts.num_prompts, max(4, num_context_tokens // _TOKENS_FOR_A_QUESTION))
+        values["prompts"] = prompts.model_copy(update={"num_prompts": num_prompts})
     values.setdefault("heldout_every", max(1, values["num_steps"] // 4))
     values["warmup_steps"] = asked.get("warmup_steps", min(values["warmup_steps"], values["num_steps"] // 4))
     return RunSpec(**values)

@@ -93,7 +93,7 @@ def _dry(request: RunRequest) -> dict[str, Any]:
 
     num_tokens = document_tokens(request)
     if num_tokens is None:
-        return request.model_dump(mode="json", exclude_unset=True, exclude={"text"})
+        return request.model_dump(mode="json", exclude_unset=True, exclude={"text", "title"})
     spec = choose(request, num_tokens)
     for line in describe(spec, request.recipe, num_tokens):
         note(line)
@@ -117,7 +117,9 @@ class RunOption:
         """None stands for what the configuration file says, else for the default."""
         from foundry.recipes import CHOSEN
 
-        kinds = (self.field.annotation, *get_args(self.field.annotation))
+        annotations = (self.field.annotation, *get_args(self.field.annotation))
+        # Of an `Annotated` what it is without its annotations.
+        kinds = [getattr(each, "__origin__", each) for each in annotations]
         kind = next((kind for kind in (int, float) if kind in kinds), str)
         about = " ".join((self.field.description or "").split())
         if self.key[0] == "heldout":

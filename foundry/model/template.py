@@ -61,8 +61,12 @@ class ChatTemplate:
             raise DocumentUnreadable("the document is binary: it contains NUL characters", field="document")
         ids = self._render([_system(document)], generation_prompt=False)
         if max_tokens is not None and len(ids) > max_tokens:
+            # Less than its share, since text is not equally dense everywhere.
+            fits = int(0.95 * len(document) * max_tokens / len(ids))
             raise DocumentTooLong(
-                f"the document takes {len(ids)} tokens with its template, the context has {max_tokens}: shorten it",
+                f"the document takes {len(ids)} tokens with its template, the model has room for {max_tokens}: about "
+                f"{fits} of its {len(document)} characters. Cut it into {-(-len(document) // fits)} parts or more, at "
+                "the ends of sections, and train a cartridge for each",
                 field="document",
             )
         return ids

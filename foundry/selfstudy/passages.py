@@ -21,6 +21,7 @@ _SENTENCE = re.compile(r".+?(?:[.!?…؟।]+[\"'”’)\]]*\s+|[。！？]+[」
 _SPACE = re.compile(r"\s")
 # In characters. What has no space for so long is of a script that has none.
 _LONGEST_WORD = 24
+_LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (28, 40, 52)
 # Of each sentence.
 CLOZE_CUTS = 8
@@ -41,9 +42,18 @@ class Exercise:
     passage_tokens: int
 
 
-def sentences(document: str) -> list[str]:
-    """The document in order, nothing left out."""
-    return _SENTENCE.findall(document)
+def sentences(document: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The document in order, nothing left out. What is no prose has sentences without end: they are cut."""
+    return [part for sentence in _SENTENCE.findall(document) for part in _parts(sentence, tokenizer)]
+
+
+def _parts(sentence: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # A token has at least one character's byte, so most need no counting.
+    if len(sentence) <= _LONGEST_SENTENCE_TOKENS:
+        return [sentence]
+    offsets = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    begins = [offset for offset, _ in offsets[::_LONGEST_SENTENCE_TOKENS]]
+    return [sentence[begin:end] for begin, end in zip([0, *begins[1:]], [*begins[1:], len(sentence)], strict=True)]
 
 
 def recitations(document: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Exercise]:
@@ -69,7 +79,7 @@ def recite(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int)
 def cloze(document: str, tokenizer: PreTrainedTokenizerBase, num_cuts: int, seed: int) -> Iterator[Exercise]:
     """Each sentence, cut at `num_cuts` places, to be completed."""
     draw = random.Random(seed)
-    for number, sentence in enumerate(map(str.strip, sentences(document))):
+    for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
         length = num_tokens(sentence, tokenizer)
         places = range(_MIN_CUE_TOKENS, length - _MIN_ANSWER_TOKENS)
         for place in sorted(draw.sample(places, min(num_cuts, len(places)))):
@@ -88,10 +98,10 @@ def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: i
 
 
 def pieces(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> list[str]:
-    """Consecutive pieces of whole sentences, of about `piece_tokens` each; a longer sentence is a piece."""
+    """Consecutive pieces of whole sentences, of about `piece_tokens` each; a longer one is a piece."""
     found: list[str] = []
     piece, total = "", 0
-    for sentence in sentences(document):
+    for sentence in sentences(document, tokenizer):
         length = num_tokens(sentence, tokenizer)
         if piece.strip() and total + length > piece_tokens:
             found.append(piece.strip())

@@ -19,7 +19,7 @@ from foundry.cli import doctor
 from foundry.cli.main import app
 from foundry.identity import content_digest
 from foundry.local.demo_model import DEMO_NAME
-from foundry.store import RunSpec, SelfStudyPrompts
+from foundry.store import RunRequest
 
 HELP_SECONDS = 0.5
 
@@ -121,17 +121,29 @@ def resolved(*arguments: object) -> Any:
     return yaml.safe_load(result.stdout)
 
 
-def test_options_and_api_have_the_same_defaults(document: Path) -> None:
-    spec = RunSpec(name="x", document=content_digest(document.read_bytes()))
-    assert resolved(document, "--name", "x") == json.loads(spec.to_json())
-    assert (spec.num_tokens, spec.num_steps, spec.batch_size, spec.max_new_tokens) == (128, 40, 8, 64)
-    assert (spec.learning_rate, spec.heldout_every, spec.prompts) == (0.01, 10, SelfStudyPrompts(num_prompts=64))
+def test_what_is_not_given_is_left_to_the_recipe(document: Path) -> None:
+    """A document's length is known to the gateway, and here only where the tokenizer is."""
+    digest = content_digest(document.read_bytes())
+    assert resolved(document, "--name", "x") == {"name": "x", "document": digest}
+    asked = {"name": "x", "document": digest, "recipe": "quick", "compression": 8}
+    assert resolved(document, "--name", "x", "--recipe", "quick", "--compression", "8") == asked
 
 
 def test_every_value_of_a_run_is_an_option(document: Path) -> None:
     values = {
         "name": "acme/x",
         "num_tokens": 16,
+        "init": "version",
+        "init_version": "acme/y@3",
+        "reference_tokens": 100,
+        "mode": "hybrid",
+        "off_policy_share": 0.25,
+        "general_share": 0.125,
+        "schedule": "cosine",
+        "warmup_steps": 2,
+        "max_grad_norm": 1.5,
+        "patience": 3,
+        "recipe": "thorough",
         "num_frozen": 2,
         "num_steps": 3,
         "batch_size": 4,
@@ -156,8 +168,10 @@ def test_every_value_of_a_run_is_an_option(document: Path) -> None:
     }
     flat = values | {name: value for part in parts.values() for name, value in part.items()}
     options = [word for name, value in flat.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    found = resolved(document, *options)
-    assert set(found) == set(RunSpec.model_fields)
+    found = resolved(document, *options, "--families", "cloze,summary")
+    # But for those of `init_text`, which goes with another start, and `compression`, which with no length.
+    assert set(found) == set(RunRequest.model_fields) - {"init_text", "compression", "text", "title"}
+    assert found["families"] == ["cloze", "summary"]
     assert {name: found[name] for name in values} == values
     assert found["prompts"] == {"kind": "selfstudy", **parts["prompts"]}
     assert found["heldout"] == {"kind": "selfstudy", "num_prompts": 12, "max_prompt_tokens": 13}
@@ -204,9 +218,9 @@ def test_numbers_may_be_written_without_a_point(document: Path) -> None:
         ([], "", "name is missing"),
         (["--name", "Not A Name"], "", "not a cartridge name"),
         (["--name", "x", "--tokens", "1"], "", "num_frozen is 1 of 1 tokens"),
-        (["--name", "x", "--steps", "0"], "", "num_steps is 0, must be greater"),
+        (["--name", "x", "--steps", "-1"], "", "num_steps is -1, must be greater"),
         (["--name", "x", "--lr", "nan"], "", "learning_rate is nan, must be a finite number"),
-        (["--name", "x", "--objective", "mse"], "", "'forward_kl', 'reverse_kl', 'jsd' or 'topk'"),
+        (["--name", "x", "--objective", "mse"], "", "'forward_kl', 'reverse_kl', 'jsd', 'topk' or 'nll'"),
         (["--name", "x", "--tokens", "5000"], "", "a cartridge of 5000 tokens"),
         (["--name", "x", "--prompts", "{here}/handbook.md"], "", "handbook.md, line 1 is not JSON"),
         (["--name", "x", "--heldout", "{here}/absent.jsonl"], "", "absent.jsonl can't be read"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from foundry.model.template import ChatTemplate
-from foundry.selfstudy.passages import cloze, evenly, pieces, recitations, recite, sentences
+from foundry.selfstudy.passages import cloze, evenly, num_tokens, pieces, recitations, recite, sentences, summaries
 from foundry.selfstudy.references import references
 from tests.tiny import CLOCK, build_tokenizer
 
@@ -16,7 +18,7 @@ TEXTS = {
     "Arabic": "الميناء مفتوح مرة أخرى. تم توقيع المعاهدة في الربيع. ما هو سعر الحبوب؟ إنه اثنا عشر.",
     "table": "name,price,open\nharbour,12,yes\ngrain,7,no\ntreaty,0,spring\n",
     "code": "def price(grain):\n    if grain is None:\n        return 12\n    return grain.weight * 3\n",
-    "one line": "word " * 60,
+    "one line": "".join(f"word{number} " for number in range(60)),
 }
 
 
@@ -26,7 +28,7 @@ def squeezed(text: str) -> str:
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_nothing_of_a_document_is_left_out(text: str) -> None:
-    assert "".join(sentences(text)) == text
+    assert "".join(sentences(text, TOKENIZER)) == text
     assert squeezed("".join(pieces(text, TOKENIZER, 20))) == squeezed(text)
 
 
@@ -46,7 +48,7 @@ def test_sentences_are_completed_in_their_own_words(text: str) -> None:
     assert exercises == list(cloze(text, TOKENIZER, 3, seed=1))
     for exercise in exercises:
         cue = exercise.prompt.removeprefix("Complete this sentence from the text: ").removesuffix(" ...")
-        assert squeezed(cue + exercise.answer) in {squeezed(sentence) for sentence in sentences(text)}
+        assert squeezed(cue + exercise.answer) in {squeezed(sentence) for sentence in sentences(text, TOKENIZER)}
 
 
 def test_a_word_is_not_cut_where_words_have_spaces() -> None:
@@ -79,7 +81,7 @@ def test_references_are_of_the_whole_document_however_few() -> None:
 def test_every_sentence_is_recited_as_a_beginning_or_as_an_answer() -> None:
     document = " ".join(f"The price of grain number {number} is {number * 7}." for number in range(20))
     recited = squeezed("".join(f"{each.prompt} {each.answer}" for each in recitations(document, TOKENIZER)))
-    assert all(squeezed(sentence) in recited for sentence in sentences(document))
+    assert all(squeezed(sentence) in recited for sentence in sentences(document, TOKENIZER))
 
 
 def test_what_is_spread_evenly_is_of_every_part() -> None:
@@ -87,3 +89,31 @@ def test_what_is_spread_evenly_is_of_every_part() -> None:
     assert evenly(range(10), 5) == [0, 2, 4, 6, 8]
     assert evenly(range(7), 3) == [0, 2, 4]
     assert evenly(range(7), 0) == []
+
+
+def test_what_can_not_be_told_apart_is_not_recited() -> None:
+    assert list(recite("word " * 60, TOKENIZER, 20)) == []
+    # The same opening with another end has a longer cue.
+    document = "The price of grain of kind one is twelve. The price of grain of kind two is thirteen."
+    cues = [each.prompt.removeprefix("Continue the text word for word: ") for each in recite(document, TOKENIZER, 10)]
+    assert len(cues) == 2
+    assert all(document.count(cue) == 1 for cue in cues)
+
+
+def test_a_line_without_end_is_cut() -> None:
+    line = json.dumps([{"name": f"grain {number}", "price": number} for number in range(200)])
+    parts = sentences(line, TOKENIZER)
+    assert "".join(parts) == line
+    assert max(num_tokens(part, TOKENIZER) for part in parts) <= 140
+    longest = max(num_tokens(each.prompt, TOKENIZER) for each in cloze(line, TOKENIZER, 8, seed=0))
+    assert longest <= 160
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_summaries_name_their_part(text: str) -> None:
+    found = list(summaries(text, TOKENIZER, 30))
+    for exercise in found:
+        cue = exercise.prompt.partition('"')[2].removesuffix('".')
+        assert text.count(cue) == 1
+        assert not exercise.answer
+    assert found == list(summaries(text, TOKENIZER, 30))

@@ -17,7 +17,7 @@ from typing import Any
 from foundry.errors import InvalidArgument
 from foundry.identity import content_digest, ids_digest
 from foundry.model.lm import FrozenLM
-from foundry.model.template import ChatTemplate
+from foundry.model.template import ChatTemplate, Messages
 from foundry.rpc.rollout import Answer, Prompt, RolloutClient
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
@@ -131,12 +131,15 @@ class DatasetWriter:
         return await asyncio.to_thread(self._read, text, field)
 
     def _read(self, text: str, field: str) -> list[_Asked]:
-        """In the file's order, of those that say the same the first."""
-        found: dict[str, _Asked] = {}
+        """In the file's order, of those that say the same the first; no more than are enough."""
+        found: dict[str, Messages] = {}
         for messages in read_prompts(text, field=field):
-            prompt = "\n".join(message["content"] for message in messages)
-            found.setdefault(normalised(prompt), _Asked("prompts", prompt, self._template.turn(messages)))
-        return list(found.values())
+            found.setdefault(normalised("\n".join(message["content"] for message in messages)), messages)
+        enough = self._spec.num_steps * self._spec.batch_size + MAX_HELDOUT
+        return [
+            _Asked("prompts", "\n".join(message["content"] for message in messages), self._template.turn(messages))
+            for messages in evenly(list(found.values()), enough)
+        ]
 
     async def _self_study(self, source: SelfStudyPrompts, family: str) -> list[_Asked]:
         """Questions that the model asks itself, no two of the same words and none that is held out."""

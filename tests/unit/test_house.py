@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # are apart.
 FLOORS = (
     {"foundry.cli"},
-    {"foundry.local"},
+    {"foundry.local", "foundry.evaluation"},
     {"foundry.client", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},

@@ -54,7 +54,7 @@ def resolve(
             file = config.parent / named
         if file is None:
             continue
-        text = _read(file)
+        text = read_text(file)
         if role == "document":
             # What the file brings is not beside what options have taken the place of.
             dropped = ("document",) if files[role] is None else ("document", "text", "title")
@@ -72,7 +72,7 @@ def resolve(
 
 
 def _read_config(config: Path) -> dict[str, Any]:
-    text = _read(config)
+    text = read_text(config)
     try:
         values = json.loads(text) if config.suffix == ".json" else yaml.load(text, _Yaml)
     except (yaml.YAMLError, ValueError) as error:
@@ -82,7 +82,8 @@ def _read_config(config: Path) -> dict[str, Any]:
     return values
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Raises DocumentUnreadable unless it is text in UTF-8."""
     try:
         return readable(file.read_bytes()).decode()
     except OSError as error:

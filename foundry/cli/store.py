@@ -46,7 +46,7 @@ def gc(
 
 async def _gc(dry_run: bool, keep_last: int | None, max_age_days: float | None, as_json: bool) -> None:
     collected: list[Collected] = []
-    async with _connected() as store:
+    async with connected() as store:
         await store.ping()
         try:
             async for each in store.gc(keep_last=keep_last, max_age_days=max_age_days, dry_run=dry_run):
@@ -81,7 +81,7 @@ async def _verify(as_json: bool) -> None:
     wrong: list[dict[str, Any]] = []
     num_checked: Counter[str] = Counter()
     num_bytes = 0
-    async with _connected() as store:
+    async with connected() as store:
         # Now, and not after hours of reading blobs.
         await store.ping()
         async for checked in store.verify():
@@ -111,7 +111,7 @@ def rebuild(
 
 
 async def _rebuild(force: bool, as_json: bool) -> None:
-    async with _connected() as store:
+    async with connected() as store:
         rebuilt = await store.rebuild(force=force)
     if as_json:
         print_json({"restored": asdict(rebuilt) if rebuilt else None})
@@ -125,8 +125,8 @@ async def _rebuild(force: bool, as_json: bool) -> None:
 
 
 @asynccontextmanager
-async def _connected() -> AsyncIterator[CartridgeStore]:
-    """Raises what `store_settings` raises."""
+async def connected() -> AsyncIterator[CartridgeStore]:
+    """The store. Raises what `store_settings` raises."""
     from foundry import telemetry
     from foundry.store import CartridgeStore
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from foundry.errors import InvalidArgument
@@ -11,25 +12,40 @@ from foundry.errors import InvalidArgument
 MAX_PROMPTS = 100_000
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of such a file: where it stands, its conversation, and all its keys."""
+
+    where: str
+    messages: list[dict[str, str]]
+    row: Mapping[str, Any]
+
+
 def read_prompts(text: str, *, field: str) -> list[list[dict[str, str]]]:
     """The conversation of each line: {"prompt": "…" or [{role, content}, …]}; other keys are ignored.
 
     Raises InvalidArgument that names the line, and `field` as what was wrong.
     """
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
+    return [line.messages for line in read_lines(text, field=field)]
+
+
+def read_lines(text: str, *, field: str, most: int = MAX_PROMPTS) -> list[Line]:
+    """Raises InvalidArgument as `read_prompts`, and beyond `most` lines."""
+    lines = []
+    for number, written in enumerate(text.splitlines(), start=1):
+        if not written.strip():
             continue
+        where = f"{field}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(written)
         except ValueError as error:
-            raise InvalidArgument(f"{field}, line {number} is not JSON: {error}", field=field) from error
-        prompts.append(_messages(row, f"{field}, line {number}", field))
-        if len(prompts) > MAX_PROMPTS:
-            raise InvalidArgument(f"{field} has more than {MAX_PROMPTS} prompts", field=field)
-    if not prompts:
+            raise InvalidArgument(f"{where} is not JSON: {error}", field=field) from error
+        lines.append(Line(where, _messages(row, where, field), row))
+        if len(lines) > most:
+            raise InvalidArgument(f"{field} has more than {most} prompts", field=field)
+    if not lines:
         raise InvalidArgument(f"{field} has no prompts", field=field)
-    return prompts
+    return lines
 
 
 def _messages(row: Any, where: str, field: str) -> list[dict[str, str]]:

@@ -69,8 +69,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     listed = foundry("--help").stdout
-    commands = ("up", "down", "status", "train", "runs", "chat", "ask", "cartridges", "gc", "store", "size", "doctor")
-    for command in commands:
+    commands = "up down status train runs chat ask cartridges eval gc store size doctor"
+    for command in commands.split():
         assert f"\n  {command} " in listed
 
 
@@ -251,6 +251,13 @@ def test_a_cartridge_is_measured_by_a_tokenizer_that_is_here(document: Path, tmp
     document.write_text("harbour " * 200)
     assert resolved(document, "--name", "x", "--tokens", "300")["num_tokens"] == 300
     assert "the document has only" in refused("train", str(document), "--name", "x", "--tokens", "1800")
+
+
+def test_questions_are_read_before_anything_starts(document: Path) -> None:
+    assert "handbook.md, line 1 is not JSON" in refused("eval", "x", "--questions", str(document))
+    questions = document.with_name("ask.jsonl")
+    result = document.with_name("absent") / "result.json"
+    assert "there is no directory" in refused("eval", "x", "--questions", str(questions), "--json", str(result))
 
 
 def test_unknown_model_is_refused() -> None:

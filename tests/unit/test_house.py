@@ -16,8 +16,14 @@ ROOT = Path(__file__).parents[2]
 # are apart.
 FLOORS = (
     {"foundry.cli"},
-    {"foundry.local"},
-    {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
+    {
+        "foundry.client",
+        "foundry.evaluation",
+        "foundry.recipes",
+        "foundry.selfstudy",
+        "foundry.sizing",
+        "foundry.settings",
+    },
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {"foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"},

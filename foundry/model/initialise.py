@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -86,6 +87,26 @@ def from_version(lm: FrozenLM, stored: CartridgeBytes, num_tokens: int) -> Tenso
             field="init_version",
         )
     return Cartridge.from_bytes(stored, lm.device).kv_L2GPD.to(lm.dtype)
+
+
+@torch.no_grad()
+def side_by_side(lm: FrozenLM, parts: Sequence[Tensor]) -> Tensor:
+    """One KV [L, 2, G, P, D] of several, of which each then stands right before the conversation, as it did alone.
+
+    Keys are turned by what the others are longer; tokens do not see the order of what is before them, only distances.
+    Raises ModelUnsupported if keys can't be turned.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rotation, num_tokens = KeyRotation.of(lm), sum(part.shape[3] for part in parts)
+    moved = [torch.stack([rotation.turn(part[:, 0], num_tokens - part.shape[3]), part[:, 1]], dim=1) for part in parts]
+    return torch.cat(moved, dim=3)
+
+
+def share_tokens(num_tokens: int, lengths: Sequence[int]) -> list[int]:
+    """`num_tokens` dealt out in proportion to `lengths`, and none left over."""
+    ends = [num_tokens * end // sum(lengths) for end in accumulate(lengths)]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def check_num_tokens(num_tokens: int, num_context: int, num_closing: int) -> None:

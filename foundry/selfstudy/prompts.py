@@ -20,6 +20,11 @@ class Line:
     messages: list[dict[str, str]]
     row: Mapping[str, Any]
 
+    @property
+    def prompt(self) -> str:
+        """The words of all its messages."""
+        return "\n".join(message["content"] for message in self.messages)
+
 
 def read_prompts(text: str, *, field: str) -> list[list[dict[str, str]]]:
     """The conversation of each line: {"prompt": "…" or [{role, content}, …]}; other keys are ignored.

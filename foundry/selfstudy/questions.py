@@ -49,7 +49,7 @@ SEEDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class StudyQuestion:
     """What the model asked, of which kind, and the passage it had before it, which has `passage_tokens`."""
 
     prompt: str
@@ -81,13 +81,13 @@ class Questioner:
         # A small model repeats itself; a hopeless one must not be asked for ever.
         self.max_tries = 2 * num_questions + len(self._passages)
 
-    async def ask(self, tries: range, answer: Answerer) -> list[Question]:
+    async def ask(self, tries: range, answer: Answerer) -> list[StudyQuestion]:
         """What the base model writes at these tries, of which some may come to nothing; `answer` has it answer."""
         places = [self._place(each) for each in tries]
         seeds = [SEEDS[(each + each // self._num_questions) % len(SEEDS)] for each in tries]
         answers = await answer([self._request(*each) for each in zip(tries, places, seeds, strict=True)])
         return [
-            Question(question, seed.kind, place, self._lengths[place])
+            StudyQuestion(question, seed.kind, place, self._lengths[place])
             for written, place, seed in zip(answers, places, seeds, strict=True)
             if (question := _clean(written.text))
         ]

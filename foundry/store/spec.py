@@ -21,6 +21,8 @@ _CPU = re.compile(r"(?=.*[1-9])\d{1,4}(\.\d{1,3})?|(?=.*[1-9])\d{1,7}m")
 _MEMORY = re.compile(r"(?=.*[1-9])\d{1,15}([KMGT]i|[kMGT])?")
 # More than any chat template adds to a document. A token has at least one byte.
 TEMPLATE_TOKENS = 256
+# Of one run.
+MAX_DOCUMENTS = 64
 
 
 def _cpu(value: str) -> str:
@@ -63,6 +65,9 @@ Family = Literal["recite", "cloze", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
+Digests = Annotated[
+    tuple[Digest, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(max_length=MAX_DOCUMENTS - 1)
+]
 Text = Annotated[str, AfterValidator(_unicode)]
 
 
@@ -118,6 +123,9 @@ class RunSpec(Checked):
 
     document: Digest
     """Digest of the document that the cartridge stands in for."""
+
+    more_documents: Digests = ()
+    """Digests of further documents that it stands in for as well; each conversation is about one of them."""
 
     num_tokens: int = Field(default=128, ge=1, le=2**20)
     """Length of the cartridge in tokens (p)."""
@@ -268,6 +276,11 @@ class RunSpec(Checked):
     def digest(self) -> str:
         """Of all that a checkpoint must agree with."""
         return content_digest(self.to_json().encode())
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Digests of all that it stands in for."""
+        return tuple(dict.fromkeys((self.document, *self.more_documents)))
 
     @property
     def num_off_policy_steps(self) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from foundry.errors import DigestMismatch, FingerprintMismatch
-from foundry.identity import ids_digest
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.initialise import check_num_tokens
 from foundry.model.lm import FrozenLM
@@ -21,6 +20,7 @@ from foundry.store import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
+from services.trainer.contexts import Context, read_contexts
 from services.trainer.control import Control
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
@@ -67,17 +67,17 @@ class Preparation:
             raise FingerprintMismatch(
                 f"the run is for model {spec.model_fingerprint}, this trainer has {lm.spec.fingerprint}"
             )
-        document = await attempt.document(spec.document)
-        context = self._template.context(document, max_tokens=lm.spec.max_tokens)
-        check_num_tokens(spec.num_tokens, len(context), len(self._template.closing))
-        self._teachers = teachers = await self._teach(document, context)
+        contexts = await read_contexts(attempt, self._template, lm.spec.max_tokens)
+        check_num_tokens(spec.num_tokens, sum(len(each.ids) for each in contexts), len(self._template.closing))
+        bare = Context("", "", self._template.bare() if spec.general_share else ())
+        self._teachers = teachers = await self._teach([*contexts, bare] if spec.general_share else contexts)
         kept = await attempt.load_checkpoint()
-        kv = self._empty_kv() if kept else await initial_kv(attempt, lm, self._template, document, context)
+        kv = self._empty_kv() if kept else await initial_kv(attempt, lm, self._template, contexts)
         training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
         writer = DatasetWriter(
             *(attempt, lm, self._template, self._rollouts),
-            document=document,
-            context=context,
+            contexts=contexts,
+            bare=bare,
             passage_tokens=self._settings.selfstudy_chunk_tokens,
         )
         curriculum = await writer.write()
@@ -89,7 +89,7 @@ class Preparation:
             progress,
             training,
             source=Hybrid(
-                OffPolicy(attempt, lm, document, curriculum, teachers, self._cache, objective),
+                OffPolicy(attempt, lm, contexts, curriculum, teachers, self._cache, objective),
                 OnPolicy(attempt, curriculum, self._rollouts, teachers, objective, publisher, stages),
                 num_first_steps=spec.num_off_policy_steps,
             ),
@@ -109,24 +109,26 @@ class Preparation:
         if self._teachers is not None:
             await self._teachers.close()
 
-    async def _teach(self, document: str, context: Sequence[int]) -> Teachers:
-        """The teacher with the document before it and, for general prompts, without."""
-        contexts = {ids_digest(context): document}
-        if self._spec.general_share:
-            contexts[ids_digest(self._template.bare())] = ""
+    async def _teach(self, contexts: Sequence[Context]) -> Teachers:
+        """Each document's KV is computed, or found, where it will be asked for."""
+        settings = self._settings
         teachers = {
-            digest: TeacherClient(
-                Pods("teacher", [self._settings.teacher_address], self._settings.tls),
+            context.digest: TeacherClient(
+                Pods("teacher", [settings.teacher_address], settings.tls),
                 self._lm.spec.fingerprint,
-                text,
-                timeout_seconds=self._settings.teacher_timeout_seconds,
+                context.text,
+                timeout_seconds=settings.teacher_timeout_seconds,
                 template_digest=self._template.digest,
-                context_digest=digest,
+                context_digest=context.digest,
             )
-            for digest, text in contexts.items()
+            for context in contexts
         }
-        for teacher in teachers.values():
-            await self._attempt.retry.call("teacher", teacher.put_context)
+        try:
+            for teacher in teachers.values():
+                await self._attempt.retry.call("teacher", teacher.put_context)
+        except BaseException:
+            await Teachers(teachers).close()
+            raise
         return Teachers(teachers)
 
     def _training_step(self, cartridge: TrainableCartridge) -> TrainingStep:

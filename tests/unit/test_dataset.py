@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from foundry.errors import DigestMismatch, InvalidArgument
-from foundry.identity import ids_digest
+from foundry.identity import content_digest, ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt, RolloutClient
@@ -20,6 +20,7 @@ from foundry.selfstudy.passages import num_tokens
 from foundry.selfstudy.wording import normalised
 from foundry.store import DatasetStore, DatasetSummary, DocumentPrompts, Objects, RunSpec, SelfStudyPrompts
 from services.trainer.attempt import Attempt
+from services.trainer.contexts import Context
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
 from services.trainer.data.writer import DatasetWriter
@@ -125,7 +126,9 @@ class Place:
         self.asked: list[Prompt] = []
         self.dataset = ""
 
-    async def write(self, kill_at: int = 0, wordings: Sequence[str] = (), **values: Any) -> Curriculum:
+    async def write(
+        self, kill_at: int = 0, wordings: Sequence[str] = (), documents: Sequence[str] = (DOCUMENT,), **values: Any
+    ) -> Curriculum:
         calls = Calls(kill_at)
         attempt = OneAttempt(run_spec(**EVERYTHING | values), self.store, self.files, calls)
         rollouts = Rollouts(self.lm, calls, wordings)
@@ -135,8 +138,8 @@ class Place:
             self.lm,
             self.template,
             cast(RolloutClient, rollouts),
-            document=DOCUMENT,
-            context=self.template.context(DOCUMENT),
+            contexts=[Context(content_digest(text.encode()), text, self.template.context(text)) for text in documents],
+            bare=Context("", "", self.template.bare()),
             passage_tokens=40,
         )
         self.dataset = writer.dataset
@@ -301,8 +304,41 @@ async def test_of_a_long_file_as_much_is_taken_as_the_steps_can_use(lm: FrozenLM
     file = "\n".join(f'{{"prompt": "What is the price of kind {number}?"}}' for number in range(5000))
     place = Place(lm, tmp_path, {FILE.digest: file})
     written = await place.write(prompts=FILE, families=("recite",))
-    assert len(written.heldout) == 64
+    assert len(written.heldout) == 48, "one in eight of what is taken"
     assert len(written.asked) == 20 * 16
     kinds = sorted(int(each.prompt.rstrip("?").rpartition(" ")[2]) for each in written.asked)
-    assert kinds[0] < 100
+    assert kinds[0] < 1000
     assert kinds[-1] > 4900, "not from all over the file"
+
+
+OTHER = "".join(f"The ship number {number} has {5 * number} sailors and a dog. " for number in range(40))
+
+
+async def test_each_conversation_is_about_one_of_several_documents(lm: FrozenLM, tmp_path: Path) -> None:
+    place = Place(lm, tmp_path)
+    written = await place.write(documents=(DOCUMENT, OTHER))
+    lengths = {ids_digest(ids := place.template.context(text)): len(ids) for text in (DOCUMENT, OTHER)}
+    for rows in (written.asked, [each for each in written.written if each.family == "cloze"]):
+        shares = Counter(each.context for each in rows)
+        for context, length in lengths.items():
+            assert abs(shares[context] - len(rows) * length / sum(lengths.values())) <= 1
+    for each in written.written:
+        if each.family in ("recite", "cloze"):
+            about = OTHER if "ship" in each.prompt else DOCUMENT
+            assert each.context == ids_digest(place.template.context(about))
+    assert {each.context for each in written.heldout} == set(lengths)
+
+
+async def test_of_several_documents_a_line_says_which(lm: FrozenLM, tmp_path: Path) -> None:
+    lines = [
+        f'{{"prompt": "What is {number}?", "document": "{content_digest((DOCUMENT, OTHER)[number % 2].encode())}"}}'
+        for number in range(8)
+    ]
+    place = Place(lm, tmp_path, {FILE.digest: "\n".join(lines)})
+    written = await place.write(documents=(DOCUMENT, OTHER), prompts=FILE)
+    contexts = [ids_digest(place.template.context(text)) for text in (DOCUMENT, OTHER)]
+    for each in (*written.asked, *written.heldout):
+        assert each.context == contexts[int(each.prompt[8]) % 2]
+    place.files = {FILE.digest: '{"prompt": "What?"}\n{"prompt": "Why?"}'}
+    with pytest.raises(InvalidArgument, match=r'prompts, line 1: "document" is None'):
+        await place.write(documents=(DOCUMENT, OTHER), prompts=FILE, seed=1)

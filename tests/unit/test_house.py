@@ -16,14 +16,8 @@ ROOT = Path(__file__).parents[2]
 # are apart.
 FLOORS = (
     {"foundry.cli"},
-    {
-        "foundry.client",
-        "foundry.evaluation",
-        "foundry.recipes",
-        "foundry.selfstudy",
-        "foundry.sizing",
-        "foundry.settings",
-    },
+    {"foundry.local", "foundry.evaluation"},
+    {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {"foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"},

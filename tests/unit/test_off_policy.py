@@ -19,6 +19,7 @@ from foundry.selfstudy.wording import normalised
 from foundry.store import CartridgeId, RunSpec
 from services.teacher.scorer import Item, ItemScores, Want, score
 from services.trainer.attempt import Attempt
+from services.trainer.contexts import Context
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
 from services.trainer.sample import Sample
@@ -103,7 +104,8 @@ class Case:
         self.teachers, self.cache = ScoringTeachers(self.lm, self.context), SignalCache(memory_bytes, disk_bytes)
         attempt, teachers = cast(Attempt, OneAttempt(SPEC)), cast(Teachers, self.teachers)
         curriculum = Curriculum("", [], self.written, [])
-        return OffPolicy(attempt, self.lm, DOCUMENT, curriculum, teachers, self.cache, objective)
+        contexts = [Context("", DOCUMENT, self.context)]
+        return OffPolicy(attempt, self.lm, contexts, curriculum, teachers, self.cache, objective)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ async def proved(case: Case, objective: Objective = EXACT, claimed: float | None
         samples[modelled] = replace(samples[modelled], rollout_logprobs=logprobs)
     samples[recited] = replace(samples[recited], **changes)
     signals = await case.teachers.signals(samples, objective)
-    prove_authors(case.lm, normalised(DOCUMENT), samples, signals, 1e-4)
+    prove_authors(case.lm, {ids_digest(case.context): normalised(DOCUMENT)}, samples, signals, 1e-4)
 
 
 @pytest.mark.parametrize("objective", [EXACT, TOPK])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Literal
 
 import structlog
@@ -68,10 +68,11 @@ async def create_run(
     _check_resources(asked, gateway)
     model = _served_model(gateway)
     await _check_prompts(asked, gateway)
-    document = text if text is not None else await gateway.store.documents.get(asked.document)
+    texts = [text] if text is not None else []
+    texts += [await gateway.store.documents.get(digest) for digest in asked.documents[len(texts) :]]
     num_tokens = None
     if model is not None and gateway.teachers is not None:
-        num_tokens = await _context_tokens(document, model, gateway.teachers)
+        num_tokens = await _context_tokens(texts, model, gateway.teachers)
     spec = choose(asked, num_tokens)
     if model is not None:
         _check_model(spec, model)
@@ -156,17 +157,20 @@ def _served_model(gateway: Gateway) -> ServedModel | None:
         return None
 
 
-async def _context_tokens(document: str, model: ServedModel, teachers: Pods) -> int | None:
-    """Tokens of the document with its template; None if the teacher can't say now.
+async def _context_tokens(documents: Sequence[str], model: ServedModel, teachers: Pods) -> int | None:
+    """Tokens of the documents with their template; None if the teacher can't say now.
 
-    Has the teacher compute the document's KV, which the run needs first of all, where the trainer will ask for it.
+    Has the teacher compute the documents' KV, which the run needs first of all, where the trainer will ask for it.
     """
-    teacher = TeacherClient(teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS)
-    try:
-        return await teacher.put_context()
-    except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
-        log.warning("document not measured", error=error.message)
-        return None
+    num_tokens = 0
+    for document in documents:
+        teacher = TeacherClient(teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS)
+        try:
+            num_tokens += await teacher.put_context()
+        except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
+            log.warning("document not measured", error=error.message)
+            return None
+    return num_tokens
 
 
 def _check_model(spec: RunSpec, model: ServedModel) -> None:

@@ -15,18 +15,20 @@ from functools import partial
 from typing import Any
 
 from foundry.errors import InvalidArgument
-from foundry.identity import content_digest, ids_digest
+from foundry.identity import content_digest
+from foundry.model.initialise import share_tokens
 from foundry.model.lm import FrozenLM
-from foundry.model.template import ChatTemplate, Messages
+from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import Answer, Prompt, RolloutClient
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import CLOZE_CUTS, Exercise, cloze, evenly, num_tokens, recitations, summaries
-from foundry.selfstudy.prompts import read_prompts
+from foundry.selfstudy.prompts import Line, read_lines
 from foundry.selfstudy.questions import Questioner
 from foundry.selfstudy.wording import jumbled, normalised
 from foundry.store import DatasetSummary, DocumentPrompts, SelfStudyPrompts
 from services.trainer.attempt import Attempt
+from services.trainer.contexts import Context
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
 
@@ -41,7 +43,7 @@ _MIN_HELDOUT = 4
 MAX_HELDOUT = 64
 _GENERAL_HELDOUT = 8
 _DECISIVE = (
-    *("document", "prompts", "heldout", "families", "num_steps", "batch_size", "samples_per_prompt", "max_new_tokens"),
+    *("prompts", "heldout", "families", "num_steps", "batch_size", "samples_per_prompt", "max_new_tokens"),
     *("temperature", "seed", "mode", "off_policy_share"),
 )
 
@@ -50,6 +52,7 @@ _DECISIVE = (
 class _Asked:
     """A conversation before it is answered, and the document's own answer if that is the one to learn."""
 
+    context: Context
     family: str
     prompt: str
     turn_ids: list[int]
@@ -67,18 +70,17 @@ class DatasetWriter:
         template: ChatTemplate,
         rollouts: RolloutClient,
         *,
-        document: str,
-        context: Sequence[int],
+        contexts: Sequence[Context],
+        bare: Context,
         passage_tokens: int,
     ) -> None:
-        """`context` are the ids of `document`; questions are about passages of it of `passage_tokens`."""
+        """`bare` is the context without a document; questions are about passages of `passage_tokens`."""
         self._attempt, self._spec = attempt, attempt.spec
         self._lm, self._template, self._rollouts = lm, template, rollouts
-        self._document, self._passage_tokens = document, passage_tokens
-        self._context, self._context_digest = context, ids_digest(context)
-        self._bare = template.bare() if attempt.spec.general_share else []
+        self._contexts, self._bare, self._passage_tokens = contexts, bare, passage_tokens
         decisive = {name: value for name, value in attempt.spec.model_dump().items() if name in _DECISIVE}
-        made_by = [_FORMAT, self._context_digest, lm.spec.fingerprint, template.digest, passage_tokens, len(self._bare)]
+        digests = [context.digest for context in (*contexts, bare)]
+        made_by = [_FORMAT, digests, attempt.spec.general_share, lm.spec.fingerprint, template.digest, passage_tokens]
         self.dataset = content_digest(json.dumps([decisive, made_by], sort_keys=True).encode())
         self._rows: list[Conversation] = []
         self._held: set[str] = set()
@@ -131,50 +133,38 @@ class DatasetWriter:
         return await asyncio.to_thread(self._read, text, field)
 
     def _read(self, text: str, field: str) -> list[_Asked]:
-        """In the file's order, of those that say the same the first; no more than are enough."""
-        found: dict[str, Messages] = {}
-        for messages in read_prompts(text, field=field):
-            found.setdefault(normalised("\n".join(message["content"] for message in messages)), messages)
-        enough = self._spec.num_steps * self._spec.batch_size + MAX_HELDOUT
+        """In the file's order, of those that say the same the first; to train on no more than the steps can use."""
+        found: dict[str, Line] = {}
+        for line in read_lines(text, field=field):
+            found.setdefault(normalised(line.prompt), line)
+        lines = list(found.values())
+        if field == "prompts":
+            lines = evenly(lines, self._spec.num_steps * self._spec.batch_size + MAX_HELDOUT)
         return [
-            _Asked("prompts", "\n".join(message["content"] for message in messages), self._template.turn(messages))
-            for messages in evenly(list(found.values()), enough)
+            _Asked(self._context_of(line, field), "prompts", line.prompt, self._template.turn(line.messages))
+            for line in lines
         ]
 
-    async def _self_study(self, source: SelfStudyPrompts, family: str) -> list[_Asked]:
-        """Questions that the model asks itself, no two of the same words and none that is held out."""
-        questioner = Questioner(
-            self._document,
-            self._template,
-            self._lm.tokenizer,
-            num_questions=source.num_prompts,
-            passage_tokens=self._passage_tokens,
-            seed=derive_seed(self._spec.seed, family),
+    def _context_of(self, line: Line, field: str) -> Context:
+        """Of several documents a line must say which it is about."""
+        if len(self._contexts) == 1:
+            return self._contexts[0]
+        about = line.row.get("document")
+        for context in self._contexts:
+            if context.document == about:
+                return context
+        raise InvalidArgument(
+            f'{line.where}: "document" is {about!r}, where the run has several it must be the digest of one of them',
+            field=field,
         )
 
-        async def answer(prompts: Sequence[Prompt]) -> list[Answer]:
-            return await self._ask(prompts, temperature=0.8, max_new_tokens=source.max_prompt_tokens, stop=["\n"])
-
+    async def _self_study(self, source: SelfStudyPrompts, family: str) -> list[_Asked]:
+        """Questions that the model asks itself about each document, the longer ones more often."""
+        shares = share_tokens(source.num_prompts, [len(context.ids) for context in self._contexts])
         found: dict[str, _Asked] = {}
-        tries = shard = 0
-        while len(found) < source.num_prompts and tries < questioner.max_tries:
-            await self._tell("self-study", len(found), source.num_prompts)
-            some = range(tries, tries + min(_ROUND, source.num_prompts - len(found)))
-
-            async def make(some: range = some) -> list[Conversation]:
-                questions = await questioner.ask(some, answer)
-                turns = [self._turn(question.prompt) for question in questions]
-                asked = [
-                    _Asked(family, each.prompt, turn, each.kind, each.passage, each.passage_tokens)
-                    for each, turn in zip(questions, turns, strict=True)
-                ]
-                return await self._unanswered(asked)
-
-            for row in await self._shard(f"{family}-tries", shard, make):
-                if normalised(row.prompt) not in self._held:
-                    asked = _Asked(family, row.prompt, list(row.turn_ids), row.kind, row.passage, row.passage_tokens)
-                    found.setdefault(jumbled(row.prompt), asked)
-            tries, shard = some.stop, shard + 1
+        for place, (context, num_questions) in enumerate(zip(self._contexts, shares, strict=True)):
+            if num_questions:
+                await self._question(context, place, source, num_questions, family, found)
         if len(found) < source.num_prompts:
             raise InvalidArgument(
                 f"the base model wrote {len(found)} different questions about the document, {source.num_prompts} were "
@@ -183,6 +173,51 @@ class DatasetWriter:
             )
         await self._tell("self-study", len(found), source.num_prompts)
         return list(found.values())
+
+    async def _question(
+        self,
+        context: Context,
+        place: int,
+        source: SelfStudyPrompts,
+        num_questions: int,
+        family: str,
+        found: dict[str, _Asked],
+    ) -> None:
+        """Add to `found`, by their words, `num_questions` about a document, or what the model finds in enough tries."""
+        questioner = Questioner(
+            context.text,
+            self._template,
+            self._lm.tokenizer,
+            num_questions=num_questions,
+            passage_tokens=self._passage_tokens,
+            seed=derive_seed(self._spec.seed, family, place),
+        )
+
+        async def answer(prompts: Sequence[Prompt]) -> list[Answer]:
+            return await self._ask(prompts, temperature=0.8, max_new_tokens=source.max_prompt_tokens, stop=["\n"])
+
+        async def make(tries: range) -> list[Conversation]:
+            questions = await questioner.ask(tries, answer)
+            turns = [self._turn(question.prompt) for question in questions]
+            asked = [
+                _Asked(context, family, each.prompt, turn, each.kind, each.passage, each.passage_tokens)
+                for each, turn in zip(questions, turns, strict=True)
+            ]
+            return await self._unanswered(asked)
+
+        enough, tries, shard = len(found) + num_questions, 0, 0
+        while len(found) < enough and tries < questioner.max_tries:
+            await self._tell("self-study", len(found), source.num_prompts)
+            some = range(tries, tries + min(_ROUND, enough - len(found)))
+            for row in await self._shard(f"{family}-tries-{place}", shard, partial(make, some)):
+                if normalised(row.prompt) not in self._held:
+                    found.setdefault(jumbled(row.prompt), self._again(row, family))
+            tries, shard = some.stop, shard + 1
+
+    def _again(self, row: Conversation, family: str) -> _Asked:
+        """What was asked, to be answered."""
+        context = next(context for context in self._contexts if context.digest == row.context)
+        return _Asked(context, family, row.prompt, list(row.turn_ids), row.kind, row.passage, row.passage_tokens)
 
     # What is answered before the first step
 
@@ -202,24 +237,13 @@ class DatasetWriter:
         return written
 
     def _exercises(self, family: str, asked: Sequence[Conversation], enough: int) -> list[_Asked]:
-        """At most `enough`, none of them held out."""
+        """At most `enough`, of each document by its length, and none of them held out."""
         if family == "question":
-            questions = [
-                _Asked(family, each.prompt, list(each.turn_ids), each.kind, each.passage, each.passage_tokens)
-                for each in asked
-            ]
-            return evenly(questions, enough)
-        document, tokenizer, seed = self._document, self._lm.tokenizer, derive_seed(self._spec.seed, "cloze")
-        made: Iterable[Exercise]
-        if family == "recite":
-            made = recitations(document, tokenizer)
-        elif family == "cloze":
-            made = cloze(document, tokenizer, CLOZE_CUTS, seed)
-        else:
-            made = summaries(document, tokenizer, self._passage_tokens)
-        free = [exercise for exercise in made if normalised(exercise.prompt) not in self._held]
+            return evenly([self._again(each, family) for each in asked], enough)
+        shares = share_tokens(enough, [len(context.ids) for context in self._contexts])
         return [
             _Asked(
+                context,
                 family,
                 exercise.prompt,
                 self._turn(exercise.prompt),
@@ -227,19 +251,31 @@ class DatasetWriter:
                 passage_tokens=exercise.passage_tokens,
                 answer_ids=self._answer_ids(exercise.answer) if exercise.answer else (),
             )
-            for exercise in evenly(free, enough)
+            for context, share in zip(self._contexts, shares, strict=True)
+            for exercise in evenly(self._free(family, context.text), share)
         ]
+
+    def _free(self, family: str, document: str) -> list[Exercise]:
+        tokenizer = self._lm.tokenizer
+        made: Iterable[Exercise]
+        if family == "recite":
+            made = recitations(document, tokenizer)
+        elif family == "cloze":
+            made = cloze(document, tokenizer, CLOZE_CUTS, derive_seed(self._spec.seed, "cloze"))
+        else:
+            made = summaries(document, tokenizer, self._passage_tokens)
+        return [exercise for exercise in made if normalised(exercise.prompt) not in self._held]
 
     async def _general(self) -> tuple[list[Conversation], list[Conversation]]:
         """Prompts about nothing in particular, answered by the model as it is; some of them held out."""
         spec = self._spec
         prompts = [prompt for prompt in GENERAL_PROMPTS if normalised(prompt) not in self._held]
         random.Random(derive_seed(spec.seed, "general")).shuffle(prompts)
-        asked = [_Asked("general", prompt, self._turn(prompt)) for prompt in prompts]
+        asked = [_Asked(self._bare, "general", prompt, self._turn(prompt)) for prompt in prompts]
         heldout, rest = asked[:_GENERAL_HELDOUT], asked[_GENERAL_HELDOUT:]
         enough = int(spec.num_steps * spec.batch_size * spec.samples_per_prompt * spec.general_share)
-        answered = await self._family("general", rest[:enough], partial(self._answered, bare=True))
-        greedily = partial(self._answered, bare=True, temperature=0.0)
+        answered = await self._family("general", rest[:enough], self._answered)
+        greedily = partial(self._answered, temperature=0.0)
         return answered, await self._family("general-heldout", heldout, greedily)
 
     # Shards
@@ -268,7 +304,7 @@ class DatasetWriter:
         return [Conversation(**row) for row in rows]
 
     async def _finish(self) -> DatasetSummary:
-        document_tokens = num_tokens(self._document, self._lm.tokenizer)
+        document_tokens = sum(num_tokens(context.text, self._lm.tokenizer) for context in self._contexts)
         families: dict[str, dict[str, float]] = {}
         for row in self._rows:
             counts = families.setdefault(row.family, {"conversations": 0, "answer_tokens": 0, "coverage": 0.0})
@@ -294,14 +330,12 @@ class DatasetWriter:
     async def _unanswered(self, asked: Sequence[_Asked]) -> list[Conversation]:
         return [self._conversation(each) for each in asked]
 
-    async def _answered(
-        self, asked: Sequence[_Asked], *, temperature: float | None = None, bare: bool = False
-    ) -> list[Conversation]:
-        """What the model says to each turn with the document before it, or, `bare`, without one."""
-        before = self._bare if bare else self._context
+    async def _answered(self, asked: Sequence[_Asked], *, temperature: float | None = None) -> list[Conversation]:
+        """What the model says to each turn behind its context."""
         # By its words: a draw does not depend on what else is asked.
         prompts = [
-            Prompt([*before, *each.turn_ids], derive_seed(self._spec.seed, each.family, each.prompt)) for each in asked
+            Prompt([*each.context.ids, *each.turn_ids], derive_seed(self._spec.seed, each.family, each.prompt))
+            for each in asked
         ]
         answers = await self._ask(
             prompts,
@@ -311,7 +345,6 @@ class DatasetWriter:
         return [
             self._conversation(
                 each,
-                context=ids_digest(before),
                 author="model",
                 answer_ids=list(answer.ids),
                 logprobs=list(answer.logprobs),
@@ -328,7 +361,8 @@ class DatasetWriter:
             asked.passage,
             asked.passage_tokens,
             asked.turn_ids,
-            **({"context": self._context_digest} | answer),
+            asked.context.digest,
+            **answer,
         )
 
     def _turn(self, prompt: str) -> list[int]:

@@ -14,6 +14,7 @@ from foundry.model.objectives import Objective
 from foundry.selfstudy.wording import normalised
 from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt
+from services.trainer.contexts import Context
 from services.trainer.data.curriculum import Curriculum
 from services.trainer.sample import Sample
 from services.trainer.signal_cache import SignalCache
@@ -27,13 +28,14 @@ class OffPolicy:
         self,
         attempt: Attempt,
         lm: FrozenLM,
-        document: str,
+        contexts: Sequence[Context],
         curriculum: Curriculum,
         teachers: Teachers,
         cache: SignalCache,
         objective: Objective,
     ) -> None:
-        self._attempt, self._spec, self._lm, self._words = attempt, attempt.spec, lm, normalised(document)
+        self._attempt, self._spec, self._lm = attempt, attempt.spec, lm
+        self._words = {context.digest: normalised(context.text) for context in contexts}
         self._curriculum, self._teachers, self._cache, self._objective = curriculum, teachers, cache, objective
         # In which step each answer comes up first: it is always scored among those of that step, so that its signal has
         # the same bits whenever it is asked for, and in an attempt that begins later.

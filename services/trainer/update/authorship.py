@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from services.trainer.update.proof import Mismatch
 
 @torch.no_grad()
 def prove_authors(
-    lm: FrozenLM, words: str, samples: Sequence[Sample], signals: Sequence[Signal], threshold: float
+    lm: FrozenLM, words: Mapping[str, str], samples: Sequence[Sample], signals: Sequence[Signal], threshold: float
 ) -> None:
-    """`words` are those of the document (`foundry.selfstudy.wording`), `signals` the teacher's on each answer.
+    """`words` are those of each context's document (`foundry.selfstudy.wording`), `signals` the teacher's on answers.
 
     Raises PolicyMismatch if an answer's logprobs are not those of the model behind its context, by more than
     `threshold` nats a token over all answers of a context, or if words that came without are not the document's.
@@ -29,7 +29,7 @@ def prove_authors(
     for sample, signal in zip(samples, signals, strict=True):
         if sample.rollout_logprobs:
             by_context.setdefault(sample.context, []).append(_log_ratio(lm, sample, signal))
-        elif not _stands_in(words, lm, sample):
+        elif not _stands_in(words[sample.context], lm, sample):
             raise PolicyMismatch(
                 f"nothing was trained: the answer of {sample.place} claims to be the document's own words, and they do "
                 "not stand in it; delete the data set and start the run anew"

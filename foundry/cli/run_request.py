@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,12 @@ _Yaml.add_implicit_resolver(
 
 
 def resolve(
-    config: Path | None, files: Mapping[str, Path | None], given: Mapping[tuple[str, ...], Any]
+    config: Path | None,
+    files: Mapping[str, Path | None],
+    given: Mapping[tuple[str, ...], Any],
+    more_documents: Sequence[Path] = (),
 ) -> tuple[RunRequest, dict[str, str]]:
-    """The run, and the prompts that must be uploaded for it, by role. Files win over values, both over `config`'s.
+    """The run, and the texts that must be uploaded for it, by title. Files win over values, both over `config`'s.
 
     Raises InvalidArgument, naming what is wrong, DocumentUnreadable or CartridgeTooLong.
     """
@@ -65,7 +68,11 @@ def resolve(
         else:
             read_prompts(text, field=str(file))
             values[role] = {"kind": "document", "digest": content_digest(text.encode())}
-            uploads[role] = text
+            uploads[f"{role} of {values.get('name')}"] = text
+    if more_documents:
+        texts = {file.name: read_text(file) for file in more_documents}
+        values["more_documents"] = [content_digest(text.encode()) for text in texts.values()]
+        uploads |= texts
     request = RunRequest.model_validate(values)
     _check_length(request)
     return request, uploads

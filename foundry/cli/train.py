@@ -41,7 +41,9 @@ def train() -> None:
 
 
 def _train(
-    file: Annotated[Path | None, typer.Argument(help="The document: a text file in UTF-8.")] = None,
+    file: Annotated[
+        list[Path] | None, typer.Argument(help="The document: a text file in UTF-8. Or several, for one cartridge.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -63,18 +65,19 @@ def _train(
 ) -> None:
     from foundry.cli.run_request import resolve
 
-    files = {"document": file, "prompts": prompts, "heldout": heldout}
+    documents = file or []
+    files = {"document": documents[0] if documents else None, "prompts": prompts, "heldout": heldout}
     values = {option.key: given[option.name] for option in run_options() if given[option.name] is not None}
     # Before the stack is started: what is wrong should not take half a minute to be found.
-    request, uploads = resolve(config, files, values)
+    request, uploads = resolve(config, files, values, documents[1:])
     if dry_run:
         import yaml
 
         print(yaml.safe_dump(_dry(request), sort_keys=False, allow_unicode=True), end="")
         return
     with connect(start=True) as client:
-        for role, content in uploads.items():
-            client.documents.create(content, title=f"{role} of {request.name}")
+        for title, content in uploads.items():
+            client.documents.create(content, title=title)
         unsaid = {"text", "title"} if request.text is None else {"document"}
         run = client.runs.create(**request.model_dump(exclude_unset=True, exclude=unsaid))
         for line in run.get("chosen") or ():

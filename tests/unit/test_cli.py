@@ -129,10 +129,23 @@ def test_what_is_not_given_is_left_to_the_recipe(document: Path) -> None:
     assert resolved(document, "--name", "x", "--recipe", "quick", "--compression", "8") == asked
 
 
+def test_several_documents_are_of_one_run(document: Path) -> None:
+    others = [document.with_name(f"other-{number}.md") for number in range(2)]
+    for number, other in enumerate(others):
+        other.write_text(f"Another text, number {number}.")
+    found = resolved(document, *others, "--name", "x")
+    assert found["document"] == content_digest(document.read_bytes())
+    assert found["more_documents"] == [content_digest(other.read_bytes()) for other in others]
+    assert "other-9.md can't be read" in refused(
+        "train", str(document), str(document.with_name("other-9.md")), "--name", "x"
+    )
+
+
 def test_every_value_of_a_run_is_an_option(document: Path) -> None:
     values = {
         "name": "acme/x",
         "num_tokens": 16,
+        "more_documents": ["blake3:" + "1" * 64, "blake3:" + "2" * 64],
         "init": "version",
         "init_version": "acme/y@3",
         "reference_tokens": 100,
@@ -167,7 +180,8 @@ def test_every_value_of_a_run_is_an_option(document: Path) -> None:
         "resources": {"cpu": "4", "memory": "16Gi", "gpus": 1, "nodes": 2},
     }
     flat = values | {name: value for part in parts.values() for name, value in part.items()}
-    options = [word for name, value in flat.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    written = {name: ",".join(value) if isinstance(value, list) else str(value) for name, value in flat.items()}
+    options = [word for name, value in written.items() for word in (f"--{name.replace('_', '-')}", value)]
     found = resolved(document, *options, "--families", "cloze,summary")
     # But for those of `init_text`, which goes with another start, and `compression`, which with no length.
     assert set(found) == set(RunRequest.model_fields) - {"init_text", "compression", "text", "title"}

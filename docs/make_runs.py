@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 
 from docs.make_settings import default, meaning, table, write_or_check
 from foundry.cli.train import run_options
-from foundry.recipes import CHOSEN
 from foundry.store import DocumentPrompts, Resources, RunRecord, RunRequest, SelfStudyPrompts
+from foundry.store.spec import CHOSEN
 
 PAGE = Path(__file__).with_name("runs.md")
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

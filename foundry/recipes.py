@@ -49,12 +49,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "warmup_steps": 10,
     },
 }
-# What is a recipe's, where it is not asked for.
-CHOSEN = frozenset(
-    {"num_tokens", "num_steps", "heldout_every", "families"}.union(
-        _COMMON, *(each.keys() for each in _RECIPES.values())
-    )
-)
 # Steps for each thousand tokens of the document, at least and at most.
 _STEPS = {"quick": (6.0, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
 

@@ -118,7 +118,7 @@ class RunOption:
     @property
     def parameter(self) -> inspect.Parameter:
         """None stands for what the configuration file says, else for the default."""
-        from foundry.recipes import CHOSEN
+        from foundry.store.spec import CHOSEN
 
         annotations = (self.field.annotation, *get_args(self.field.annotation))
         # Of an `Annotated` what it is without its annotations.

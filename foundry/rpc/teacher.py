@@ -28,18 +28,18 @@ class TeacherClient:
         self,
         pods: Pods,
         model_fingerprint: str,
-        document: str,
+        document: str | None,
         *,
         timeout_seconds: float,
         template_digest: str = "",
         context_digest: str = "",
     ) -> None:
-        """`document` may be empty: the model without one. `context_digest` is of the ids that it must become, with the
+        """`document` None is the model without one. `context_digest` is of the ids that it must become, with the
         template of `template_digest`: who scores needs both. `close` closes the pods."""
         self._pods = pods
         self._pod: Pod | None = None
         # The document's and not the context's, which the gateway doesn't know: both must come to the same teacher.
-        self._key = content_digest(document.encode())
+        self._key = content_digest((document or "").encode())
         self._model_fingerprint = model_fingerprint
         self._template_digest = template_digest
         self._document = document
@@ -52,7 +52,7 @@ class TeacherClient:
         Raises what the teacher raised, DocumentTooLong also where no message holds the document, IdentityMismatch if
         the teacher's template is another, and AlignmentError if it read another document.
         """
-        if (num_bytes := len(self._document.encode())) > MAX_CONTENT_BYTES:
+        if (num_bytes := len((self._document or "").encode())) > MAX_CONTENT_BYTES:
             raise DocumentTooLong(
                 f"the document has {num_bytes} bytes, a teacher takes at most {MAX_CONTENT_BYTES}", field="document"
             )
@@ -103,7 +103,11 @@ class TeacherClient:
         with pod.calling() as channel:
             stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
             message = await stub.PutContext(
-                teacher_pb2.PutContextRequest(model_fingerprint=self._model_fingerprint, document=self._document),
+                teacher_pb2.PutContextRequest(
+                    model_fingerprint=self._model_fingerprint,
+                    document=self._document or "",
+                    without_document=self._document is None,
+                ),
                 timeout=self._timeout_seconds,
             )
         found = decoded(message, pod.name)

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from foundry.errors import CartridgeTooLong, InvalidArgument
 from foundry.identity import ObjectiveKind, check_digest, content_digest
@@ -299,8 +299,23 @@ class RunSpec(Checked):
         return f"{self.init}, {said[self.init]}" if self.init in said else self.init
 
 
+# What a recipe says where a request does not; `foundry.recipes` has the values.
+CHOSEN = frozenset(
+    {"num_tokens", "reference_tokens", "num_steps", "batch_size", "mode", "off_policy_share", "families", "prompts"}
+    | {"general_share", "max_new_tokens", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "heldout_every"}
+)
+
+
+def _leave_to_the_recipe(schema: dict[str, Any]) -> None:
+    """A request's fields have no default of their own there."""
+    for name in CHOSEN:
+        schema["properties"][name].pop("default", None)
+
+
 class RunRequest(RunSpec):
     """A run whose document may come with it, as `text`, and of which little need be said: the rest is the recipe's."""
+
+    model_config = ConfigDict(json_schema_extra=_leave_to_the_recipe)
 
     recipe: Recipe = "standard"
     """Where the values come from that are not given: `quick` takes minutes on two cores, `standard` is the best for its

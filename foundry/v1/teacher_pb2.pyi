@@ -25,18 +25,22 @@ class PutContextRequest(_message.Message):
 
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     DOCUMENT_FIELD_NUMBER: _builtins.int
+    WITHOUT_DOCUMENT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
-    """Rendered as the system message of the model's chat template. Empty: the model as it is without a document."""
+    """Rendered as the system message of the model's chat template."""
+    without_document: _builtins.bool
+    """The model as it is without a document, which is then empty."""
     def __init__(
         self,
         *,
         model_fingerprint: _builtins.str = ...,
         document: _builtins.str = ...,
+        without_document: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "model_fingerprint", b"model_fingerprint", "without_document", b"without_document"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,8 +53,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
-        if request.document:
+        if not request.without_document:
             ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
+        elif request.document:
+            raise InvalidArgument("there is a document, and without_document is set", field="without_document")
         else:
             ids = self._template.bare()
         digest = await self._run(lambda: self._contexts.put(ids))

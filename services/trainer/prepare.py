@@ -116,7 +116,7 @@ class Preparation:
             context.digest: TeacherClient(
                 Pods("teacher", [settings.teacher_address], settings.tls),
                 self._lm.spec.fingerprint,
-                context.text,
+                context.text or None,
                 timeout_seconds=settings.teacher_timeout_seconds,
                 template_digest=self._template.digest,
                 context_digest=context.digest,

@@ -348,20 +348,41 @@ async def test_bad_requests_get_typed_errors(stub: teacher_pb2_grpc.TeacherAsync
         await score(stub, lm, [(digest, sample)], want, template_digest="blake3:other")
     with pytest.raises(DocumentUnreadable, match="empty"):
         await put(stub, lm, " \n")
+    with pytest.raises(DocumentUnreadable, match="empty"):
+        await put(stub, lm, "")
+    with pytest.raises(InvalidArgument, match="there is a document"):
+        await put(stub, lm, DOCUMENTS[0], without_document=True)
     with pytest.raises(DocumentUnreadable, match="binary"):
         await put(stub, lm, "PK\0\3")
-    with pytest.raises(DocumentTooLong, match=r"takes \d{4} tokens .* context has 448"):
+    with pytest.raises(DocumentTooLong, match=r"takes \d{4} tokens .* room for 448"):
         await put(stub, lm, "treaty " * 1000)
 
 
+async def test_without_a_document_the_model_is_as_it_is(stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM) -> None:
+    template = ChatTemplate(lm.tokenizer, CLOCK)
+    digest = await put(stub, lm, "", without_document=True)
+    assert digest == ids_digest(template.bare())
+    turn = template.turn([{"role": "user", "content": "What is open?"}])
+    sample = Sample(turn, [5, 6, 7], (), "", 0, truncated=False)
+    (part,) = await score(stub, lm, [(digest, sample)], teacher_pb2.Want(hidden=True))
+    plain = [*template.prompt([{"role": "user", "content": "What is open?"}]), 5, 6]
+    expected = lm.packed_hidden([plain], [None])[-3:]
+    assert torch.allclose(tensors.from_message(part.hidden), expected, atol=1e-4)
+
+
 async def put(
-    stub: teacher_pb2_grpc.TeacherAsyncStub, lm: FrozenLM, document: str, fingerprint: str | None = None
+    stub: teacher_pb2_grpc.TeacherAsyncStub,
+    lm: FrozenLM,
+    document: str,
+    fingerprint: str | None = None,
+    *,
+    without_document: bool = False,
 ) -> str:
+    request = teacher_pb2.PutContextRequest(
+        model_fingerprint=fingerprint or lm.spec.fingerprint, document=document, without_document=without_document
+    )
     with typed_errors("teacher"):
-        answer = await stub.PutContext(
-            teacher_pb2.PutContextRequest(model_fingerprint=fingerprint or lm.spec.fingerprint, document=document),
-            timeout=30,
-        )
+        answer = await stub.PutContext(request, timeout=30)
     return answer.context_digest
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from foundry.errors import InvalidArgument
-from foundry.recipes import CHOSEN, choose, describe
+from foundry.recipes import choose, describe
 from foundry.store import RunRequest, RunSpec
+from foundry.store.spec import CHOSEN
 from tests.store_data import DOCUMENT
 
 RECIPES = ("quick", "standard", "thorough")
@@ -78,5 +79,14 @@ def test_the_choice_is_told_in_two_lines() -> None:
     )
 
 
-def test_what_a_recipe_chooses_are_values_of_a_run() -> None:
-    assert RunSpec.model_fields.keys() >= CHOSEN
+def test_what_is_said_to_be_the_recipes_is() -> None:
+    """And in no schema has it a default."""
+    plain = RunSpec(name="report", document=DOCUMENT)
+    chosen = [choose(request(recipe=recipe), 2000) for recipe in RECIPES]
+    # As everywhere where no recipe has a reason for another one.
+    same = {
+        name for name in RunSpec.model_fields if all(getattr(spec, name) == getattr(plain, name) for spec in chosen)
+    }
+    assert RunSpec.model_fields.keys() - same - {"resources"} == CHOSEN
+    schema = RunRequest.model_json_schema()["properties"]
+    assert {name for name in RunSpec.model_fields if "default" not in schema[name]} == {*CHOSEN, "name"}

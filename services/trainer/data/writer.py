@@ -271,8 +271,13 @@ class DatasetWriter:
         spec = self._spec
         prompts = [prompt for prompt in GENERAL_PROMPTS if normalised(prompt) not in self._held]
         random.Random(derive_seed(spec.seed, "general")).shuffle(prompts)
-        asked = [_Asked(self._bare, "general", prompt, self._turn(prompt)) for prompt in prompts]
-        heldout, rest = asked[:_GENERAL_HELDOUT], asked[_GENERAL_HELDOUT:]
+        heldout, rest = (
+            [_Asked(self._bare, family, prompt, self._turn(prompt)) for prompt in some]
+            for family, some in (
+                ("general-heldout", prompts[:_GENERAL_HELDOUT]),
+                ("general", prompts[_GENERAL_HELDOUT:]),
+            )
+        )
         enough = int(spec.num_steps * spec.batch_size * spec.samples_per_prompt * spec.general_share)
         answered = await self._family("general", rest[:enough], self._answered)
         greedily = partial(self._answered, temperature=0.0)

@@ -24,23 +24,28 @@ from foundry.errors import (
     RunNotFound,
 )
 from foundry.identity import content_digest
+from foundry.model.template import ChatTemplate
+from foundry.recipes import choose, describe
 from foundry.store import (
     CartridgeStore,
     DocumentPrompts,
     Resources,
     RunRecord,
     RunRequest,
-    RunSpec,
     RunState,
     SelfStudyPrompts,
 )
 from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
+from tests.tiny import CLOCK, build_tokenizer
 
 
 def test_a_run_is_queued_with_its_document(site: Site) -> None:
     created = site.client.runs.create(**specification(text=DOCUMENT, title="Inline"))
-    whole = RunSpec(document=content_digest(DOCUMENT.encode()), **specification())
-    assert created == {
+    num_tokens = len(ChatTemplate(build_tokenizer(), CLOCK).context(DOCUMENT))
+    asked = RunRequest(document=content_digest(DOCUMENT.encode()), **specification())
+    whole = choose(asked, num_tokens)
+    assert created.pop("chosen") == describe(whole, "standard", num_tokens)
+    assert created | {"chosen": None} == {
         "object": "run",
         "id": created["id"],
         "spec": json.loads(whole.to_json()),
@@ -50,11 +55,11 @@ def test_a_run_is_queued_with_its_document(site: Site) -> None:
         "worker": "",
         "waiting_for": "",
         "created_at": created["created_at"],
-        **dict.fromkeys(("started_at", "finished_at", "error", "result", "last_event", "job")),
+        **dict.fromkeys(("started_at", "finished_at", "error", "result", "last_event", "job", "chosen")),
     }
     assert created["spec"]["document"] == content_digest(DOCUMENT.encode())
     assert site.client.documents.text(created["spec"]["document"]) == DOCUMENT
-    assert site.client.runs.get(created["id"]) == created
+    assert site.client.runs.get(created["id"]) == created | {"chosen": None}
     again = site.client.runs.create(**specification(document=created["spec"]["document"]))
     assert [run["id"] for run in site.client.runs.list()][:2] == [again["id"], created["id"]]
     for run in (created, again):
@@ -117,7 +122,8 @@ def test_openapi_says_what_a_run_takes_and_answers(site: Site) -> None:
             assert shown["description"] == field.description, (title, name)
     temperature = schemas["RunRequest"]["properties"]["temperature"]
     assert (temperature["default"], temperature["exclusiveMinimum"], temperature["maximum"]) == (1.0, 0, 10)
-    assert schemas["RunRequest"]["properties"]["num_tokens"]["default"] == 128
+    # What follows from the document has no default.
+    assert "default" not in schemas["RunRequest"]["properties"]["num_tokens"]
     assert schemas["RunRequest"]["required"] == ["name"]
 
 
@@ -136,7 +142,7 @@ def test_the_command_uploads_what_it_names_and_asks_for_the_run_that_it_prints(s
     printed = yaml.safe_load(train("--dry-run"))
     assert len(site.client.runs.list()) == before
     run = site.client.runs.get(train("--detach").strip())
-    assert run["spec"] == printed
+    assert run["spec"].items() >= printed.items()
     assert site.client.documents.get(printed["document"])["title"] == "treaty.md"
     assert site.client.documents.get(printed["heldout"]["digest"])["title"] == "heldout of handbook"
     site.client.runs.cancel(run["id"])

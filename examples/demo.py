@@ -112,7 +112,10 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="quick", help="where the values come from that are not given here")
+    parser.add_argument("--tokens", type=int, help="length of the cartridge")
+    parser.add_argument("--reference-tokens", type=int, help="that say what the start keeps")
     parser.add_argument("--steps", type=int, help="optimiser steps")
+    parser.add_argument("--off-policy-share", type=float, help="share of steps before its own answers")
     parser.add_argument("--batch-size", type=int, help="prompts per step")
     parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--questions", type=int, default=16, help="how many of the held-out questions to ask")
@@ -134,7 +137,14 @@ def train(
     """The finished run and its step events. Interrupted, the run is cancelled, so that it does not go on later."""
     document = client.documents.create(DOCUMENT.read_bytes(), title=DOCUMENT.name)
     heldout = client.documents.create(HELDOUT.read_bytes(), title=HELDOUT.name)
-    given = {"num_steps": options.steps, "batch_size": options.batch_size, "learning_rate": options.lr}
+    given = {
+        "num_tokens": options.tokens,
+        "reference_tokens": options.reference_tokens,
+        "num_steps": options.steps,
+        "off_policy_share": options.off_policy_share,
+        "batch_size": options.batch_size,
+        "learning_rate": options.lr,
+    }
     run = client.runs.create(
         name=name,
         document=document["digest"],

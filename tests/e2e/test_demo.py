@@ -1,4 +1,4 @@
-"""The demo, shorter: the real model, the real document, every process of the stack."""
+"""The demo, shorter: the quick recipe on the real model and document, with every process of the stack."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def home(tmp_path: Path) -> Iterator[Path]:
 def test_demo_measures_and_leaves_nothing_behind(home: Path, tmp_path: Path) -> None:
     result_file = tmp_path / "demo-result.json"
     command = [sys.executable, str(DEMO), "--home", str(home), "--result", str(result_file)]
-    command += ["--steps", "2", "--batch-size", "8", "--lr", "0.003", "--tokens", "64", "--num-prompts", "8"]
-    command += ["--off-policy-share", "0.5", "--reference-tokens", "1500"]
+    command += ["--steps", "4", "--batch-size", "8", "--lr", "0.01", "--tokens", "64", "--off-policy-share", "0.5"]
+    command += ["--reference-tokens", "1500"]
     command += ["--questions", str(NUM_QUESTIONS), "--max-tokens", "24"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,8 +49,9 @@ def test_demo_measures_and_leaves_nothing_behind(home: Path, tmp_path: Path) -> 
     manifests = [json.loads(path.read_text()) for path in sorted(home.glob("objects/cartridges/handbook/*.json"))]
     assert manifests[-1]["digest"] == result["cartridge"]["digest"] != manifests[0]["digest"]
 
-    nothing, untrained, cartridge, document = result["ways"]
-    assert untrained["prefix_tokens"] == 64
+    assert result["heldout_kl"]["first"] < result["heldout_kl"]["first_tokens"]
+    nothing, first, untrained, cartridge, document = result["ways"]
+    assert first["prefix_tokens"] == untrained["prefix_tokens"] == 64
     assert nothing["prefix_tokens"] == 0
     assert cartridge["prefix_tokens"] == 64
     assert document["prefix_tokens"] > 1500

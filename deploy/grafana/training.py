@@ -126,6 +126,12 @@ def _learning() -> Panels:
             query(chosen("foundry_trainer_heldout_kl"), PROCESS),
         ),
         series(
+            "General KL",
+            "none",
+            "Does the model stay itself elsewhere? Nats a token to the model without any document, on general prompts.",
+            query(chosen("foundry_trainer_general_kl"), PROCESS),
+        ),
+        series(
             "Loss",
             "none",
             "Does the objective fall? Nats a token, of the last step's own answers, so it moves with what is asked.",

@@ -66,6 +66,10 @@ class RunView:
             case "heldout":
                 self._heldout.append(event["kl"])
                 self._line(f"step {event['step']}: held-out KL {event['kl']:.3f}")
+            case "dataset":
+                parts = [f"{counts['conversations']:.0f} {family}" for family, counts in event["families"].items()]
+                covers = sum(counts["coverage"] for counts in event["families"].values())
+                self._line(f"data: {', '.join(parts)}; passages cover the document {covers:.1f} times")
             case "step":
                 self._step(event)
             case "finished":

@@ -23,6 +23,7 @@ def small_run(name: str, **changes: Any) -> dict[str, Any]:
         "name": name,
         "text": DOCUMENT,
         "num_tokens": 64,
+        "mode": "on",
         "num_steps": 4,
         "batch_size": 4,
         "max_new_tokens": 16,

@@ -80,6 +80,7 @@ def _train(stack: Stack, gateway: Process) -> str:
         run = client.runs.create(
             name="trained",
             text=DOCUMENT,
+            mode="on",
             num_tokens=20,
             num_steps=STEPS,
             batch_size=3,

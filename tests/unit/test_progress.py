@@ -29,6 +29,13 @@ EVENTS: list[dict[str, Any]] = [
     {"type": "progress", "stage": "self-study", "done": 0, "total": 8},
     {"type": "progress", "stage": "self-study", "done": 4, "total": 8},
     {"type": "progress", "stage": "self-study", "done": 8, "total": 8},
+    {
+        "type": "dataset",
+        "families": {
+            "cloze": {"conversations": 12, "answer_tokens": 99, "coverage": 2.5},
+            "prompts": {"conversations": 3, "answer_tokens": 0, "coverage": 0.0},
+        },
+    },
     {"type": "heldout", "step": 0, "kl": 0.5, "num_tokens": 99},
     step(1),
     {"type": "state", "state": "waiting", "attempt": 1, "waiting_for": "teacher: can't be reached"},
@@ -53,6 +60,7 @@ def test_lines_where_there_is_no_terminal() -> None:
         "handbook: running",
         "handbook: self-study 0/8",
         "handbook: self-study 8/8",
+        "handbook: data: 12 cloze, 3 prompts; passages cover the document 2.5 times",
         "handbook: step 0: held-out KL 0.500",
         f"handbook: step 1/20: forward_kl 0.250  version 2  10.0 s/step {stages}  3:10 left",
         "handbook: waiting for teacher: can't be reached",

@@ -233,6 +233,7 @@ def _run_of(release: Release, **changes: Any) -> dict[str, Any]:
         "name": "handbook",
         "text": DOCUMENT,
         "num_tokens": 20,
+        "mode": "on",
         "num_steps": 1,
         "batch_size": 2,
         "max_new_tokens": 4,

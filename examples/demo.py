@@ -97,7 +97,8 @@ def main() -> int:
             run, steps = train(client, NAME, options)
         with phases.phase("first_tokens", "4  Beside it, the document's first tokens"):
             num_tokens = run["spec"]["num_tokens"]
-            first, _ = train(client, f"{NAME}-first", options, init="first_tokens", num_tokens=num_tokens, num_steps=0)
+            start = {"init": "first_tokens", "num_tokens": num_tokens, "num_steps": 0, "general_share": 0}
+            first, _ = train(client, f"{NAME}-first", options, **start)
         with phases.phase("questions", "5  The same questions, five ways"):
             reference, untrained = f"{NAME}@{run['result']['version']}", f"{NAME}@{steps[0]['version'] - 1}"
             ways = ask(client, questions, untrained, reference, run_id=run["id"], max_tokens=options.max_tokens)

@@ -1,6 +1,6 @@
 """What a run is when little is said of it: length, data, steps and rates, chosen from the document's length.
 
-The figures behind the numbers are in docs/results.md and docs/decisions.md.
+Why these values: docs/training.md.
 """
 
 from __future__ import annotations
@@ -90,9 +90,14 @@ def describe(spec: RunSpec, recipe: str, num_context_tokens: int) -> list[str]:
     """Two lines: what was chosen, and why."""
     size, off = spec.batch_size * spec.samples_per_prompt, spec.num_off_policy_steps
     ratio, density = num_context_tokens / spec.num_tokens, 100 * spec.num_steps * size / num_context_tokens
-    return [
+    length = (
         f"{spec.num_tokens} tokens stand in for {num_context_tokens}, {ratio:.1f} to 1; "
-        f"{COMPRESSION:.0f} to 1 keeps most of what the model can answer with the document",
+        f"{COMPRESSION:.0f} to 1 keeps most of what the model can answer with the document"
+    )
+    if not spec.num_steps:
+        return [length, f"recipe {recipe}, no steps: the start is published as it is"]
+    return [
+        length,
         f"recipe {recipe}: {spec.num_steps} steps of {size} answers, {density:.0f} for every 100 tokens; "
         f"{off} steps on written answers, then {spec.num_steps - off} on its own",
     ]

@@ -287,3 +287,29 @@ def test_a_version_of_another_length_or_model_is_no_start(lm: FrozenLM) -> None:
     with pytest.raises(FingerprintMismatch, match="is of model blake3:1111") as model:
         from_version(lm, other, P)
     assert shape.value.field == model.value.field == "init_version"
+
+
+def test_a_long_document_takes_no_matrix_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100,000 tokens, the scores of 4,096 query rows of each kv head would be 3.3 GB; a tile is 16 MiB."""
+    num_document = 100_000
+    monkeypatch.setattr(compacting, "_TILE_BYTES", 16 * 1024**2)
+    largest = 0
+    # What is allocated goes through here: `@` makes the only tensors with a column for each token of the document.
+    matmul = Tensor.__matmul__
+
+    def watched(self: Tensor, other: Tensor) -> Tensor:
+        nonlocal largest
+        out = matmul(self, other)
+        if out.shape[-1] == num_document:
+            largest = max(largest, out.nbytes)
+        return out
+
+    monkeypatch.setattr(Tensor, "__matmul__", watched)
+    generator = torch.Generator().manual_seed(0)
+    document = torch.randn(1, 2, 2, num_document, 16, generator=generator)
+    plan = CompactingAttention([[5] * 32] * 64, document, Compaction(64, num_first=1, num_last=3))
+    q_HTD, k_GTD, v_GTD = (torch.randn(heads, 64 * 32, 16, generator=generator) for heads in (4, 2, 2))
+    out = plan.attend(0, q_HTD, k_GTD, v_GTD, 0.25)
+    assert out.shape == (64 * 32, 4, 16)
+    assert plan.kept[0].shape == (2, 2, 64, 16)
+    assert 0 < largest <= 16 * 1024**2

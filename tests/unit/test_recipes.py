@@ -79,6 +79,11 @@ def test_the_choice_is_told_in_two_lines() -> None:
     )
 
 
+def test_without_steps_none_are_told_of() -> None:
+    spec = choose(request(num_steps=0), 1960)
+    assert "no steps" in describe(spec, "standard", 1960)[1]
+
+
 def test_what_is_said_to_be_the_recipes_is() -> None:
     """And in no schema has it a default."""
     plain = RunSpec(name="report", document=DOCUMENT)

@@ -1,0 +1,99 @@
+"""Questions that the model asks itself about each document, until there are as many as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from foundry.errors import InvalidArgument
+from foundry.model.initialise import share_tokens
+from foundry.model.template import ChatTemplate
+from foundry.rpc.rollout import Answer, Prompt
+from foundry.seeds import derive_seed
+from foundry.selfstudy.questions import Questioner
+from foundry.selfstudy.wording import jumbled, normalised
+from foundry.store import SelfStudyPrompts
+from services.trainer.contexts import Context
+from services.trainer.data.answers import Answers
+from services.trainer.data.asked import Asked, Prompts
+from services.trainer.data.conversation import Conversation
+from services.trainer.data.shards import ROUND, Shards
+
+# Sampled: of one passage several questions are asked.
+_TEMPERATURE = 0.8
+
+
+class SelfStudy:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerBase,
+        contexts: Sequence[Context],
+        passage_tokens: int,
+        prompts: Prompts,
+        answers: Answers,
+        shards: Shards,
+    ) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._contexts, self._passage_tokens = contexts, passage_tokens
+        self._prompts, self._answers, self._shards = prompts, answers, shards
+
+    async def questions(self, wanted: SelfStudyPrompts, family: str, seed: int) -> list[Asked]:
+        """No two of the same words, none that is held out, of longer documents more. Raises InvalidArgument."""
+        shares = share_tokens(wanted.num_prompts, [len(context.ids) for context in self._contexts])
+        found: dict[str, Asked] = {}
+        for place, (context, share) in enumerate(zip(self._contexts, shares, strict=True)):
+            if share:
+                questioner = Questioner(
+                    context.text,
+                    self._template,
+                    self._tokenizer,
+                    num_questions=share,
+                    passage_tokens=self._passage_tokens,
+                    seed=derive_seed(seed, family, place),
+                )
+                await self._ask_about(context, place, questioner, len(found) + share, wanted, family, found)
+        if len(found) < wanted.num_prompts:
+            raise InvalidArgument(
+                f"the base model wrote {len(found)} different questions about the document, {wanted.num_prompts} were "
+                "asked for: ask for fewer, or bring a prompts file",
+                field="prompts.num_prompts",
+            )
+        await self._shards.tell("self-study", len(found), wanted.num_prompts)
+        return list(found.values())
+
+    async def _ask_about(
+        self,
+        context: Context,
+        place: int,
+        questioner: Questioner,
+        enough: int,
+        wanted: SelfStudyPrompts,
+        family: str,
+        found: dict[str, Asked],
+    ) -> None:
+        """Add to `found`, by their words, until there are `enough` or tries run out."""
+
+        async def answer(prompts: Sequence[Prompt]) -> list[Answer]:
+            most = wanted.max_prompt_tokens
+            return await self._answers.ask(prompts, temperature=_TEMPERATURE, max_new_tokens=most, stop=["\n"])
+
+        async def make(tries: range) -> list[Conversation]:
+            questions = await questioner.ask(tries, answer)
+            turns = [self._prompts.turn(question.prompt) for question in questions]
+            asked = [
+                Asked(context, family, each.prompt, turn, each.kind, each.passage, each.passage_tokens)
+                for each, turn in zip(questions, turns, strict=True)
+            ]
+            return await self._answers.of_nobody(asked)
+
+        tries = shard = 0
+        while len(found) < enough and tries < questioner.max_tries:
+            await self._shards.tell("self-study", len(found), wanted.num_prompts)
+            some = range(tries, tries + min(ROUND, enough - len(found)))
+            for row in await self._shards.one(f"{family}-tries-{place}", shard, partial(make, some)):
+                if normalised(row.prompt) not in self._prompts.held:
+                    found.setdefault(jumbled(row.prompt), self._prompts.again(row, family))
+            tries, shard = some.stop, shard + 1

@@ -124,7 +124,8 @@ def plan_of(lm: FrozenLM, references: Sequence[Sequence[int]], compaction: Compa
 @torch.no_grad()
 def test_references_go_through_the_model_as_behind_the_document(lm: FrozenLM) -> None:
     """Where every token is kept as it is, the forward of the compaction is the plain one."""
-    plan = CompactingAttention(REFERENCES, kv := lm.prefill(DOCUMENT), replace(KEEP, num_tokens=N, refit=False))
+    as_it_is = replace(KEEP, num_tokens=N, refit=False, restore_mass=False)
+    plan = CompactingAttention(REFERENCES, kv := lm.prefill(DOCUMENT), as_it_is)
     found = lm.hidden(torch.tensor([token for each in REFERENCES for token in each]), plan.positions_T, plan)
     expected = lm.packed_hidden(REFERENCES, [kv] * len(REFERENCES))
     assert (found - expected).abs().max() < 1e-4
@@ -218,6 +219,29 @@ def test_a_start_fitted_in_sequence_is_nearer_to_the_document(lm: FrozenLM) -> N
     assert error() < error(refit=False, sequential=False)
 
 
+def drawn(q_GRD: Tensor, key_GND: Tensor, own_lse_GR: Tensor) -> Tensor:
+    """Share of each query's attention that goes to these keys, beside its own sequence."""
+    return ((q_GRD @ key_GND.mT).logsumexp(-1) - own_lse_GR).sigmoid()
+
+
+@pytest.mark.parametrize(("common", "at_most"), [(2.0, 0.2), (0.0, 1.05)])
+def test_kept_keys_draw_as_much_attention_as_all_did(common: float, at_most: float) -> None:
+    """Of queries that have a direction in common, as those of trained models do; of others about as before."""
+    generator = torch.Generator().manual_seed(7)
+    direction = torch.randn(2, 1, 16, generator=generator)
+    q_GRD, others_GRD = (common * direction + torch.randn(2, 400, 16, generator=generator) for _ in range(2))
+    q_GRD, others_GRD = 0.3 * q_GRD, 0.3 * others_GRD
+    keys = torch.randn(2, 60, 16, generator=generator)
+    own_lse = torch.full((2, 400), 3.0)
+    rows = compacting._attend(compacting.Rows(q_GRD, own_lse, q_GRD, own_lse, q_GRD), keys, keys)
+    kept = keys[:, :20]
+    restored = compacting.restore_mass(kept, rows, num_first=1)
+    assert torch.equal(restored[:, 0], kept[:, 0]), "the first token is never trained"
+    wanted = drawn(others_GRD, keys, own_lse)
+    before, after = (drawn(others_GRD, some, own_lse).sub(wanted).square().mean() for some in (kept, restored))
+    assert after < at_most * before
+
+
 @pytest.mark.parametrize("num_keys", [6, 15])
 def test_values_are_those_of_ridge_least_squares(num_keys: int) -> None:
     """With more rows than keys and with fewer, which are solved in two forms."""
@@ -225,7 +249,7 @@ def test_values_are_those_of_ridge_least_squares(num_keys: int) -> None:
     key, value = (torch.randn(1, num_keys, 4, generator=generator) for _ in range(2))
     query, own, out = (torch.randn(1, 9, 4, generator=generator) for _ in range(3))
     own_lse = torch.randn(1, 9, generator=generator)
-    found = compacting.refit(key, value, compacting.Rows(query, own_lse, own, out), 0.1)
+    found = compacting.refit(key, value, compacting.Rows(query, own_lse, own, own_lse, out), 0.1)
 
     scores = torch.cat([query[0] @ key[0].T, own_lse[0].unsqueeze(1)], dim=1).double().softmax(1)
     weights, own_weight = scores[:, :-1], scores[:, -1:]

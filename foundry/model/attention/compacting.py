@@ -18,6 +18,13 @@ from foundry.model.attention import causal_mask
 
 # Of scores [G, R, N] in float32 that are held at once.
 _TILE_BYTES = 64 * 1024**2
+# Query rows of a kv head whose attention is restored: one number for each is fitted, where values take a whole row.
+_MASS_ROWS = 8192
+_MASS_UPDATES = 100
+# A key that few attend to is no stand-in for many.
+_MAX_FACTOR = 20.0
+# Of the mean of the diagonal of the queries' second moments.
+_DIRECTION_RIDGE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +44,21 @@ class Compaction:
     # Each layer's queries are taken behind the layers below as they were compacted.
     sequential: bool = True
     refit: bool = True
+    # Kept keys take over the attention that went to those left out.
+    restore_mass: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Queries of one kv head each, with what they see of their own sequence and what comes out of all that they see."""
+    """Queries of one kv head each, with what they see of their own sequence and what comes out of all that they see.
+
+    `lse` is the log of the sum of what scores are exponentiated to: of the own sequence, and of all.
+    """
 
     q_GRD: Tensor
     own_lse_GR: Tensor
     own_GRD: Tensor
+    lse_GR: Tensor
     out_GRD: Tensor
 
     @classmethod
@@ -83,8 +96,11 @@ class CompactingAttention:
         indices_GP = self._select(mass_GN)
         index_GPD = indices_GP.unsqueeze(-1).expand(-1, -1, key_GND.shape[-1])
         kept_key_GPD, kept_value_GPD = key_GND.gather(1, index_GPD), value_GND.gather(1, index_GPD)
+        fitted = Rows.cat([part.at(rows_R) for part, rows_R in zip(parts, self._fitted_rows(q_GrTD), strict=True)])
+        if self._compaction.restore_mass:
+            some_R = torch.arange(0, fitted.own_lse_GR.shape[1], -(-fitted.own_lse_GR.shape[1] // _MASS_ROWS))
+            kept_key_GPD = restore_mass(kept_key_GPD, fitted.at(some_R), self._compaction.num_first)
         if self._compaction.refit:
-            fitted = Rows.cat([part.at(rows_R) for part, rows_R in zip(parts, self._fitted_rows(q_GrTD), strict=True)])
             kept_value_GPD = refit(kept_key_GPD, kept_value_GPD, fitted, self._compaction.ridge)
         self.kept.append(torch.stack([kept_key_GPD, kept_value_GPD]))
         self.indices.append(indices_GP)
@@ -112,24 +128,56 @@ def _own(q_GrSD: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> Rows:
     q_GRD = q_GrSD.flatten(1, 2)
     mask_RS = causal_mask(k_GSD.shape[1], 0, q_GRD.device).repeat(q_GrSD.shape[1], 1)
     score_GRS = (q_GRD @ k_GSD.mT).masked_fill_(~mask_RS, -torch.inf)
-    return Rows(q_GRD, score_GRS.logsumexp(-1), score_GRS.softmax(-1) @ v_GSD, q_GRD)
+    lse_GR = score_GRS.logsumexp(-1)
+    out_GRD = score_GRS.softmax(-1) @ v_GSD
+    return Rows(q_GRD, lse_GR, out_GRD, lse_GR, out_GRD)
 
 
 def _attend(rows: Rows, key_GND: Tensor, value_GND: Tensor, mass_GN: Tensor | None = None, power: float = 1.0) -> Rows:
     """`rows` with what comes out behind these keys; weights to the `power` are added to `mass_GN`."""
     num_groups, num_rows, _ = rows.q_GRD.shape
-    out_GRD = torch.empty_like(rows.q_GRD)
+    all_lse_GR, out_GRD = torch.empty_like(rows.own_lse_GR), torch.empty_like(rows.q_GRD)
     tile = max(1, _TILE_BYTES // (4 * num_groups * key_GND.shape[1]))
     for some in (slice(begin, begin + tile) for begin in range(0, num_rows, tile)):
         weight_GRN = rows.q_GRD[:, some] @ key_GND.mT
         own_lse_GR = rows.own_lse_GR[:, some]
-        lse_GR = torch.logaddexp(weight_GRN.logsumexp(-1), own_lse_GR)
+        lse_GR = all_lse_GR[:, some] = torch.logaddexp(weight_GRN.logsumexp(-1), own_lse_GR)
         weight_GRN.sub_(lse_GR.unsqueeze(-1)).exp_()
         own_weight_GR = (own_lse_GR - lse_GR).exp_()
         out_GRD[:, some] = weight_GRN @ value_GND + own_weight_GR.unsqueeze(-1) * rows.own_GRD[:, some]
         if mass_GN is not None:
             mass_GN += weight_GRN.pow_(power).sum(dim=1)
-    return Rows(rows.q_GRD, rows.own_lse_GR, rows.own_GRD, out_GRD)
+    return Rows(rows.q_GRD, rows.own_lse_GR, rows.own_GRD, all_lse_GR, out_GRD)
+
+
+def restore_mass(key_GPD: Tensor, rows: Rows, num_first: int) -> Tensor:
+    """Keys [G, P, D] to which `rows` attend, nearly, as much as they attended to all.
+
+    Each key's exponentiated score gets a factor of at least 1, by non-negative least squares over the rows' sums, in
+    multiplicative updates (Lee and Seung, 1999). A cartridge has no place for factors: they become part of the keys,
+    along the direction in which the score of every query grows by one, as nearly as there is such a direction. The
+    first keys, which are never trained, stay. Attention Matching, https://arxiv.org/abs/2602.16284, has biases instead.
+    """
+    restored = []
+    for q_RD, key_PD, own_lse_R, lse_R in zip(rows.q_GRD, key_GPD, rows.own_lse_GR, rows.lse_GR, strict=True):
+        weight_RP = (q_RD @ key_PD.mT - lse_R.unsqueeze(-1)).exp_()
+        wanted_P = weight_RP.mT @ (1 - (own_lse_R - lse_R).exp())
+        gram_PP = weight_RP.mT @ weight_RP
+        factor_P = torch.ones_like(wanted_P)
+        for _ in range(_MASS_UPDATES):
+            factor_P *= wanted_P / (gram_PP @ factor_P).clamp_(min=torch.finfo().tiny)
+        gain_P = factor_P.clamp_(1.0, _MAX_FACTOR).log_()
+        gain_P[:num_first] = 0.0
+        restored.append(key_PD + torch.outer(gain_P, _common_direction(q_RD)))
+    return torch.stack(restored)
+
+
+def _common_direction(q_RD: Tensor) -> Tensor:
+    """Of least squares, so that it is short where the queries have little in common."""
+    covariance_DD = (q_RD.mT @ q_RD).double() / len(q_RD)
+    covariance_DD.diagonal().add_(_DIRECTION_RIDGE * covariance_DD.diagonal().mean())
+    direction_D: Tensor = torch.linalg.solve(covariance_DD, q_RD.mean(dim=0).double())
+    return direction_D.float()
 
 
 def refit(key_GPD: Tensor, value_GPD: Tensor, rows: Rows, ridge: float) -> Tensor:

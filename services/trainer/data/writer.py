@@ -19,7 +19,8 @@ from foundry.identity import content_digest
 from foundry.model.initialise import share_tokens
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
-from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.rpc.answers import Answer, Prompt
+from foundry.rpc.rollout import RolloutClient
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import CLOZE_CUTS, Exercise, cloze, evenly, num_tokens, recitations, summaries

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.document import ANSWERABLE, DOCUMENTS, Question, documents, read_questions
+from benchmarks.study.document import ANSWERABLE, DOCUMENTS, MAX_NEW_TOKENS, Question, documents, read_questions
 from foundry.local.demo_model import demo_model_directory
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
@@ -25,7 +25,6 @@ from foundry.settings import ModelSettings
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 
-MAX_NEW_TOKENS = 24
 MAX_SEQUENCES, MAX_SEQUENCE_TOKENS = 32, 256
 
 

@@ -14,9 +14,11 @@ DOCUMENTS = Path(__file__).parent / "documents"
 HANDBOOK = Path(__file__).parents[2] / "examples" / "handbook.md"
 # Which questions the model answers with the whole document before it: `benchmarks.study.answerable` writes it.
 ANSWERABLE = Path(__file__).parents[1] / "results" / "answerable.json"
+# Of an answer that is judged.
+MAX_NEW_TOKENS = 24
 # A beginning of the handbook, for a look at whether everything runs.
 SMOKE = "smoke"
-_SMOKE_CHARACTERS, _SMOKE_QUESTIONS = 1600, 4
+_SMOKE_CHARACTERS, _SMOKE_QUESTIONS = 700, 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def left(wanted: Sequence[Job], out: Path) -> list[Job]:
 
 
 class Runner:
-    """Does jobs, and writes what came of each."""
+    """Does jobs that nobody has done, and writes what came of each."""
 
     def __init__(
         self,
@@ -141,6 +141,8 @@ class Runner:
         self._bench: Bench | None = None
 
     def run(self, job: Job) -> None:
+        if not left([job], self._out):
+            return
         bench = self._bench
         if bench is None or bench.teacher.document.name != job.document:
             # One document at a time: its KV and places to decode in are most of what is held.

@@ -73,10 +73,17 @@ class Study:
 
     @classmethod
     def gather(cls, directory: Path) -> Study:
-        """Of the files that `benchmarks.study.grid` wrote."""
+        """Of the files that `benchmarks.study.grid` wrote. Raises ValueError if they don't belong together."""
         found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
         found.sort(key=lambda each: json.dumps(each["job"], sort_keys=True))
-        documents = {each["job"]["document"]: {key: each[key] for key in _OF_DOCUMENT} for each in found}
+        documents: dict[str, dict[str, Any]] = {}
+        for each in found:
+            of_document = {key: each[key] for key in _OF_DOCUMENT}
+            if documents.setdefault(each["job"]["document"], of_document) != of_document:
+                raise ValueError(
+                    f"results on {each['job']['document']} were measured along different answers of the teacher and "
+                    f"can't be compared: jobs that share {directory / 'cache'} can"
+                )
         about = {json.dumps({key: each[key] for key in _ABOUT}): None for each in found}
         return cls._of(
             [json.loads(each) for each in about], documents, [{key: each[key] for key in _OF_JOB} for each in found]
@@ -118,13 +125,14 @@ def measurements(
     by_document: dict[str, list[Result]], quantity: Quantity, axis: Axis = "answer_tokens", at: float = float("inf")
 ) -> list[Measurement]:
     """What a cell has at a place on the axis, by default at its end."""
-    return [
-        Measurement(
-            np.stack([result.totals(quantity, axis, at) for result in results]),
-            results[0].weights(quantity),
-        )
-        for results in by_document.values()
-    ]
+    found = []
+    for results in by_document.values():
+        weights_Q = results[0].weights(quantity)
+        # What does not count is not drawn either.
+        counts_Q = weights_Q > 0
+        totals_SQ = np.stack([result.totals(quantity, axis, at) for result in results])
+        found.append(Measurement(totals_SQ[:, counts_Q], weights_Q[counts_Q]))
+    return found
 
 
 def flags(text: str) -> Array:

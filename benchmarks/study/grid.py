@@ -6,6 +6,7 @@ Jobs whose results are in DIR are done; whatever ends a call, the next one goes 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import platform
@@ -146,7 +147,9 @@ class Runner:
         bench = self._bench
         if bench is None or bench.teacher.document.name != job.document:
             # One document at a time: its KV and places to decode in are most of what is held.
-            self._bench = None
+            self._bench = bench = None
+            # An engine is a cycle.
+            gc.collect()
             self._bench = bench = Bench(self._lm, self._read(job.document), self._cache)
         began = time.perf_counter()
         result = bench.run(job)

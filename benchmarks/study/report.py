@@ -39,11 +39,11 @@ document's tokens n. What is not said is the recipe `standard` (`docs/runs.md`),
   with the whole document and wrong without it, and of all.
 - **general KL** is the same KL on prompts about no document, from the model with nothing before it.
 - **seconds** are those of making the start, writing answers, scoring, updates and decoding by the policy; measuring is
-  left out. {workers} shared one device, so only their proportions say something. What is written before training
-  counts when it is first used.
+  left out. {shared} What is written before training counts when it is first used.
 - Figures are means over documents of means over seeds; in brackets the 95 % interval of a bootstrap over questions and
   seeds. With so few seeds that part of it is rough, and documents are not drawn anew.
 """
+_SHARED = "Up to {workers} jobs shared one device: compare seconds with each other, not with a job that runs alone."
 
 
 def page(study: Study, figures: Path) -> str:
@@ -65,9 +65,8 @@ def _section(make: Callable[[Study, Path], str], study: Study, figures: Path) ->
 def _head(study: Study) -> str:
     about = "; ".join(f"{each['dtype']}, {each['device']}, torch {each['torch']}" for each in study.about)
     workers = sorted({row["workers"] for row in study.rows})
-    several = workers != [1]
-    counts = " or ".join(map(str, workers))
-    return _HEAD.format(about=about, workers=f"{counts} jobs" if several else "None")
+    shared = "" if workers == [1] else _SHARED.format(workers=" or ".join(map(str, workers)))
+    return _HEAD.format(about=about, shared=shared)
 
 
 def _documents(study: Study) -> str:

@@ -47,7 +47,8 @@ class Decoder:
         digests: tuple[str, ...] = ()
         if cartridge is not None:
             digests = (str(next(self._names)),)
-            self._engine.load(digests[0], cartridge)
+            # The engine copies on a stream of its own, which would not wait for whoever is still computing this one.
+            self._engine.load(digests[0], Cartridge(cartridge.header, cartridge.kv_L2GPD.cpu()))
         requests = {
             place: SequenceRequest(
                 tuple(prompt.ids), digests, SamplingParams(max_new_tokens, temperature, seed=prompt.seed, stop=stop)

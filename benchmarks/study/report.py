@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "study.json"
 PAGE = ROOT / "docs" / "results.md"
 
+_WIDTH = 120
 _TOKENS = (33_000, 66_000, 100_000)
 _HEAD = """\
 # How a cartridge learns: results
@@ -59,7 +61,10 @@ def page(study: Study, figures: Path) -> str:
 def _section(make: Callable[[Study, Path], str], study: Study, figures: Path) -> list[str]:
     """Nothing of a group without results."""
     text = make(study, figures)
-    return [text] if text else []
+    # Tables and figures are lines of their own.
+    return (
+        ["\n".join(line if line[:1] in ("|", "!") else fill(line, _WIDTH) for line in text.split("\n"))] if text else []
+    )
 
 
 def _head(study: Study) -> str:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.document import ANSWERABLE, DOCUMENTS, MAX_NEW_TOKENS, Question, documents, read_questions
 from foundry.local.demo_model import demo_model_directory
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
@@ -25,38 +25,7 @@ from foundry.settings import ModelSettings
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 
-MAX_NEW_TOKENS = 24
 MAX_SEQUENCES, MAX_SEQUENCE_TOKENS = 32, 256
-DOCUMENTS = Path(__file__).parent / "documents"
-HANDBOOK = Path(__file__).parents[2] / "examples" / "handbook.md"
-RESULT = Path(__file__).parents[1] / "results" / "answerable.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A conversation that ends with a question about one fact, and the strings of which an answer must hold one."""
-
-    messages: Sequence[dict[str, str]]
-    expected: Sequence[str]
-
-    @property
-    def text(self) -> str:
-        return self.messages[-1]["content"]
-
-    def is_right(self, answer: str) -> bool:
-        return any(each.lower() in answer.lower() for each in self.expected)
-
-
-def read_questions(path: Path) -> list[Question]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Question(line["prompt"], line["expected"]) for line in lines]
-
-
-def documents() -> dict[str, Path]:
-    """The handbook of the examples and the study's own, by name, the shortest first."""
-    return {
-        path.stem: path for path in sorted([HANDBOOK, *DOCUMENTS.glob("*.md")], key=lambda path: path.stat().st_size)
-    }
 
 
 def as_cartridge(lm: FrozenLM, context: Sequence[int]) -> Cartridge:
@@ -108,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--documents", nargs="+", choices=sorted(documents()), help="only these, and write no result")
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--result", type=Path, default=ANSWERABLE)
     arguments = parser.parse_args()
     lm = FrozenLM.load(demo_model_directory(), device=arguments.device)
     template = ChatTemplate(lm.tokenizer, ModelSettings.model_fields["template_clock"].default)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from foundry.errors import AlignmentError
 from foundry.identity import answer_checksum
+from foundry.rpc.answers import Answer, Prompt
 from foundry.rpc.channel import decoded
 from foundry.rpc.limits import batches
 from foundry.rpc.pods import Pod, Pods
@@ -17,29 +17,6 @@ from foundry.tasks import end
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 
 _RESIDENT_TIMEOUT_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question, to a policy or to the plain model."""
-
-    ids: Sequence[int]
-    seed: int
-    # Where in the run it is asked, for people to read.
-    place: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a rollout server returned for one prompt."""
-
-    ids: Sequence[int]
-    # One per id, natural log, untempered.
-    logprobs: Sequence[float]
-    text: str
-    truncated: bool
-    # Address of the rollout server, of the pod where a name stands for several.
-    server: str = ""
 
 
 class RolloutClient:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from transformers import PreTrainedTokenizerBase
 
 from foundry.model.template import ChatTemplate
-from foundry.rpc.rollout import Answer, Prompt
+from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.passages import num_tokens, pieces
 

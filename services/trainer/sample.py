@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from foundry.identity import ids_digest
-from foundry.rpc.rollout import Answer, Prompt
-from foundry.store import CartridgeId
+from foundry.rpc.answers import Answer, Prompt
 from services.trainer.data.conversation import Conversation
+
+if TYPE_CHECKING:
+    from foundry.store import CartridgeId
 
 
 @dataclass(frozen=True, slots=True)

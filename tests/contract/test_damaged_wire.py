@@ -12,8 +12,9 @@ from google.rpc import status_pb2
 from redis.asyncio import Redis
 
 from foundry.errors import AlignmentError, DigestMismatch, StoreUnavailable, Unavailable
+from foundry.rpc.answers import Prompt
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Prompt, RolloutClient
+from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.server import Server
 from foundry.rpc.status import from_rpc_error
 from foundry.store import CartridgeId, CartridgeStore, StoreSettings

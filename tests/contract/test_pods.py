@@ -16,10 +16,11 @@ from foundry.identity import ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
+from foundry.rpc.answers import Prompt
 from foundry.rpc.pods import Pods
 from foundry.rpc.resolve import Endpoint, EndpointResolver
 from foundry.rpc.retry import Retry
-from foundry.rpc.rollout import Prompt, RolloutClient
+from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.server import Server
 from foundry.rpc.teacher import TeacherClient
 from foundry.v1 import teacher_pb2, teacher_pb2_grpc

@@ -11,8 +11,9 @@ import pytest
 
 from foundry.errors import AlignmentError, Unavailable
 from foundry.identity import answer_checksum
+from foundry.rpc.answers import Prompt
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Prompt, RolloutClient
+from foundry.rpc.rollout import RolloutClient
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.scripted_rollout import POLICY, Scripted, serving
 

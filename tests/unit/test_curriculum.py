@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from foundry.errors import InvalidArgument
 from foundry.model.template import ChatTemplate
-from foundry.rpc.rollout import Answer, Prompt
+from foundry.rpc.answers import Answer, Prompt
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import num_tokens, pieces
 from foundry.selfstudy.prompts import read_prompts

@@ -15,7 +15,8 @@ from foundry.errors import DigestMismatch, InvalidArgument
 from foundry.identity import content_digest, ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
-from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.rpc.answers import Answer, Prompt
+from foundry.rpc.rollout import RolloutClient
 from foundry.selfstudy.passages import num_tokens
 from foundry.selfstudy.wording import normalised
 from foundry.store import DatasetStore, DatasetSummary, DocumentPrompts, Objects, RunSpec, SelfStudyPrompts

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.rpc.answers import Answer, Prompt
+from foundry.rpc.rollout import RolloutClient
 from foundry.seeds import derive_seed
 from services.trainer.attempt import Attempt
 from services.trainer.data.asked import Asked

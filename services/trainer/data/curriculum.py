@@ -6,11 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from foundry.seeds import derive_seed
-from foundry.store import RunSpec
 from services.trainer.data.conversation import Conversation
+
+if TYPE_CHECKING:
+    from foundry.store import RunSpec
 
 T = TypeVar("T")
 

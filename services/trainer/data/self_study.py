@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from foundry.errors import InvalidArgument
 from foundry.model.initialise import share_tokens
 from foundry.model.template import ChatTemplate
-from foundry.rpc.rollout import Answer, Prompt
+from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.questions import Questioner
 from foundry.selfstudy.wording import jumbled, normalised

@@ -9,7 +9,8 @@ from opentelemetry import trace
 
 from foundry.errors import CartridgeNotFound, DigestMismatch, Unavailable
 from foundry.model.objectives import Objective
-from foundry.rpc.rollout import Prompt, RolloutClient
+from foundry.rpc.answers import Prompt
+from foundry.rpc.rollout import RolloutClient
 from foundry.seeds import derive_seed
 from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
@@ -30,11 +31,15 @@ class HeldOutSet:
     def num_tokens(self) -> int:
         return sum(len(sample.answer_ids) for sample in self.samples)
 
-    @torch.no_grad()
     def kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> float:
         """Mean KL(teacher || student) per answer token, in nats."""
+        return self.token_kl(lm, cartridge).mean().item()
+
+    @torch.no_grad()
+    def token_kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> Tensor:
+        """KL(teacher || student) [N] of every answer token, sample after sample, in nats."""
         token_kl_N = [
             distill_samples(lm, cartridge.cast(), MEASURE, self.samples[some], self.signals[some]).token_loss_N
             for some in micro_batches(self.samples, self._micro_batch_tokens)
         ]
-        return torch.cat(token_kl_N).mean().item()
+        return torch.cat(token_kl_N)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from foundry.store import RunSpec
+if TYPE_CHECKING:
+    from foundry.store import RunSpec
 
 
 def learning_rate_scale(spec: RunSpec, step: int) -> float:

@@ -14,9 +14,10 @@ import torch
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
+from foundry.rpc.answers import Answer, Prompt
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.rpc.pods import Pods
-from foundry.rpc.rollout import Answer, Prompt, RolloutClient
+from foundry.rpc.rollout import RolloutClient
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from tests.contract.rollout.server import MAX_SEQUENCES, MAX_WAITING, TIMEOUT_SECONDS, Rollout, joined, serving

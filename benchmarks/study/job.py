@@ -31,6 +31,7 @@ class Job:
     start: Start = "compact"
     refit: bool = True
     sequential: bool = True
+    restore_mass: bool = True
     power: float = 2.0
     shown: Shown = "both"
     reference_tokens: int = 16384

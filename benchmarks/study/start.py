@@ -28,7 +28,13 @@ def start_kv(teacher: Teacher, job: Job, questions: Sequence[Conversation]) -> T
         return lm.prefill(cut_context(context, closing, num_tokens))
     if job.start == "random":
         return random_tokens(lm, context, len(closing), num_tokens, derive_seed(job.seed, "init"))
-    compaction = Compaction(*(num_tokens, 1, len(closing)), power=job.power, sequential=job.sequential, refit=job.refit)
+    compaction = Compaction(
+        *(num_tokens, 1, len(closing)),
+        power=job.power,
+        sequential=job.sequential,
+        refit=job.refit,
+        restore_mass=job.restore_mass,
+    )
     return compact(lm, context, _references(teacher, job, questions), compaction)
 
 

@@ -103,7 +103,8 @@ def test_what_is_trained_on_follows_the_mode(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"refit": False}, {"sequential": False}, {"shown": "recite"}, {"shown": "questions"}]
+    "values",
+    [{"refit": False}, {"sequential": False}, {"restore_mass": False}, {"shown": "recite"}, {"shown": "questions"}],
 )
 def test_other_starts(lm: FrozenLM, out: Path, values: dict[str, Any]) -> None:
     bench = Bench(lm, DOCUMENT, Cache(out / "cache"))

@@ -178,8 +178,9 @@ def _initialisers(study: Study, figures: Path) -> str:
         "## Starts before any training\n\n"
         "`compact` as it is, and with one part of it changed: values not refitted, every layer fitted to the whole "
         "document's queries instead of those behind what the layers below kept (`sequential`), keys that don't take "
-        "over the attention to what is left out (`restore_mass`), another power of the attention weights than 2, or other turns to be looked at than recitations and completions: one of both "
-        "alone, or the model's own questions besides.\n\n" + _ends(found)
+        "over the attention to what is left out (`restore_mass`), another power of the attention weights than "
+        "2, or other turns to be looked at than recitations and completions: one of both alone, or the model's own "
+        "questions besides.\n\n" + _ends(found)
     )
 
 

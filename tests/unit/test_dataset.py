@@ -183,6 +183,12 @@ async def test_what_is_in_it(place: Place) -> None:
     assert str(said).strip()[:20] in DOCUMENT
 
 
+async def test_no_conversation_is_written_twice(place: Place) -> None:
+    """Sentences of the length of a piece are recited in several lengths of pieces."""
+    written = await place.write()
+    assert max(Counter((tuple(each.turn_ids), tuple(each.answer_ids)) for each in written.written).values()) == 1
+
+
 async def test_counts_and_coverage_are_said(place: Place) -> None:
     written = await place.write()
     (event,) = [event for event in place.events if event["type"] == "dataset"]

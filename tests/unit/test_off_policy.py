@@ -175,13 +175,6 @@ async def test_an_attempt_that_begins_later_gets_the_same_bits(case: Case, begin
     assert equal(await steps(case.source(), begin), expected[begin:])
 
 
-async def test_what_comes_up_once_is_not_kept(case: Case) -> None:
-    source = case.source()
-    source._repeats = False
-    await steps(source)
-    assert not case.cache._memory
-
-
 # Who wrote them
 
 

@@ -80,10 +80,10 @@ class Prompts:
                 self.turn(exercise.prompt),
                 passage=exercise.passage,
                 passage_tokens=exercise.passage_tokens,
-                answer_ids=self._answer_ids(exercise.answer) if exercise.answer else (),
+                answer_ids=answer_ids,
             )
             for context, share in zip(self._contexts, shares, strict=True)
-            for exercise in evenly(self._free(family, context.text), share)
+            for exercise, answer_ids in evenly(self._different(family, context.text), share)
         ]
 
     def general(self, enough: int) -> tuple[list[Asked], list[Asked]]:
@@ -103,6 +103,15 @@ class Prompts:
 
     def turn(self, prompt: str) -> list[int]:
         return self._template.turn([{"role": "user", "content": prompt}])
+
+    def _different(self, family: str, document: str) -> list[tuple[Exercise, Sequence[int]]]:
+        """With their answers, of which two that are cut at the same token may be one."""
+        found: dict[tuple[str, tuple[int, ...]], Exercise] = {}
+        for exercise in self._free(family, document):
+            # A sentence to be completed is answered by the model.
+            answer_ids = self._answer_ids(exercise.answer) if family == "recite" else []
+            found.setdefault((exercise.prompt, tuple(answer_ids)), exercise)
+        return [(exercise, answer_ids) for (_, answer_ids), exercise in found.items()]
 
     def _free(self, family: str, document: str) -> list[Exercise]:
         made: Iterable[Exercise]

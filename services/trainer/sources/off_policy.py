@@ -41,9 +41,6 @@ class OffPolicy:
         # the same bits whenever it is asked for, and in an attempt that begins later.
         self._first_steps: dict[str, int] = {}
         self._scanned = 0
-        num_drawn = self._spec.num_off_policy_steps * self._spec.batch_size * self._spec.samples_per_prompt
-        # What comes up once needs no keeping.
-        self._repeats = num_drawn > len(curriculum.written)
 
     def proves_policy(self, step: int) -> bool:
         return False
@@ -64,8 +61,7 @@ class OffPolicy:
     def _keep(self, sample: Sample, signal: Signal) -> Signal:
         if (kept := self._cache.get(sample.key)) is not None:
             return kept
-        if self._repeats:
-            self._cache.put(sample.key, signal)
+        self._cache.put(sample.key, signal)
         return signal
 
     def _written(self, step: int) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from foundry.rpc.pods import Pods
 from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.teacher import TeacherClient
 from foundry.store import CartridgeId
+from foundry.tasks import end
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
@@ -37,7 +39,7 @@ from services.trainer.sources.hybrid import Hybrid
 from services.trainer.sources.off_policy import OffPolicy
 from services.trainer.sources.on_policy import OnPolicy
 from services.trainer.stages import Stages
-from services.trainer.start import initial_kv
+from services.trainer.start import plan_start
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
 
@@ -72,15 +74,21 @@ class Preparation:
         bare = Context("", "", self._template.bare() if spec.general_share else ())
         self._teachers = teachers = await self._teach([*contexts, bare] if spec.general_share else contexts)
         kept = await attempt.load_checkpoint()
-        kv = self._empty_kv() if kept else await initial_kv(attempt, lm, self._template, contexts)
-        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
+        start = self._nothing if kept else await plan_start(attempt, lm, self._template, contexts)
         writer = DatasetWriter(
             *(attempt, lm, self._template, self._rollouts),
             contexts=contexts,
             bare=bare,
             passage_tokens=self._settings.selfstudy_chunk_tokens,
         )
-        curriculum = await writer.write()
+        # The one is computed here, the other is asked of the rollout servers.
+        writing = asyncio.create_task(writer.write())
+        try:
+            kv = await start()
+            curriculum = await writing
+        finally:
+            await end(writing)
+        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
         progress = await self._resume(kept, training, curriculum) if kept else self._begin(curriculum)
         publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
         objective = training.objective
@@ -148,7 +156,7 @@ class Preparation:
         samples = [Sample.written(each, each.family) for each in conversations]
         return HeldOutSet(samples, self._settings.micro_batch_tokens)
 
-    def _empty_kv(self) -> Tensor:
+    async def _nothing(self) -> Tensor:
         """For a checkpoint to be read into."""
         lm = self._lm
         return torch.zeros(lm.spec.kv_shape(self._spec.num_tokens), dtype=lm.dtype, device=lm.device)

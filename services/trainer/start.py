@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -24,30 +25,54 @@ from services.trainer.attempt import Attempt
 from services.trainer.contexts import Context
 
 
-async def initial_kv(attempt: Attempt, lm: FrozenLM, template: ChatTemplate, contexts: Sequence[Context]) -> Tensor:
-    """KV [L, 2, G, P, D] as the run's `init` says. Raises what makes that impossible, e.g. CartridgeTooLong."""
-    spec, stage = attempt.spec, f"start ({attempt.spec.init})"
+async def plan_start(
+    attempt: Attempt, lm: FrozenLM, template: ChatTemplate, contexts: Sequence[Context]
+) -> Callable[[], Awaitable[Tensor]]:
+    """What gives the KV [L, 2, G, P, D] that the run's `init` says, from the model alone.
+
+    All that takes the tokenizer is done here: it bears no second thread. Raises what makes the start impossible, e.g.
+    CartridgeTooLong, as the result does.
+    """
+    spec, tokenizer = attempt.spec, lm.tokenizer
     if spec.init == "version":
-        return from_version(lm, await attempt.version(spec.init_version), spec.num_tokens)
+        kv_L2GPD = from_version(lm, await attempt.version(spec.init_version), spec.num_tokens)
+        return lambda: asyncio.sleep(0, kv_L2GPD)
     if spec.init == "text":
-        text = template.context(await attempt.document(spec.init_text))
-        return await asyncio.to_thread(lm.prefill, cut_context(text, template.closing, spec.num_tokens))
-    parts = []
+        text = cut_context(template.context(await attempt.document(spec.init_text)), template.closing, spec.num_tokens)
+        return lambda: asyncio.to_thread(lm.prefill, text)
     shares = share_tokens(spec.num_tokens, [len(context.ids) for context in contexts])
-    for place, (context, num_tokens) in enumerate(zip(contexts, shares, strict=True)):
-        await attempt.tell({"type": "progress", "stage": stage, "done": place, "total": len(contexts)})
-        parts.append(await asyncio.to_thread(_part, attempt, lm, template, context, num_tokens))
-    await attempt.tell({"type": "progress", "stage": stage, "done": len(contexts), "total": len(contexts)})
-    return side_by_side(lm, parts)
+    most, seed = spec.reference_tokens, derive_seed(spec.seed, "references")
+    shown = [
+        await asyncio.to_thread(references, context.text, template, tokenizer, max_tokens=most, seed=seed)
+        if spec.init == "compact"
+        else []
+        for context in contexts
+    ]
+
+    async def start() -> Tensor:
+        stage, parts = f"start ({spec.init})", []
+        for place, (context, num_tokens) in enumerate(zip(contexts, shares, strict=True)):
+            await attempt.tell({"type": "progress", "stage": stage, "done": place, "total": len(contexts)})
+            part = partial(_part, attempt, lm, template.closing, context.ids, num_tokens, shown[place])
+            parts.append(await asyncio.to_thread(part))
+        await attempt.tell({"type": "progress", "stage": stage, "done": len(contexts), "total": len(contexts)})
+        return side_by_side(lm, parts)
+
+    return start
 
 
-def _part(attempt: Attempt, lm: FrozenLM, template: ChatTemplate, context: Context, num_tokens: int) -> Tensor:
+def _part(
+    attempt: Attempt,
+    lm: FrozenLM,
+    closing: Sequence[int],
+    context: Sequence[int],
+    num_tokens: int,
+    shown: Sequence[Sequence[int]],
+) -> Tensor:
     """Of one document."""
-    spec, num_closing = attempt.spec, len(template.closing)
+    spec, num_closing = attempt.spec, len(closing)
     if spec.init == "first_tokens":
-        return lm.prefill(cut_context(context.ids, template.closing, num_tokens))
+        return lm.prefill(cut_context(context, closing, num_tokens))
     if spec.init == "random":
-        return random_tokens(lm, context.ids, num_closing, num_tokens, derive_seed(spec.seed, "init"))
-    seed = derive_seed(spec.seed, "references")
-    shown = references(context.text, template, lm.tokenizer, max_tokens=spec.reference_tokens, seed=seed)
-    return compact(lm, context.ids, shown, Compaction(num_tokens, num_first=1, num_last=num_closing))
+        return random_tokens(lm, context, num_closing, num_tokens, derive_seed(spec.seed, "init"))
+    return compact(lm, context, shown, Compaction(num_tokens, num_first=1, num_last=num_closing))

@@ -25,7 +25,7 @@ _COMMON = {
 _RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on two cores.
     "quick": {
-        "off_policy_share": 0.85,
+        "off_policy_share": 0.9,
         "reference_tokens": 6144,
         "batch_size": 32,
         "max_new_tokens": 32,
@@ -50,7 +50,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (5.0, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+_STEPS = {"quick": (5.6, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
@@ -81,7 +81,7 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
         prompts: SelfStudyPrompts = values["prompts"]
         num_prompts = min(prompts.num_prompts, max(4, num_context_tokens // _TOKENS_FOR_A_QUESTION))
         values["prompts"] = prompts.model_copy(update={"num_prompts": num_prompts})
-    values.setdefault("heldout_every", max(1, values["num_steps"] // 4))
+    values.setdefault("heldout_every", max(1, values["num_steps"] // 3))
     values["warmup_steps"] = asked.get("warmup_steps", min(values["warmup_steps"], values["num_steps"] // 4))
     return RunSpec(**values)
 

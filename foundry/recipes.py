@@ -26,7 +26,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on two cores.
     "quick": {
         "off_policy_share": 0.9,
-        "reference_tokens": 8192,
+        "reference_tokens": 6144,
         "batch_size": 32,
         "max_new_tokens": 32,
         "prompts": SelfStudyPrompts(num_prompts=32, max_prompt_tokens=48),
@@ -50,7 +50,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (6.0, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+_STEPS = {"quick": (5.6, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

@@ -247,23 +247,24 @@ def summarize(
             "home": str(stack.home.path),
             "objects": str(stack.home.objects),
         },
-        "ways": [
-            {
-                "label": way.label,
-                "right": way.num_right,
-                "questions": len(questions),
-                "prefix_tokens": prefix_tokens(way, turn_tokens),
-                "first_token_seconds": {
-                    "median": round(statistics.median(a.seconds_to_first_token for a in way.answers[:NUM_TIMED]), 3),
-                    "median_cached_tokens": statistics.median(a.cached_tokens for a in way.answers),
-                    "cold": round(way.cold.seconds_to_first_token, 3) if way.cold else None,
-                    "cold_cached_tokens": way.cold.cached_tokens if way.cold else None,
-                },
-                "answers": [answer.text.strip() for answer in way.answers],
-            }
-            for way in ways
-        ],
+        "ways": [way_figures(way, len(questions), prefix_tokens(way, turn_tokens)) for way in ways],
         "questions": [question.messages[-1]["content"] for question in questions],
+    }
+
+
+def way_figures(way: Way, num_questions: int, num_prefix_tokens: int) -> dict[str, Any]:
+    return {
+        "label": way.label,
+        "right": way.num_right,
+        "questions": num_questions,
+        "prefix_tokens": num_prefix_tokens,
+        "first_token_seconds": {
+            "median": round(statistics.median(a.seconds_to_first_token for a in way.answers[:NUM_TIMED]), 3),
+            "median_cached_tokens": statistics.median(a.cached_tokens for a in way.answers),
+            "cold": round(way.cold.seconds_to_first_token, 3) if way.cold else None,
+            "cold_cached_tokens": way.cold.cached_tokens if way.cold else None,
+        },
+        "answers": [answer.text.strip() for answer in way.answers],
     }
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Best, Progress
+from services.trainer.publish import PolicyPublisher
 from services.trainer.report import report_heldout
 from services.trainer.signals import Teachers
 from services.trainer.stages import Stages
@@ -25,13 +26,14 @@ class Measurements:
         progress: Progress,
         training: TrainingStep,
         teachers: Teachers,
+        publisher: PolicyPublisher,
         stages: Stages,
         *,
         heldout: HeldOutSet,
         general: HeldOutSet,
     ) -> None:
         self._attempt, self._progress, self._training = attempt, progress, training
-        self._teachers, self._stages = teachers, stages
+        self._teachers, self._publisher, self._stages = teachers, publisher, stages
         self._heldout, self._general = heldout, general
 
     async def begin(self) -> None:
@@ -50,8 +52,10 @@ class Measurements:
         if progress.step == 0:
             progress.heldout_kl_first = kl
         if progress.best is None or kl < progress.best.kl:
-            progress.best, progress.num_no_better = Best(progress.policy, progress.step, kl), 0
-            await self._attempt.tag(BEST, progress.policy.version)
+            # Durably first: a version that was only hot may be lost with Redis while it is measured.
+            policy = await self._publisher.publish_again()
+            progress.best, progress.num_no_better = Best(policy, progress.step, kl), 0
+            await self._attempt.tag(BEST, policy.version)
         else:
             progress.num_no_better += 1
         await report_heldout(self._attempt, progress, self._heldout.num_tokens, general_kl)

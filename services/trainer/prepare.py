@@ -103,7 +103,7 @@ class Preparation:
             ),
             publisher=publisher,
             measurements=Measurements(
-                *(attempt, progress, training, teachers, stages),
+                *(attempt, progress, training, teachers, publisher, stages),
                 heldout=self._heldout(curriculum.heldout),
                 general=self._heldout(curriculum.general_heldout),
             ),

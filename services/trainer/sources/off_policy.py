@@ -49,14 +49,18 @@ class OffPolicy:
         return self._written(step)
 
     async def signals(self, step: int, samples: Sequence[Sample]) -> list[Signal]:
-        self._scan(step)
-        found: dict[str, Signal | None] = {sample.key: self._cache.get(sample.key) for sample in samples}
+        # Both take long where there are many: a resumed run goes through all steps before, signals may lie on disk.
+        await asyncio.to_thread(self._scan, step)
+        found = await asyncio.to_thread(self._kept, samples)
         for first in sorted({self._first_steps[key] for key, signal in found.items() if signal is None}):
             batch = self._written(first)
             for sample, scored in zip(batch, await self._score(batch), strict=True):
                 if self._first_steps[sample.key] == first:
                     found[sample.key] = self._keep(sample, scored)
         return [signal for sample in samples if (signal := found[sample.key]) is not None]
+
+    def _kept(self, samples: Sequence[Sample]) -> dict[str, Signal | None]:
+        return {sample.key: self._cache.get(sample.key) for sample in samples}
 
     def _keep(self, sample: Sample, signal: Signal) -> Signal:
         if (kept := self._cache.get(sample.key)) is not None:

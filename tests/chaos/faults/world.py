@@ -234,7 +234,7 @@ class World:
                 source=OnPolicy(attempt, curriculum, rollouts, teachers, training.objective, publisher, stages),
                 publisher=publisher,
                 measurements=Measurements(
-                    *(attempt, progress, training, teachers, stages),
+                    *(attempt, progress, training, teachers, publisher, stages),
                     heldout=HeldOutSet(heldout, MICRO_BATCH_TOKENS),
                     general=HeldOutSet([], MICRO_BATCH_TOKENS),
                 ),

@@ -174,8 +174,10 @@ def test_what_is_kept_does_not_depend_on_how_references_are_laid(lm: FrozenLM, m
             assert torch.allclose(other.kept[layer], plan.kept[layer], atol=1e-4)
 
 
-def test_the_same_bits_again(lm: FrozenLM) -> None:
-    assert compact(lm, DOCUMENT, REFERENCES, KEEP).equal(compact(lm, DOCUMENT, REFERENCES, KEEP))
+@pytest.mark.parametrize("matching_steps", [0, 5])
+def test_the_same_bits_again(matching_steps: int, lm: FrozenLM) -> None:
+    keep = replace(KEEP, matching_steps=matching_steps)
+    assert compact(lm, DOCUMENT, REFERENCES, keep).equal(compact(lm, DOCUMENT, REFERENCES, keep))
 
 
 class Measured(CompactingAttention):
@@ -193,27 +195,42 @@ class Measured(CompactingAttention):
         return expected
 
 
+MANY_REFERENCES = [ids(seed, 20) for seed in range(100, 160)]
+
+
 @torch.no_grad()
+def errors(lm: FrozenLM, **changes: Any) -> list[float]:
+    """Of attention behind what is kept, in every layer, for queries that nothing was fitted to."""
+    plan = plan_of(lm, MANY_REFERENCES, replace(KEEP, **changes))
+    measured = Measured(plan.kept, lm.prefill(DOCUMENT))
+    lm.hidden(torch.tensor([token for each in OTHERS for token in each]), measured.positions_T, measured)
+    return measured.errors
+
+
 def test_refitted_values_are_better_for_queries_that_they_were_not_fitted_to(lm: FrozenLM) -> None:
-    references = [ids(seed, 20) for seed in range(100, 160)]
-
-    def errors(**changes: Any) -> list[float]:
-        plan = plan_of(lm, references, replace(KEEP, sequential=False, **changes))
-        measured = Measured(plan.kept, lm.prefill(DOCUMENT))
-        lm.hidden(torch.tensor([token for each in OTHERS for token in each]), measured.positions_T, measured)
-        return measured.errors
-
-    refitted, chosen = errors(), errors(refit=False)
+    refitted, chosen = errors(lm, sequential=False), errors(lm, sequential=False, refit=False)
     assert all(better < 0.9 * worse for better, worse in zip(refitted, chosen, strict=True))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_matched_kv_is_better_for_queries_that_it_was_not_matched_to(sequential: bool, lm: FrozenLM) -> None:
+    refitted = errors(lm, sequential=sequential)
+    matched = errors(lm, sequential=sequential, matching_steps=200)
+    assert all(better < 0.9 * worse for better, worse in zip(matched, refitted, strict=True))
+
+
+def test_without_matching_nothing_is_matched(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(compacting, "match")
+    unmatched = compact(lm, DOCUMENT, REFERENCES, KEEP)
+    assert unmatched.equal(compact(lm, DOCUMENT, REFERENCES, replace(KEEP, matching_rate=1.0)))
 
 
 @torch.no_grad()
 def test_a_start_fitted_in_sequence_is_nearer_to_the_document(lm: FrozenLM) -> None:
-    references = [ids(seed, 20) for seed in range(100, 160)]
     expected = lm.packed_hidden(OTHERS, [lm.prefill(DOCUMENT)] * len(OTHERS))
 
     def error(**changes: Any) -> float:
-        kv = compact(lm, DOCUMENT, references, replace(KEEP, **changes))
+        kv = compact(lm, DOCUMENT, MANY_REFERENCES, replace(KEEP, **changes))
         return (lm.packed_hidden(OTHERS, [kv] * len(OTHERS)) - expected).norm().item()
 
     assert error() < error(refit=False, sequential=False)
@@ -258,6 +275,32 @@ def test_values_are_those_of_ridge_least_squares(num_keys: int) -> None:
     target = out[0].double() - own_weight * own[0].double()
     expected = torch.linalg.solve(gram + ridge, weights.T @ target + ridge @ value[0].double())
     assert (found[0] - expected).abs().max() < 1e-4
+
+
+def test_matching_is_adam_on_the_squared_error() -> None:
+    """Of one row a group, so that whichever are drawn are the same; gradients by autograd, of attention written out."""
+    generator = torch.Generator().manual_seed(5)
+    keys, values = (torch.randn(2, 6, 4, generator=generator) for _ in range(2))
+    query, own, out = (torch.randn(2, 1, 4, generator=generator) for _ in range(3))
+    own_lse = torch.randn(2, 1, generator=generator)
+    compaction = Compaction(6, num_first=1, num_last=2, matching_steps=4, matching_rate=0.05)
+    found = compacting.match(keys, values, compacting.Rows(query, own_lse, own, own_lse, out), compaction)
+
+    expected = [each.clone().requires_grad_() for each in (keys, values)]
+    optimizer = torch.optim.Adam(
+        [{"params": [leaf], "lr": 0.05 * leaf.detach().square().mean().sqrt().item()} for leaf in expected]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+    for _ in range(4):
+        key = torch.cat([keys[:, :1], expected[0][:, 1:]], dim=1)
+        weights = torch.cat([query @ key.mT, own_lse.unsqueeze(-1)], dim=-1).softmax(-1)
+        optimizer.zero_grad()
+        (weights @ torch.cat([expected[1], own], dim=1) - out).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert found[0][:, 0].equal(keys[:, 0]), "the first token is never trained"
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -331,7 +374,8 @@ def test_a_long_document_takes_no_matrix_of_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "__matmul__", watched)
     generator = torch.Generator().manual_seed(0)
     document = torch.randn(1, 2, 2, num_document, 16, generator=generator)
-    plan = CompactingAttention([[5] * 32] * 64, document, Compaction(64, num_first=1, num_last=3))
+    compaction = Compaction(64, num_first=1, num_last=3, matching_steps=2)
+    plan = CompactingAttention([[5] * 32] * 64, document, compaction)
     q_HTD, k_GTD, v_GTD = (torch.randn(heads, 64 * 32, 16, generator=generator) for heads in (4, 2, 2))
     out = plan.attend(0, q_HTD, k_GTD, v_GTD, 0.25)
     assert out.shape == (64 * 32, 4, 16)

@@ -1,9 +1,10 @@
 """Reference sequences behind a document whose KV is compacted, layer by layer, in one forward.
 
 Each layer keeps, for every kv head, the document tokens that the references attend to most, and refits their values so
-that attention behind the kept tokens gives what attention behind all gave. The references go on behind what was kept:
-a layer is fitted to queries as they will be, errors of the layers below included. Shape suffixes: `foundry.model.lm`,
-and N document tokens, R query rows of one kv head (its heads x tokens).
+that attention behind the kept tokens gives what attention behind all gave; steps of Adam on keys and values may bring
+it nearer still. The references go on behind what was kept: a layer is fitted to queries as they will be, errors of the
+layers below included. Shape suffixes: `foundry.model.lm`, and N document tokens, R query rows of one kv head (its heads
+x tokens).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _MASS_UPDATES = 100
 _MAX_FACTOR = 20.0
 # Of the mean of the diagonal of the queries' second moments.
 _DIRECTION_RIDGE = 0.01
+# Query rows of each kv head in a step of matching.
+_MATCHED_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,10 @@ class Compaction:
     refit: bool = True
     # Kept keys take over the attention that went to those left out.
     restore_mass: bool = True
+    # Of Adam, on a layer's keys and values, towards what attention behind all gave; none are taken at 0.
+    matching_steps: int = 0
+    # Of the root mean square of the keys, and of the values, in the first step; it falls to nothing over the others.
+    matching_rate: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,8 @@ class CompactingAttention:
             kept_key_GPD = restore_mass(kept_key_GPD, fitted.at(some_R), self._compaction.num_first)
         if self._compaction.refit:
             kept_value_GPD = refit(kept_key_GPD, kept_value_GPD, fitted, self._compaction.ridge)
+        if self._compaction.matching_steps:
+            kept_key_GPD, kept_value_GPD = match(kept_key_GPD, kept_value_GPD, fitted, self._compaction)
         self.kept.append(torch.stack([kept_key_GPD, kept_value_GPD]))
         self.indices.append(indices_GP)
         if self._compaction.sequential:
@@ -204,3 +213,35 @@ def refit(key_GPD: Tensor, value_GPD: Tensor, rows: Rows, ridge: float) -> Tenso
             change = weight_RP.mT @ torch.cholesky_solve(missing_RD.double(), factor).float()
         fitted.append(value_PD + change)
     return torch.stack(fitted)
+
+
+def match(key_GPD: Tensor, value_GPD: Tensor, rows: Rows, compaction: Compaction) -> tuple[Tensor, Tensor]:
+    """Keys and values [G, P, D] behind which `rows` get, more nearly than behind these, what they got out of all.
+
+    Adam on the squared error, whose gradients are short enough to write out; each step draws rows of its own. The first
+    keys, which are never trained, stay.
+    """
+    key_GPD, value_GPD = key_GPD.clone(), value_GPD.clone()
+    rates = [compaction.matching_rate * some.square().mean().sqrt().item() for some in (key_GPD, value_GPD)]
+    # In units of what comes out, lest Adam's epsilon counts where that is small.
+    scale = rows.out_GRD.square().mean()
+    optimizer = torch.optim.Adam([{"params": [key_GPD]}, {"params": [value_GPD]}])
+    num_groups, num_rows, _ = rows.q_GRD.shape
+    num_drawn = max(1, min(_MATCHED_ROWS, _TILE_BYTES // (4 * num_groups * key_GPD.shape[1])))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(compaction.matching_steps):
+        drawn_R = torch.randint(num_rows, (num_drawn,), generator=generator)
+        some = rows.at(drawn_R.to(key_GPD.device))
+        weight_GRP = some.q_GRD @ key_GPD.mT
+        lse_GR = torch.logaddexp(weight_GRP.logsumexp(-1), some.own_lse_GR)
+        weight_GRP.sub_(lse_GR.unsqueeze(-1)).exp_()
+        out_GRD = weight_GRP @ value_GPD + (some.own_lse_GR - lse_GR).exp_().unsqueeze(-1) * some.own_GRD
+        error_GRD = (out_GRD - some.out_GRD) / (scale * num_drawn)
+        value_GPD.grad = weight_GRP.mT @ error_GRD
+        pull_GRP = (error_GRD @ value_GPD.mT).sub_((error_GRD * out_GRD).sum(-1, keepdim=True)).mul_(weight_GRP)
+        key_GPD.grad = pull_GRP.mT @ some.q_GRD
+        key_GPD.grad[:, : compaction.num_first] = 0.0
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / compaction.matching_steps)
+        optimizer.step()
+    return key_GPD, value_GPD

@@ -55,6 +55,9 @@ def causal_mask(num_tokens: int, num_prefix: int, device: torch.device) -> Tenso
 
 def attend_masked(q_HSD: Tensor, k_GKD: Tensor, v_GKD: Tensor, mask_SK: Tensor, scale: float) -> Tensor:
     """Grouped-query attention of one sequence: [H, S, D]."""
+    if q_HSD.is_cuda:
+        # The kernel that holds no scores [H, S, K] takes as many heads of keys as of queries.
+        k_GKD, v_GKD = (each.repeat_interleave(q_HSD.shape[0] // each.shape[0], dim=0) for each in (k_GKD, v_GKD))
     return F.scaled_dot_product_attention(
         q_HSD.unsqueeze(0), k_GKD.unsqueeze(0), v_GKD.unsqueeze(0), attn_mask=mask_SK, scale=scale, enable_gqa=True
     )[0]

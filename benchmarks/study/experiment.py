@@ -11,13 +11,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
 
 from benchmarks.study.cache import Cache
 from benchmarks.study.decoding import Decoder
 from benchmarks.study.document import StudyDocument
 from benchmarks.study.job import Job
-from benchmarks.study.measure import Measures
+from benchmarks.study.measure import Measured, Measures
 from benchmarks.study.start import start_kv
 from benchmarks.study.teacher import DOCUMENT, MICRO_BATCH_TOKENS, Teacher
 from benchmarks.study.written import Data, Writer
@@ -55,11 +58,35 @@ class Bench:
         self.teacher = Teacher(lm, document, self.decoder)
         self.measures = Measures(self.teacher, self.decoder, cache)
         self.writer = Writer(self.teacher, cache)
+        # Starts, by what makes them: their KV, the seconds they took and how good they are.
+        self._starts: dict[Job, Started] = {}
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def started(self, job: Job) -> Started:
+        """Jobs that start alike share what is measured there."""
+        key = job.start_alone
+        if key not in self._starts:
+            self._starts[key] = self._start(job)
+        return self._starts[key]
+
+    def _start(self, job: Job) -> Started:
+        questions = self.writer.family("question", job) if job.shown == "questions" else None
+        began = time.perf_counter()
+        kv_L2GPD = start_kv(self.teacher, job, questions.conversations if questions else ())
+        # Off the device until it is wanted again, which also waits for it.
+        kv_L2GPD = kv_L2GPD.cpu()
+        seconds = time.perf_counter() - began
+        if questions:
+            seconds += sum(questions.seconds) + sum(self.writer.questions(job).seconds)
+        return Started(
+            kv_L2GPD,
+            seconds,
+            self.measures.take(TrainableCartridge(self.teacher.lm, kv_L2GPD.to(self.teacher.lm.device))),
+        )
+
+    def run(self, job: Job, marks: Sequence[int] = MARKS) -> dict[str, Any]:
         """What `benchmarks.study.report` reads."""
         experiment = Experiment(self, job)
-        experiment.run()
+        experiment.run(marks)
         document = self.teacher.document
         return {
             "job": asdict(job),
@@ -74,6 +101,13 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
+class Started:
+    kv_L2GPD: Tensor
+    seconds: float
+    measured: Measured
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """A cartridge as it was after so many answer tokens."""
 
@@ -82,6 +116,8 @@ class Mark:
     # Of all questions' answers, nats a token.
     heldout_kl: float
     general_kl: float
+    # Mean of the steps since the last mark, nats a token.
+    training_loss: float | None
     # A question each: thousandths of a nat, summed over the answer's tokens, and 1 where it was answered right.
     kl_millinats: Sequence[int]
     right: str
@@ -97,19 +133,20 @@ class Experiment:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._families: Counter[str] = Counter()
         self._steps = self._tokens = 0
+        self._losses: list[float] = []
         self._signals = SignalCache(_SIGNAL_BYTES, 0)
         # Families and prompts whose writing is in the seconds already.
         self._paid: set[tuple[str, str]] = set()
         self._words = {DOCUMENT: normalised(bench.teacher.document.text)}
 
-    def run(self) -> None:
+    def run(self, marks: Sequence[int]) -> None:
         job, bench = self._job, self._bench
-        questions = bench.writer.family("question", job) if job.shown == "questions" else None
-        with self._timed("start"):
-            kv_L2GPD = start_kv(bench.teacher, job, questions.conversations if questions else ())
-        if questions:
-            self._seconds["start"] += sum(questions.seconds) + sum(bench.writer.questions(job).seconds)
-        cartridge = TrainableCartridge(self._lm, kv_L2GPD)
+        started = bench.started(job)
+        self._seconds["start"] = started.seconds
+        self._mark(started.measured)
+        if not job.answer_tokens:
+            return
+        cartridge = TrainableCartridge(self._lm, started.kv_L2GPD.to(self._lm.device))
         step = TrainingStep(
             self._lm,
             cartridge,
@@ -119,13 +156,11 @@ class Experiment:
             policy_mismatch_threshold=_MISMATCH_THRESHOLD,
             max_grad_norm=job.max_grad_norm,
         )
-        self._measure(cartridge)
-        if job.answer_tokens:
-            self._train(step, bench.writer.data(job, bench.measures.mean_answer_tokens))
+        self._train(step, bench.writer.data(job, bench.measures.mean_answer_tokens), marks)
         self._signals.close()
 
-    def _train(self, step: TrainingStep, data: Data) -> None:
-        ahead = [mark for mark in MARKS if 0 < mark < self._job.answer_tokens] + [self._job.answer_tokens]
+    def _train(self, step: TrainingStep, data: Data, marks: Sequence[int]) -> None:
+        ahead = [mark for mark in marks if 0 < mark < self._job.answer_tokens] + [self._job.answer_tokens]
         # The store's package wants clients that a bare machine lacks; a course has all that is read of a run here.
         spec = cast("RunSpec", data.course)
         while ahead:
@@ -138,9 +173,10 @@ class Experiment:
                 update = step.run(samples, signals, prove_policy=on_policy, learning_rate_scale=scale)
             self._steps += 1
             self._tokens += update.num_tokens
+            self._losses.append(update.loss)
             if self._tokens >= ahead[0]:
                 ahead = [mark for mark in ahead if mark > self._tokens]
-                self._measure(step.cartridge)
+                self._mark(self._bench.measures.take(step.cartridge))
 
     def _written(self, batch: Sequence[Conversation], data: Data) -> tuple[list[Sample], list[Signal]]:
         """Answers that were there, each scored once, and proved to be whose they are said to be."""
@@ -190,21 +226,22 @@ class Experiment:
             signals = self._bench.teacher.signals(samples)
         return samples, signals
 
-    def _measure(self, cartridge: TrainableCartridge) -> None:
+    def _mark(self, found: Measured) -> None:
         measures = self._bench.measures
-        found = measures.take(cartridge)
         self.marks.append(
             Mark(
                 self._tokens,
                 self._steps,
                 sum(found.kl_sums) / sum(measures.question_tokens),
                 found.general_kl,
+                fmean(self._losses) if self._losses else None,
                 [round(1000 * each) for each in found.kl_sums],
                 as_text(found.right),
                 {stage: round(seconds, 3) for stage, seconds in self._seconds.items()},
                 dict(self._families),
             )
         )
+        self._losses.clear()
 
     def _count(self, batch: Sequence[Conversation], samples: Sequence[Sample], whose: str = "") -> None:
         for each, sample in zip(batch, samples, strict=True):

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.study.cache import Cache, write_atomically
 from benchmarks.study.document import SMOKE, StudyDocument, documents, read_document
-from benchmarks.study.experiment import Bench
+from benchmarks.study.experiment import MARKS, Bench
 from benchmarks.study.job import Job
 from foundry.identity import Dtype
 from foundry.local.demo_model import demo_model_directory
@@ -33,14 +33,18 @@ DOCUMENTS = tuple(documents())
 SEEDS = (0, 1, 2)
 # The usual one first.
 COMPRESSIONS = (4, 8, 2, 16)
-FAMILIES = (("recite", "cloze"), ("recite",), ("cloze",), ("question",), ("recite", "cloze", "question", "summary"))
+FAMILIES = ("recite", "quote", "cloze", "question")
+# The recipe's rates where they are not those of n/4: what holds more has less to learn.
+RATES = {2: 0.0025}
 # Untrained, in place of what `compact` has.
 COMPACT_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"refit": False},
     {"sequential": False},
     {"restore_mass": False},
-    {"refit": False, "sequential": False, "restore_mass": False},
+    {"matching_steps": 0},
+    {"matching_steps": 800},
+    {"refit": False, "sequential": False, "restore_mass": False, "matching_steps": 0},
     {"power": 1.0},
     {"power": 4.0},
     {"shown": "recite"},
@@ -64,7 +68,14 @@ def _cell(label: str, **values: Any) -> Cell:
     return Cell(label, Job(document="", **values))
 
 
-CURVES = [_cell(f"n/{compression}", compression=compression, answer_tokens=250_000) for compression in COMPRESSIONS]
+def _rate(compression: int) -> dict[str, float]:
+    return {"learning_rate": RATES[compression]} if compression in RATES else {}
+
+
+CURVES = [
+    _cell(f"n/{compression}", compression=compression, answer_tokens=250_000, **_rate(compression))
+    for compression in COMPRESSIONS
+]
 STARTS_AND_MODES = [
     _cell(f"{start}, {mode}", start=start, mode=mode, answer_tokens=100_000)
     for start, mode in product(("compact", "first_tokens", "random"), ("hybrid", "off", "on"))
@@ -79,7 +90,31 @@ SAME_PROMPTS = [
     )
 ]
 FAMILY_ABLATION = [
-    _cell(" + ".join(families), mode="off", families=families, answer_tokens=100_000) for families in FAMILIES
+    _cell(" + ".join(families), mode="off", families=families, answer_tokens=100_000)
+    for families in (
+        FAMILIES,
+        *(tuple(other for other in FAMILIES if other != family) for family in FAMILIES),
+        *((family,) for family in FAMILIES),
+        (*FAMILIES, "summary"),
+    )
+]
+# The recipe, and with one thing changed.
+CHANGES = [
+    _cell(", ".join(f"{name} {value}" for name, value in change.items()), mode="off", answer_tokens=100_000, **change)
+    for change in (
+        {"learning_rate": 0.005},
+        {"learning_rate": 0.02},
+        {"batch_size": 32, "learning_rate": 0.005},
+        {"batch_size": 16, "learning_rate": 0.005},
+        {"general_share": 0.0},
+        {"general_share": 0.15},
+        {"general_share": 0.3},
+        {"max_grad_norm": 0.0},
+        {"matching_steps": 0},
+        {"matching_steps": 0, "restore_mass": False, "refit": False},
+        {"objective": "reverse_kl"},
+        {"objective": "nll"},
+    )
 ]
 INITIALISERS = [
     *(
@@ -100,6 +135,7 @@ GROUPS = {
     "starts and modes": STARTS_AND_MODES,
     "initialisers": INITIALISERS,
     "families": FAMILY_ABLATION,
+    "changes": CHANGES,
     "same prompts": SAME_PROMPTS,
 }
 _SMOKE: dict[str, Any] = {
@@ -135,10 +171,11 @@ class Runner:
         lm: FrozenLM,
         out: Path,
         about: dict[str, Any],
+        marks: Sequence[int] = MARKS,
         read: Callable[[str], StudyDocument] = read_document,
     ) -> None:
         """`about` is what results say besides: where, and beside how many others."""
-        self._lm, self._out, self._about, self._read = lm, out, about, read
+        self._lm, self._out, self._about, self._marks, self._read = lm, out, about, marks, read
         self._cache = Cache(out / "cache")
         self._bench: Bench | None = None
 
@@ -153,7 +190,7 @@ class Runner:
             gc.collect()
             self._bench = bench = Bench(self._lm, self._read(job.document), self._cache)
         began = time.perf_counter()
-        result = bench.run(job)
+        result = bench.run(job, self._marks)
         seconds = time.perf_counter() - began
         write_atomically(self._out / f"{job.id}.json", {**result, **self._about, "seconds": round(seconds, 1)})
         last = result["marks"][-1]
@@ -162,12 +199,16 @@ class Runner:
         print(f"{job.id}  {seconds:6.1f} s  {what}, {last['answer_tokens']} tokens: {measured}", flush=True)
 
 
-def work(waiting: Any, failed: Any, deadline: float, arguments: argparse.Namespace) -> None:
+def work(place: int, waiting: Sequence[Any], failed: Any, deadline: float, arguments: argparse.Namespace) -> None:
     """A process: one job after another until there is none, or it is too late for another."""
+    device = arguments.device
+    if device == "cuda":
+        torch.cuda.set_device(place % torch.cuda.device_count())
+        device = f"cuda:{torch.cuda.current_device()}"
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // arguments.workers)))
     # TF32, where there is such a thing.
     torch.set_float32_matmul_precision("high")
-    lm = FrozenLM.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    lm = FrozenLM.load(arguments.model, device=device, dtype=arguments.dtype)
     about = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
         "dtype": str(lm.dtype).removeprefix("torch."),
@@ -175,8 +216,8 @@ def work(waiting: Any, failed: Any, deadline: float, arguments: argparse.Namespa
         "model": lm.spec.fingerprint,
         "workers": arguments.workers,
     }
-    runner = Runner(lm, arguments.out, about)
-    while (job := waiting.get()) is not None and time.time() < deadline:
+    runner = Runner(lm, arguments.out, about, arguments.marks)
+    while (job := _next(waiting, place)) is not None and time.time() < deadline:
         try:
             runner.run(job)
         # The others have nothing to do with it.
@@ -187,22 +228,39 @@ def work(waiting: Any, failed: Any, deadline: float, arguments: argparse.Namespa
             torch.cuda.empty_cache()
 
 
+def _next(waiting: Sequence[Any], place: int) -> Job | None:
+    """Of a process's own document as long as there are any: another one's KV would have to be computed first."""
+    for offset in range(len(waiting)):
+        queue = waiting[(place + offset) % len(waiting)]
+        job: Job | None = queue.get()
+        if job is not None:
+            return job
+        # The end is for all to see.
+        queue.put(None)
+    return None
+
+
 def go_through(wanted: Sequence[Job], arguments: argparse.Namespace) -> int:
     """Returns how many failed, those of processes that died included."""
     context = multiprocessing.get_context("spawn")
-    waiting, failed = context.Queue(), context.Queue()
-    for job in [*wanted, *[None] * arguments.workers]:
-        waiting.put(job)
+    failed = context.Queue()
+    waiting = []
+    for name in dict.fromkeys(job.document for job in wanted):
+        waiting.append(context.Queue())
+        for job in [*(job for job in wanted if job.document == name), None]:
+            waiting[-1].put(job)
     deadline = time.time() + 60 * arguments.minutes
     processes = [
-        context.Process(target=work, args=(waiting, failed, deadline, arguments)) for _ in range(arguments.workers)
+        context.Process(target=work, args=(place, waiting, failed, deadline, arguments))
+        for place in range(arguments.workers)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     # What nobody took would keep this process from ending.
-    waiting.cancel_join_thread()
+    for queue in waiting:
+        queue.cancel_join_thread()
     return sum(1 for _ in _all(failed)) + sum(process.exitcode != 0 for process in processes)
 
 
@@ -224,6 +282,9 @@ def main() -> None:
     )
     parser.add_argument("--documents", nargs="+", default=DOCUMENTS, choices=DOCUMENTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument(
+        "--marks", nargs="*", type=int, default=MARKS, help="answer tokens to measure after, beside the job's own"
+    )
     parser.add_argument("--list", action="store_true", help="say what is left, and do nothing")
     parser.add_argument("--smoke", action="store_true", help="a few tiny jobs instead, a minute on a CPU")
     arguments = parser.parse_args()

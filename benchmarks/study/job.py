@@ -32,6 +32,7 @@ class Job:
     refit: bool = True
     sequential: bool = True
     restore_mass: bool = True
+    matching_steps: int = 200
     power: float = 2.0
     shown: Shown = "both"
     reference_tokens: int = 16384
@@ -41,7 +42,7 @@ class Job:
     mode: Mode = "hybrid"
     # Of the answer tokens of `hybrid`.
     off_policy_share: float = 0.9
-    families: tuple[str, ...] = ("recite", "cloze")
+    families: tuple[str, ...] = ("recite", "quote", "cloze", "question")
     # What the cartridge answers on-policy.
     asked: Asked = "question"
     num_questions: int = 128
@@ -50,7 +51,7 @@ class Job:
     general_share: float = 0.03
 
     objective: ObjectiveKind = "forward_kl"
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     schedule: str = "cosine"
     warmup_steps: int = 5
     max_grad_norm: float = 1.0
@@ -66,6 +67,24 @@ class Job:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         return cls(**hashable)
+
+    @property
+    def start_alone(self) -> Job:
+        """The job that has the same start and no training."""
+        says = (
+            "document",
+            "compression",
+            "seed",
+            "start",
+            "refit",
+            "sequential",
+            "restore_mass",
+            "matching_steps",
+            "power",
+            "shown",
+        )
+        asks = ("num_questions",) if self.shown == "questions" else ()
+        return Job(**{name: getattr(self, name) for name in (*says, "reference_tokens", *asks)})
 
     @property
     def off_policy_tokens(self) -> int:

@@ -34,6 +34,7 @@ def start_kv(teacher: Teacher, job: Job, questions: Sequence[Conversation]) -> T
         sequential=job.sequential,
         refit=job.refit,
         restore_mass=job.restore_mass,
+        matching_steps=job.matching_steps,
     )
     return compact(lm, context, _references(teacher, job, questions), compaction)
 

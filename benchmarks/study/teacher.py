@@ -21,7 +21,7 @@ from services.trainer.update.gradient import Signal
 # What stands before a turn, as `Conversation.context` names it.
 DOCUMENT, BARE = "document", "bare"
 # What a forward holds for the backward is, of each answer, the whole prefix in every layer.
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 2048
 # What templates take for today, as the services' settings have it.
 CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 

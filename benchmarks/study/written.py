@@ -18,7 +18,17 @@ from benchmarks.study.teacher import BARE, DOCUMENT, Teacher
 from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import CLOZE_CUTS, Exercise, cloze, evenly, recitations, summaries
+from foundry.selfstudy.passages import (
+    CLOZE_CUTS,
+    FORCED,
+    QUOTE_CUES,
+    Exercise,
+    cloze,
+    evenly,
+    quotes,
+    recitations,
+    summaries,
+)
 from foundry.selfstudy.questions import Questioner, StudyQuestion
 from foundry.selfstudy.wording import jumbled, normalised
 from services.trainer.data.conversation import Conversation
@@ -96,7 +106,7 @@ class Writer:
     def family(self, family: str, job: Job) -> Written:
         """All of a family, in the document's order, none of it held out."""
         asked = self._asked(family, job)
-        return Written(asked, [0.0] * len(asked)) if family == "recite" else self._answered(asked, job)
+        return Written(asked, [0.0] * len(asked)) if family in FORCED else self._answered(asked, job)
 
     def questions(self, job: Job) -> Written:
         """What the model asks itself about the document."""
@@ -122,7 +132,7 @@ class Writer:
             return list(self.questions(job).conversations)
         return [
             self._asking(family, exercise, job.max_new_tokens)
-            for exercise in self._exercises(family, job.seed)
+            for exercise in self._exercises(family, job)
             if normalised(exercise.prompt) not in self._held
         ]
 
@@ -143,12 +153,14 @@ class Writer:
         teacher = self._teacher
         return [teacher.lm.spec.fingerprint, str(teacher.lm.dtype), teacher.document.text, job.seed]
 
-    def _exercises(self, family: str, seed: int) -> Iterable[Exercise]:
+    def _exercises(self, family: str, job: Job) -> Iterable[Exercise]:
         text, tokenizer = self._teacher.document.text, self._teacher.lm.tokenizer
         if family == "recite":
             return recitations(text, tokenizer)
         if family == "cloze":
-            return cloze(text, tokenizer, CLOZE_CUTS, derive_seed(seed, "cloze"))
+            return cloze(text, tokenizer, CLOZE_CUTS, derive_seed(job.seed, "cloze"))
+        if family == "quote":
+            return quotes(text, tokenizer, QUOTE_CUES, derive_seed(job.seed, "quote"))
         return summaries(text, tokenizer, _PASSAGE_TOKENS)
 
     def _asking(self, family: str, exercise: Exercise, max_new_tokens: int) -> Conversation:
@@ -158,7 +170,7 @@ class Writer:
             self._teacher.turn(exercise.prompt),
             DOCUMENT,
         )
-        if family != "recite":
+        if family not in FORCED:
             return asked
         ids = self._teacher.lm.tokenizer(exercise.answer, add_special_tokens=False)["input_ids"][:max_new_tokens]
         return replace(asked, author="document", answer_ids=ids, truncated=len(ids) == max_new_tokens)

@@ -17,7 +17,7 @@ _MIN_TOKENS = 16
 _TOKENS_FOR_A_QUESTION = 16
 _COMMON = {
     "mode": "hybrid",
-    "learning_rate": 0.02,
+    "learning_rate": 0.01,
     "schedule": "cosine",
     "general_share": 0.03,
     "max_grad_norm": 1.0,
@@ -27,7 +27,9 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "quick": {
         "off_policy_share": 0.9,
         "reference_tokens": 6144,
-        "batch_size": 32,
+        "matching_steps": 50,
+        "families": ("recite", "quote"),
+        "batch_size": 16,
         "max_new_tokens": 32,
         "prompts": SelfStudyPrompts(num_prompts=32, max_prompt_tokens=48),
         "warmup_steps": 1,
@@ -35,6 +37,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # The best that was measured for its cost on a GPU.
     "standard": {
         "off_policy_share": 0.9,
+        "families": ("recite", "quote", "cloze", "question"),
         "batch_size": 64,
         "max_new_tokens": 48,
         "prompts": SelfStudyPrompts(num_prompts=128),
@@ -42,7 +45,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
     "thorough": {
         "off_policy_share": 0.8,
-        "families": ("recite", "cloze", "question", "summary"),
+        "families": ("recite", "quote", "cloze", "question", "summary"),
         "batch_size": 64,
         "max_new_tokens": 64,
         "prompts": SelfStudyPrompts(num_prompts=512),
@@ -62,9 +65,9 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
     asked = {name: getattr(request, name) for name in request.model_fields_set & RunSpec.model_fields.keys()}
     # A document that comes as text is named by it.
     values = {**_COMMON, **_RECIPES[request.recipe], **asked, "document": request.document}
-    if isinstance(request.prompts, DocumentPrompts):
+    if isinstance(request.prompts, DocumentPrompts) and "families" not in asked:
         # What somebody thought of is worth learning.
-        values.setdefault("families", ("recite", "cloze", "question"))
+        values["families"] = tuple(dict.fromkeys((*values["families"], "question")))
     if missing := [name for name in ("num_tokens", "num_steps") if name not in asked]:
         if num_context_tokens is None:
             raise InvalidArgument(
@@ -77,6 +80,10 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
             "num_steps": _num_steps(request.recipe, num_context_tokens),
             **values,
         }
+    if "learning_rate" not in asked and num_context_tokens is not None:
+        # What holds more of the document is nearer to it, and too large steps lead away.
+        share = min(1.0, (num_context_tokens / values["num_tokens"] / COMPRESSION) ** 2)
+        values["learning_rate"] = round(values["learning_rate"] * share, 4)
     if "prompts" not in asked and num_context_tokens is not None:
         prompts: SelfStudyPrompts = values["prompts"]
         num_prompts = min(prompts.num_prompts, max(4, num_context_tokens // _TOKENS_FOR_A_QUESTION))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,8 +24,17 @@ _SPACE = re.compile(r"\s")
 _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (28, 40, 52)
+# Families whose answers are the document's own words.
+FORCED = ("recite", "quote")
 # Of each sentence.
 CLOZE_CUTS = 8
+QUOTE_CUES = 8
+_QUOTE = ("Quote the sentence of the text about {}.", "Which sentence of the text mentions {}?")
+# Scripts without spaces have pieces of sentences for words. Marks around one are not part of it.
+_WORD = re.compile(rf"\S{{1,{_LONGEST_WORD}}}")
+_MARKS = " .,;:!?()[]{}\"'`*#|-–—“”‘’"
+# Times that a document has a word that tells what a sentence is about; the length of a cue in words and characters.
+_SELDOM, _MAX_CUE_WORDS, _MIN_CUE = 3, 4, 4
 # Shorter ones say too little to be found again.
 _MIN_CUE_TOKENS = 4
 _MIN_ANSWER_TOKENS = 3
@@ -95,6 +105,34 @@ def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: i
         if cut := _cut_where_it_is_known(document, piece, tokenizer, range(2 * _MIN_CUE_TOKENS, length)):
             cue, _ = cut
             yield Exercise(f'Summarize the part of the text that begins with "{cue}".', "", place, length)
+
+
+def quotes(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int) -> Iterator[Exercise]:
+    """Each sentence, to be found by at most `num_cues` of the things that are said nowhere else: names, numbers."""
+    draw = random.Random(seed)
+    times = Counter(map(_bare, _WORD.findall(document)))
+    for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
+        length = num_tokens(sentence, tokenizer)
+        cues = [cue for cue in _cues(sentence, times) if document.count(cue) == 1]
+        for cue in draw.sample(cues, min(num_cues, len(cues))):
+            yield Exercise(draw.choice(_QUOTE).format(cue), sentence, number, length)
+
+
+def _cues(sentence: str, times: Counter[str]) -> list[str]:
+    """Runs of words that are all seldom: those that are everywhere say nothing of what it is about."""
+    words = list(_WORD.finditer(sentence))
+    found = [
+        sentence[words[begin].start() : words[end - 1].end()].strip(_MARKS)
+        for begin in range(len(words))
+        for end in range(begin + 1, min(begin + _MAX_CUE_WORDS, len(words)) + 1)
+        if all(times[_bare(word[0])] <= _SELDOM for word in words[begin:end])
+    ]
+    # All of a sentence is no question.
+    return list(dict.fromkeys(cue for cue in found if _MIN_CUE <= len(cue) <= len(sentence) / 2))
+
+
+def _bare(word: str) -> str:
+    return word.strip(_MARKS).casefold()
 
 
 def pieces(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> list[str]:

@@ -61,7 +61,7 @@ def _unicode(value: str) -> str:
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
-Family = Literal["recite", "cloze", "question", "summary"]
+Family = Literal["recite", "quote", "cloze", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
@@ -144,6 +144,10 @@ class RunSpec(Checked):
     reference_tokens: int = Field(default=16384, ge=1, le=2**20)
     """Most tokens of the turns about the document that say what `compact` keeps."""
 
+    matching_steps: int = Field(default=200, ge=0, le=10**5)
+    """Steps on each layer of `compact` that bring its attention nearer to that of the whole document, before any
+    training."""
+
     num_frozen: int = Field(default=1, ge=0, le=2**20)
     """The first so many tokens of the cartridge are never trained."""
 
@@ -161,9 +165,10 @@ class RunSpec(Checked):
     off_policy_share: Number = Field(default=0.5, gt=0, lt=1)
     """Share of the steps of `hybrid` before the cartridge answers itself."""
 
-    families: Families = ("recite", "cloze")
+    families: Families = ("recite", "quote", "cloze")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
-    sentences completed (`cloze`), the answers to `prompts` (`question`), and summaries of its parts (`summary`)."""
+    sentences by words of theirs (`quote`), or completed (`cloze`), the answers to `prompts` (`question`), and summaries
+    of its parts (`summary`)."""
 
     general_share: Number = Field(default=0.0, ge=0, le=0.5)
     """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the
@@ -269,7 +274,7 @@ class RunSpec(Checked):
         except ValueError as error:
             raise InvalidArgument(f"run is not JSON: {error}") from error
         # Runs from before there was a choice.
-        old = {"init": "first_tokens", "mode": "on"}
+        old = {"init": "first_tokens", "mode": "on", "matching_steps": 0}
         return cls.model_validate(old | values if isinstance(values, dict) else values)
 
     @property
@@ -292,7 +297,7 @@ class RunSpec(Checked):
     def start(self) -> str:
         """How the first version is made, for people to read."""
         said = {
-            "compact": f"reference_tokens={self.reference_tokens}",
+            "compact": f"reference_tokens={self.reference_tokens}, matching_steps={self.matching_steps}",
             "text": self.init_text,
             "version": self.init_version,
         }
@@ -301,7 +306,17 @@ class RunSpec(Checked):
 
 # What a recipe says where a request does not; `foundry.recipes` has the values.
 CHOSEN = frozenset(
-    {"num_tokens", "reference_tokens", "num_steps", "batch_size", "mode", "off_policy_share", "families", "prompts"}
+    {
+        "num_tokens",
+        "reference_tokens",
+        "matching_steps",
+        "num_steps",
+        "batch_size",
+        "mode",
+        "off_policy_share",
+        "families",
+        "prompts",
+    }
     | {"general_share", "max_new_tokens", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "heldout_every"}
 )
 

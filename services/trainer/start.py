@@ -75,4 +75,5 @@ def _part(
         return lm.prefill(cut_context(context, closing, num_tokens))
     if spec.init == "random":
         return random_tokens(lm, context, num_closing, num_tokens, derive_seed(spec.seed, "init"))
-    return compact(lm, context, shown, Compaction(num_tokens, num_first=1, num_last=num_closing))
+    compaction = Compaction(num_tokens, num_first=1, num_last=num_closing, matching_steps=spec.matching_steps)
+    return compact(lm, context, shown, compaction)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 
 import pytest
 
 from foundry.model.template import ChatTemplate
-from foundry.selfstudy.passages import cloze, evenly, num_tokens, pieces, recitations, recite, sentences, summaries
+from foundry.selfstudy.passages import (
+    cloze,
+    evenly,
+    num_tokens,
+    pieces,
+    quotes,
+    recitations,
+    recite,
+    sentences,
+    summaries,
+)
 from foundry.selfstudy.references import references
 from tests.tiny import CLOCK, build_tokenizer
 
@@ -49,6 +61,40 @@ def test_sentences_are_completed_in_their_own_words(text: str) -> None:
     for exercise in exercises:
         cue = exercise.prompt.removeprefix("Complete this sentence from the text: ").removesuffix(" ...")
         assert squeezed(cue + exercise.answer) in {squeezed(sentence) for sentence in sentences(text, TOKENIZER)}
+
+
+def asked_about(prompt: str) -> str:
+    found = re.fullmatch(
+        r"Quote the sentence of the text about (.+)\.|Which sentence of the text mentions (.+)\?", prompt
+    )
+    assert found, prompt
+    return found[1] or found[2]
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_sentence_is_quoted_by_what_stands_in_it_alone(text: str) -> None:
+    exercises = list(quotes(text, TOKENIZER, 3, seed=1))
+    assert exercises == list(quotes(text, TOKENIZER, 3, seed=1))
+    stripped = [sentence.strip() for sentence in sentences(text, TOKENIZER)]
+    for exercise in exercises:
+        assert exercise.answer == stripped[exercise.passage]
+        cue = asked_about(exercise.prompt)
+        assert cue in exercise.answer
+        assert text.count(cue) == 1
+    assert max(Counter(exercise.passage for exercise in exercises).values(), default=0) <= 3
+
+
+def test_a_sentence_is_found_by_what_it_is_about() -> None:
+    document = "".join(
+        f"The keeper of the grain of kind {name} is paid in salt. " for name in ("Maruna", "Ostrel", "Wick")
+    )
+    cues = {asked_about(exercise.prompt) for exercise in quotes(2 * document[:-1] + document, TOKENIZER, 8, seed=0)}
+    assert cues == set()
+    cues = {
+        asked_about(exercise.prompt) for exercise in quotes(document + "The the of of is is.", TOKENIZER, 8, seed=0)
+    }
+    assert {"Maruna", "Ostrel", "Wick"} <= cues
+    assert not any(cue.startswith(("of", "is", "the")) for cue in cues), cues
 
 
 def test_a_word_is_not_cut_where_words_have_spaces() -> None:

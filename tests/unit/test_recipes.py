@@ -49,9 +49,16 @@ def test_what_is_asked_for_stays() -> None:
     assert choose(request(compression=8), 2000).num_tokens == 250
 
 
+def test_what_holds_more_takes_smaller_steps() -> None:
+    rates = {ratio: choose(request(compression=ratio), 2000).learning_rate for ratio in (1, 2, 4, 8)}
+    assert rates == {1: 0.0006, 2: 0.0025, 4: 0.01, 8: 0.01}
+    assert choose(request(compression=2, learning_rate=0.03), 2000).learning_rate == 0.03
+
+
 def test_prompts_that_somebody_brings_are_written_too() -> None:
     prompts = {"kind": "document", "digest": DOCUMENT}
     assert "question" in choose(request(prompts=prompts), 2000).families
+    assert choose(request(prompts=prompts, recipe="quick"), 2000).families[-1] == "question"
     assert choose(request(prompts=prompts, families=["recite"]), 2000).families == ("recite",)
 
 
@@ -72,7 +79,7 @@ def test_the_choice_is_told_in_two_lines() -> None:
     spec = choose(request(recipe="quick"), 1960)
     first, second = describe(spec, "quick", 1960)
     assert f"{spec.num_tokens} tokens stand in for 1960, 4.0 to 1" in first
-    assert f"quick: {spec.num_steps} steps of 32 answers" in second
+    assert f"quick: {spec.num_steps} steps of {spec.batch_size} answers" in second
     assert (
         f"{spec.num_off_policy_steps} steps on written answers, then {spec.num_steps - spec.num_off_policy_steps}"
         in second
@@ -87,7 +94,7 @@ def test_without_steps_none_are_told_of() -> None:
 def test_what_is_said_to_be_the_recipes_is() -> None:
     """And in no schema has it a default."""
     plain = RunSpec(name="report", document=DOCUMENT)
-    chosen = [choose(request(recipe=recipe), 2000) for recipe in RECIPES]
+    chosen = [choose(request(recipe=recipe, compression=2), 2000) for recipe in RECIPES]
     # As everywhere where no recipe has a reason for another one.
     same = {
         name for name in RunSpec.model_fields if all(getattr(spec, name) == getattr(plain, name) for spec in chosen)

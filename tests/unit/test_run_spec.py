@@ -61,7 +61,7 @@ def test_what_was_written_before_there_was_a_choice_means_what_it_meant(written:
 
 def test_a_new_run_starts_compact_and_says_with_what() -> None:
     spec = RunSpec(**MINIMAL)
-    assert spec.start == "compact, reference_tokens=16384"
+    assert spec.start == "compact, reference_tokens=16384, matching_steps=200"
     assert spec.digest != spec.model_copy(update={"num_tokens": 9}).digest
     assert spec.digest != spec.model_copy(update={"mode": "off"}).digest
 

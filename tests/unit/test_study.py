@@ -66,7 +66,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLM:
 def out(lm: FrozenLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the results of both jobs."""
     directory = tmp_path_factory.mktemp("study")
-    runner = Runner(lm, directory, ABOUT, lambda name: DOCUMENT)
+    runner = Runner(lm, directory, ABOUT, read=lambda name: DOCUMENT)
     for job in (OFF, HYBRID):
         runner.run(job)
     return directory
@@ -94,8 +94,8 @@ def test_a_job_learns(out: Path, job: Job) -> None:
 
 def test_what_is_trained_on_follows_the_mode(out: Path) -> None:
     off, hybrid = (result(out, job)["marks"][-1] for job in (OFF, HYBRID))
-    assert set(off["tokens_by_family"]) == {"recite", "cloze", "general"}
-    assert {"recite", "cloze", "own question"} <= set(hybrid["tokens_by_family"])
+    assert set(off["tokens_by_family"]) == {"recite", "quote", "cloze", "question", "general"}
+    assert {"recite", "quote", "cloze", "question", "own question"} <= set(hybrid["tokens_by_family"])
     own = sum(tokens for family, tokens in hybrid["tokens_by_family"].items() if family.startswith("own "))
     assert own == pytest.approx(0.5 * HYBRID.answer_tokens, abs=2 * HYBRID.batch_size * HYBRID.max_new_tokens)
     assert set(off["seconds"]) == {"start", "writing", "scoring", "update"}
@@ -133,7 +133,7 @@ def test_a_result_that_is_there_is_not_made_again(lm: FrozenLM, out: Path) -> No
     def read(name: str) -> StudyDocument:
         raise AssertionError(f"{name} is not needed")
 
-    Runner(lm, out, ABOUT, read).run(OFF)
+    Runner(lm, out, ABOUT, read=read).run(OFF)
     assert (out / f"{OFF.id}.json").stat() == before
 
 
@@ -186,7 +186,7 @@ def test_defaults_are_the_recipe() -> None:
     job = Job(document="x")
     for name in (
         *("mode", "off_policy_share", "families", "max_new_tokens", "batch_size", "general_share", "objective"),
-        *("learning_rate", "schedule", "warmup_steps", "max_grad_norm", "reference_tokens"),
+        *("learning_rate", "schedule", "warmup_steps", "max_grad_norm", "reference_tokens", "matching_steps"),
     ):
         assert getattr(job, name) == getattr(run, name), name
     assert job.num_tokens(2400) == run.num_tokens

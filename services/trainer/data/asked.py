@@ -13,7 +13,17 @@ from foundry.model.initialise import share_tokens
 from foundry.model.template import ChatTemplate
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import CLOZE_CUTS, Exercise, cloze, evenly, recitations, summaries
+from foundry.selfstudy.passages import (
+    CLOZE_CUTS,
+    FORCED,
+    QUOTE_CUES,
+    Exercise,
+    cloze,
+    evenly,
+    quotes,
+    recitations,
+    summaries,
+)
 from foundry.selfstudy.prompts import Line, read_lines
 from foundry.selfstudy.wording import normalised
 from foundry.store import RunSpec
@@ -109,7 +119,7 @@ class Prompts:
         found: dict[tuple[str, tuple[int, ...]], Exercise] = {}
         for exercise in self._free(family, document):
             # A sentence to be completed is answered by the model.
-            answer_ids = self._answer_ids(exercise.answer) if family == "recite" else []
+            answer_ids = self._answer_ids(exercise.answer) if family in FORCED else []
             found.setdefault((exercise.prompt, tuple(answer_ids)), exercise)
         return [(exercise, answer_ids) for (_, answer_ids), exercise in found.items()]
 
@@ -119,6 +129,8 @@ class Prompts:
             made = recitations(document, self._tokenizer)
         elif family == "cloze":
             made = cloze(document, self._tokenizer, CLOZE_CUTS, derive_seed(self._spec.seed, "cloze"))
+        elif family == "quote":
+            made = quotes(document, self._tokenizer, QUOTE_CUES, derive_seed(self._spec.seed, "quote"))
         else:
             made = summaries(document, self._tokenizer, self._passage_tokens)
         return [exercise for exercise in made if normalised(exercise.prompt) not in self.held]

@@ -14,7 +14,7 @@ from foundry.store.spec import DocumentPrompts, RunRequest, RunSpec, SelfStudyPr
 COMPRESSION = 4.0
 _MIN_TOKENS = 16
 # A short document is not worth more questions, and a small model does not find more.
-_TOKENS_FOR_A_QUESTION = 16
+_TOKENS_FOR_A_QUESTION = 8
 _COMMON = {
     "mode": "hybrid",
     "learning_rate": 0.01,
@@ -40,7 +40,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "families": ("recite", "quote", "cloze", "question"),
         "batch_size": 64,
         "max_new_tokens": 48,
-        "prompts": SelfStudyPrompts(num_prompts=128),
+        "prompts": SelfStudyPrompts(num_prompts=256),
         "warmup_steps": 5,
     },
     "thorough": {

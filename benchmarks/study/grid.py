@@ -95,7 +95,8 @@ FAMILY_ABLATION = [
         FAMILIES,
         *(tuple(other for other in FAMILIES if other != family) for family in FAMILIES),
         *((family,) for family in FAMILIES),
-        (*FAMILIES, "summary"),
+        *((*FAMILIES, other) for other in ("about", "summary")),
+        ("recite", "quote", "about", "question"),
     )
 ]
 # The recipe, and with one thing changed.

@@ -45,7 +45,7 @@ class Job:
     families: tuple[str, ...] = ("recite", "quote", "cloze", "question")
     # What the cartridge answers on-policy.
     asked: Asked = "question"
-    num_questions: int = 128
+    num_questions: int = 256
     max_new_tokens: int = 48
     batch_size: int = 64
     general_share: float = 0.03

@@ -20,9 +20,10 @@ from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import (
     CLOZE_CUTS,
+    CUES,
     FORCED,
-    QUOTE_CUES,
     Exercise,
+    about,
     cloze,
     evenly,
     quotes,
@@ -38,7 +39,7 @@ from services.trainer.data.curriculum import Curriculum
 _PASSAGE_TOKENS = 96
 _MAX_QUESTION_TOKENS = 128
 # A short document is not worth more questions (`foundry.recipes`).
-_TOKENS_FOR_A_QUESTION = 16
+_TOKENS_FOR_A_QUESTION = 8
 _QUESTIONS_TOGETHER = 64
 # The same of all jobs, so that they can be compared: every sixth.
 _GENERAL_HELDOUT = slice(None, None, 6)
@@ -160,7 +161,9 @@ class Writer:
         if family == "cloze":
             return cloze(text, tokenizer, CLOZE_CUTS, derive_seed(job.seed, "cloze"))
         if family == "quote":
-            return quotes(text, tokenizer, QUOTE_CUES, derive_seed(job.seed, "quote"))
+            return quotes(text, tokenizer, CUES, derive_seed(job.seed, "quote"))
+        if family == "about":
+            return about(text, tokenizer, CUES, derive_seed(job.seed, "about"))
         return summaries(text, tokenizer, _PASSAGE_TOKENS)
 
     def _asking(self, family: str, exercise: Exercise, max_new_tokens: int) -> Conversation:

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -23,13 +23,25 @@ _SPACE = re.compile(r"\s")
 # In characters. What has no space for so long is of a script that has none.
 _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
-_PIECES_TOKENS = (28, 40, 52)
+_PIECES_TOKENS = (22, 28, 34, 40, 46, 52)
 # Families whose answers are the document's own words.
 FORCED = ("recite", "quote")
 # Of each sentence.
-CLOZE_CUTS = 8
-QUOTE_CUES = 8
+CLOZE_CUTS = 16
+CUES = 8
+# In which each cue is asked about.
+_CUE_WORDINGS = 2
 _QUOTE = ("Quote the sentence of the text about {}.", "Which sentence of the text mentions {}?")
+_ABOUT = (
+    "What does the text say about {}?",
+    "What is {}?",
+    "Who is {}?",
+    "Where is {}?",
+    "When was {}?",
+    "Why {}?",
+    "How {}?",
+    "How many {}?",
+)
 # Scripts without spaces have pieces of sentences for words. Marks around one are not part of it.
 _WORD = re.compile(rf"\S{{1,{_LONGEST_WORD}}}")
 _MARKS = " .,;:!?()[]{}\"'`*#|-–—“”‘’"
@@ -109,13 +121,26 @@ def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: i
 
 def quotes(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int) -> Iterator[Exercise]:
     """Each sentence, to be found by at most `num_cues` of the things that are said nowhere else: names, numbers."""
+    return _by_cues(document, tokenizer, num_cues, seed, _QUOTE)
+
+
+def about(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int) -> Iterator[Exercise]:
+    """Questions about the same things, which need not make sense: whatever is asked has an answer to be learnt."""
+    for each in _by_cues(document, tokenizer, num_cues, seed, _ABOUT):
+        yield replace(each, answer="")
+
+
+def _by_cues(
+    document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int, wordings: Sequence[str]
+) -> Iterator[Exercise]:
     draw = random.Random(seed)
     times = Counter(map(_bare, _WORD.findall(document)))
     for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
         length = num_tokens(sentence, tokenizer)
         cues = [cue for cue in _cues(sentence, times) if document.count(cue) == 1]
         for cue in draw.sample(cues, min(num_cues, len(cues))):
-            yield Exercise(draw.choice(_QUOTE).format(cue), sentence, number, length)
+            for wording in draw.sample(wordings, _CUE_WORDINGS):
+                yield Exercise(wording.format(cue), sentence, number, length)
 
 
 def _cues(sentence: str, times: Counter[str]) -> list[str]:

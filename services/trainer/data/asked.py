@@ -15,9 +15,10 @@ from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import (
     CLOZE_CUTS,
+    CUES,
     FORCED,
-    QUOTE_CUES,
     Exercise,
+    about,
     cloze,
     evenly,
     quotes,
@@ -130,7 +131,9 @@ class Prompts:
         elif family == "cloze":
             made = cloze(document, self._tokenizer, CLOZE_CUTS, derive_seed(self._spec.seed, "cloze"))
         elif family == "quote":
-            made = quotes(document, self._tokenizer, QUOTE_CUES, derive_seed(self._spec.seed, "quote"))
+            made = quotes(document, self._tokenizer, CUES, derive_seed(self._spec.seed, "quote"))
+        elif family == "about":
+            made = about(document, self._tokenizer, CUES, derive_seed(self._spec.seed, "about"))
         else:
             made = summaries(document, self._tokenizer, self._passage_tokens)
         return [exercise for exercise in made if normalised(exercise.prompt) not in self.held]

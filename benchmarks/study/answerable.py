@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.document import ANSWERABLE, DOCUMENTS, MAX_NEW_TOKENS, Question, documents, read_questions
+from benchmarks.study.document import ANSWERABLE, DOCUMENTS, MAX_NEW_TOKENS, Question, every_document, read_questions
 from foundry.local.demo_model import demo_model_directory
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
@@ -76,13 +76,15 @@ def examine(lm: FrozenLM, template: ChatTemplate, document: str, questions: Sequ
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--documents", nargs="+", choices=sorted(documents()), help="only these, and write no result")
+    parser.add_argument(
+        "--documents", nargs="+", choices=sorted(every_document()), help="only these, and write no result"
+    )
     parser.add_argument("--result", type=Path, default=ANSWERABLE)
     arguments = parser.parse_args()
     lm = FrozenLM.load(demo_model_directory(), device=arguments.device)
     template = ChatTemplate(lm.tokenizer, ModelSettings.model_fields["template_clock"].default)
     result = {}
-    for name, path in documents().items():
+    for name, path in every_document().items():
         if arguments.documents and name not in arguments.documents:
             continue
         found = examine(lm, template, path.read_text(), read_questions(DOCUMENTS / f"{name}.questions.jsonl"))

@@ -14,6 +14,8 @@ DOCUMENTS = Path(__file__).parent / "documents"
 HANDBOOK = Path(__file__).parents[2] / "examples" / "handbook.md"
 # Which questions the model answers with the whole document before it: `benchmarks.study.answerable` writes it.
 ANSWERABLE = Path(__file__).parents[1] / "results" / "answerable.json"
+# No recipe was chosen by what cartridges of it answer: it is for the last check, and used only where it is named.
+FINAL = "brindlewick-theatre"
 # Of an answer that is judged.
 MAX_NEW_TOKENS = 24
 # A beginning of the handbook, for a look at whether everything runs.
@@ -56,21 +58,26 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def documents() -> dict[str, Path]:
-    """The handbook of the examples and the study's own, by name, the shortest first."""
+    """The handbook of the examples and the study's own that recipes are chosen by, by name, the shortest first."""
+    return {name: path for name, path in every_document().items() if name != FINAL}
+
+
+def every_document() -> dict[str, Path]:
+    """`documents`, and `FINAL` among them."""
     return {
         path.stem: path for path in sorted([HANDBOOK, *DOCUMENTS.glob("*.md")], key=lambda path: path.stat().st_size)
     }
 
 
 def read_document(name: str) -> StudyDocument:
-    """One of `documents`, or the beginning of the handbook that is called `smoke`."""
+    """One of `every_document`, or the beginning of the handbook that is called `smoke`."""
     if name == SMOKE:
         return _smoke()
     rows = json.loads(ANSWERABLE.read_text())[name]["questions"]
     makes_the_difference = {row["question"]: row["right_with_document"] and not row["right_without"] for row in rows}
     questions = read_questions(DOCUMENTS / f"{name}.questions.jsonl")
     answerable = [makes_the_difference[question.text] for question in questions]
-    return StudyDocument(name, documents()[name].read_text(), questions, answerable)
+    return StudyDocument(name, every_document()[name].read_text(), questions, answerable)
 
 
 def _smoke() -> StudyDocument:

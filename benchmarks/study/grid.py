@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.study.cache import Cache, write_atomically
-from benchmarks.study.document import SMOKE, StudyDocument, documents, read_document
+from benchmarks.study.document import FINAL, SMOKE, StudyDocument, documents, read_document
 from benchmarks.study.experiment import MARKS, Bench
 from benchmarks.study.job import Job
 from foundry.identity import Dtype
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument(
         "--groups", nargs="+", default=list(GROUPS), choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS)
     )
-    parser.add_argument("--documents", nargs="+", default=DOCUMENTS, choices=DOCUMENTS)
+    parser.add_argument("--documents", nargs="+", default=DOCUMENTS, choices=[*DOCUMENTS, FINAL])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument(
         "--marks", nargs="*", type=int, default=MARKS, help="answer tokens to measure after, beside the job's own"

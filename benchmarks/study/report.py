@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study import plots
-from benchmarks.study.grid import CURVES, FAMILY_ABLATION, INITIALISERS, SAME_PROMPTS, STARTS_AND_MODES, Cell
+from benchmarks.study.document import FINAL
+from benchmarks.study.grid import CHANGES, CURVES, FAMILY_ABLATION, INITIALISERS, SAME_PROMPTS, STARTS_AND_MODES, Cell
 from benchmarks.study.intervals import Interval, interval
 from benchmarks.study.results import Axis, Quantity, Result, Study, flags, measurements, paired
 
@@ -52,9 +53,14 @@ def page(study: Study, figures: Path) -> str:
     """The page as Markdown; its figures go into the directory `figures`, beside which the page will stand."""
     figures.mkdir(parents=True, exist_ok=True)
     parts = [_head(study), _documents(study)]
-    parts += _section(_curves, study, figures) + _section(_starts, study, figures) + _section(_modes, study, figures)
+    parts += (
+        _section(_curves, study, figures)
+        + _section(_final, study, figures)
+        + _section(_starts, study, figures)
+        + _section(_modes, study, figures)
+    )
     parts += _section(_same_prompts, study, figures) + _section(_families, study, figures)
-    parts += _section(_initialisers, study, figures)
+    parts += _section(_changes, study, figures) + _section(_initialisers, study, figures)
     return "\n".join(parts)
 
 
@@ -107,6 +113,17 @@ def _curves(study: Study, figures: Path) -> str:
         f"![KL and right answers along answer tokens]({figures.name}/lengths.svg)\n\n"
         f"![The same along seconds]({figures.name}/lengths-seconds.svg)\n\n"
         + _table(["p", "answer tokens", *_FIGURES], rows)
+    )
+
+
+def _final(study: Study, figures: Path) -> str:
+    by_label = {cell.label: study.of(cell, final=True) for cell in CURVES}
+    if not (found := {label: by_document for label, by_document in by_label.items() if by_document}):
+        return ""
+    return (
+        "## A document that nothing was chosen by\n\n"
+        f"Recipes were chosen with an eye to the questions about the other documents. About `{FINAL}` nothing was "
+        "measured before they stood. At 250k answer tokens:\n\n" + _ends(found)
     )
 
 
@@ -170,6 +187,16 @@ def _families(study: Study, figures: Path) -> str:
     )
 
 
+def _changes(study: Study, figures: Path) -> str:
+    found = _found(study, CHANGES)
+    if not found:
+        return ""
+    return (
+        "## How it is trained\n\n"
+        "The recipe as the section before has it in its first line, with one thing changed.\n\n" + _ends(found)
+    )
+
+
 def _initialisers(study: Study, figures: Path) -> str:
     found = _found(study, INITIALISERS)
     if not found:
@@ -178,9 +205,9 @@ def _initialisers(study: Study, figures: Path) -> str:
         "## Starts before any training\n\n"
         "`compact` as it is, and with one part of it changed: values not refitted, every layer fitted to the whole "
         "document's queries instead of those behind what the layers below kept (`sequential`), keys that don't take "
-        "over the attention to what is left out (`restore_mass`), another power of the attention weights than "
-        "2, or other turns to be looked at than recitations and completions: one of both alone, or the model's own "
-        "questions besides.\n\n" + _ends(found)
+        "over the attention to what is left out (`restore_mass`), other numbers of matching steps, another power of "
+        "the attention weights than 2, or other turns to be looked at than recitations and completions: one of both "
+        "alone, or the model's own questions besides.\n\n" + _ends(found)
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.study.document import FINAL
 from benchmarks.study.grid import Cell
 from benchmarks.study.intervals import Array, Measurement
 from benchmarks.study.job import Job
@@ -112,11 +113,13 @@ class Study:
     def seeds(self) -> list[int]:
         return sorted({job.seed for job in self.results})
 
-    def of(self, cell: Cell) -> dict[str, list[Result]]:
-        """By document what there is of a cell, a seed each; documents of which there is nothing are left out."""
+    def of(self, cell: Cell, *, final: bool = False) -> dict[str, list[Result]]:
+        """By document what there is of a cell, a seed each; documents of which there is nothing are left out. The one
+        that no recipe was chosen by stands alone: it is `final`."""
         found = {
             name: [self.results[job] for job in cell.jobs([name], self.seeds) if job in self.results]
             for name in self.documents
+            if (name == FINAL) == final
         }
         return {name: results for name, results in found.items() if results}
 

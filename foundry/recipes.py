@@ -25,14 +25,15 @@ _COMMON = {
 _RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on two cores.
     "quick": {
-        "off_policy_share": 0.9,
+        "off_policy_share": 0.95,
         "reference_tokens": 6144,
         "matching_steps": 50,
-        "families": ("recite", "quote"),
+        "families": ("recite", "quote", "cloze"),
         "batch_size": 16,
-        "max_new_tokens": 32,
+        "learning_rate": 0.005,
+        "max_new_tokens": 40,
         "prompts": SelfStudyPrompts(num_prompts=32, max_prompt_tokens=48),
-        "warmup_steps": 1,
+        "warmup_steps": 2,
     },
     # The best that was measured for its cost on a GPU.
     "standard": {
@@ -53,7 +54,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (5.6, 8, 40), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+_STEPS = {"quick": (14.0, 16, 100), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

@@ -1,6 +1,7 @@
 """The study: its jobs, and several processes that go through them: python -m benchmarks.study.grid --out DIR
 
-Jobs whose results are in DIR are done; whatever ends a call, the next one goes on. What matters most comes first.
+Jobs whose results are in DIR are done; whatever ends a call, the next one goes on. What matters most comes first. On a
+GPU start `nvidia-cuda-mps-control -d` beforehand: without it the processes take turns.
 """
 
 from __future__ import annotations

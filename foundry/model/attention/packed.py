@@ -14,7 +14,7 @@ from foundry.model.attention import attend_masked, causal_mask
 
 # Sequences behind one prefix attend together up to so many tokens, each other's keys masked: for short ones a call
 # costs more than the scores that are thrown away. A longer sequence attends alone.
-_TOGETHER_TOKENS = 512
+_TOGETHER_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)

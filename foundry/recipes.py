@@ -28,7 +28,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "off_policy_share": 0.95,
         "reference_tokens": 6144,
         "matching_steps": 100,
-        "families": ("recite", "quote", "question"),
+        "families": ("recite", "quote", "cloze"),
         "batch_size": 16,
         "learning_rate": 0.005,
         "max_new_tokens": 40,
@@ -54,7 +54,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (15.5, 16, 100), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+_STEPS = {"quick": (13.0, 16, 100), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

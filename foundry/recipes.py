@@ -83,7 +83,8 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
         }
     if "learning_rate" not in asked and num_context_tokens is not None:
         # What holds more of the document is nearer to it, and too large steps lead away.
-        share = min(1.0, (num_context_tokens / values["num_tokens"] / COMPRESSION) ** 2)
+        ratio = max(1.0, num_context_tokens / values["num_tokens"])
+        share = min(1.0, (ratio / COMPRESSION) ** 2)
         values["learning_rate"] = round(values["learning_rate"] * share, 4)
     if "prompts" not in asked and num_context_tokens is not None:
         prompts: SelfStudyPrompts = values["prompts"]

@@ -7,7 +7,7 @@ decoded; each is charged for the answers that it uses.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
@@ -18,18 +18,7 @@ from benchmarks.study.teacher import BARE, DOCUMENT, Teacher
 from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import (
-    CLOZE_CUTS,
-    CUES,
-    FORCED,
-    Exercise,
-    about,
-    cloze,
-    evenly,
-    quotes,
-    recitations,
-    summaries,
-)
+from foundry.selfstudy.passages import FORCED, Exercise, evenly, exercises
 from foundry.selfstudy.questions import Questioner, StudyQuestion
 from foundry.selfstudy.wording import jumbled, normalised
 from services.trainer.data.conversation import Conversation
@@ -131,9 +120,10 @@ class Writer:
     def _asked(self, family: str, job: Job) -> list[Conversation]:
         if family == "question":
             return list(self.questions(job).conversations)
+        document, tokenizer = self._teacher.document.text, self._teacher.lm.tokenizer
         return [
             self._asking(family, exercise, job.max_new_tokens)
-            for exercise in self._exercises(family, job)
+            for exercise in exercises(family, document, tokenizer, seed=job.seed, passage_tokens=_PASSAGE_TOKENS)
             if normalised(exercise.prompt) not in self._held
         ]
 
@@ -153,18 +143,6 @@ class Writer:
     def _key(self, job: Job) -> list[object]:
         teacher = self._teacher
         return [teacher.lm.spec.fingerprint, str(teacher.lm.dtype), teacher.document.text, job.seed]
-
-    def _exercises(self, family: str, job: Job) -> Iterable[Exercise]:
-        text, tokenizer = self._teacher.document.text, self._teacher.lm.tokenizer
-        if family == "recite":
-            return recitations(text, tokenizer)
-        if family == "cloze":
-            return cloze(text, tokenizer, CLOZE_CUTS, derive_seed(job.seed, "cloze"))
-        if family == "quote":
-            return quotes(text, tokenizer, CUES, derive_seed(job.seed, "quote"))
-        if family == "about":
-            return about(text, tokenizer, CUES, derive_seed(job.seed, "about"))
-        return summaries(text, tokenizer, _PASSAGE_TOKENS)
 
     def _asking(self, family: str, exercise: Exercise, max_new_tokens: int) -> Conversation:
         """With the document's own words as the answer, where it is to be recited."""

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from foundry.seeds import derive_seed
+
 T = TypeVar("T")
 
 # A sentence with the white space after it; lines end sentences too. Some scripts have marks, and spaces, of their own.
@@ -24,11 +26,11 @@ _SPACE = re.compile(r"\s")
 _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (22, 28, 34, 40, 46, 52)
-# Families whose answers are the document's own words.
+# Families whose answers are the document's own words; those of all others are the model's.
 FORCED = ("recite", "quote")
 # Of each sentence.
-CLOZE_CUTS = 16
-CUES = 8
+_CLOZE_CUTS = 16
+_CUES = 8
 # In which each cue is asked about.
 _CUE_WORDINGS = 2
 _QUOTE = ("Quote the sentence of the text about {}.", "Which sentence of the text mentions {}?")
@@ -158,6 +160,24 @@ def _cues(sentence: str, times: Counter[str]) -> list[str]:
 
 def _bare(word: str) -> str:
     return word.strip(_MARKS).casefold()
+
+
+def exercises(
+    family: str, document: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, passage_tokens: int
+) -> Iterator[Exercise]:
+    """All of a family that is made of the document alone, in its order. What is drawn is drawn by `seed`; what is
+    summed up has about `passage_tokens`."""
+    if family == "recite":
+        return recitations(document, tokenizer)
+    if family == "quote":
+        return quotes(document, tokenizer, _CUES, derive_seed(seed, family))
+    if family == "cloze":
+        return cloze(document, tokenizer, _CLOZE_CUTS, derive_seed(seed, family))
+    if family == "about":
+        return about(document, tokenizer, _CUES, derive_seed(seed, family))
+    if family == "summary":
+        return summaries(document, tokenizer, passage_tokens)
+    raise ValueError(f"{family} is no family of exercises")
 
 
 def pieces(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> list[str]:

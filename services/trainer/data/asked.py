@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -13,18 +13,7 @@ from foundry.model.initialise import share_tokens
 from foundry.model.template import ChatTemplate
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import (
-    CLOZE_CUTS,
-    CUES,
-    FORCED,
-    Exercise,
-    about,
-    cloze,
-    evenly,
-    quotes,
-    recitations,
-    summaries,
-)
+from foundry.selfstudy.passages import FORCED, Exercise, evenly, exercises
 from foundry.selfstudy.prompts import Line, read_lines
 from foundry.selfstudy.wording import normalised
 from foundry.store import RunSpec
@@ -119,23 +108,12 @@ class Prompts:
         """With their answers, of which two that are cut at the same token may be one."""
         found: dict[tuple[str, tuple[int, ...]], Exercise] = {}
         for exercise in self._free(family, document):
-            # A sentence to be completed is answered by the model.
             answer_ids = self._answer_ids(exercise.answer) if family in FORCED else []
             found.setdefault((exercise.prompt, tuple(answer_ids)), exercise)
         return [(exercise, answer_ids) for (_, answer_ids), exercise in found.items()]
 
     def _free(self, family: str, document: str) -> list[Exercise]:
-        made: Iterable[Exercise]
-        if family == "recite":
-            made = recitations(document, self._tokenizer)
-        elif family == "cloze":
-            made = cloze(document, self._tokenizer, CLOZE_CUTS, derive_seed(self._spec.seed, "cloze"))
-        elif family == "quote":
-            made = quotes(document, self._tokenizer, CUES, derive_seed(self._spec.seed, "quote"))
-        elif family == "about":
-            made = about(document, self._tokenizer, CUES, derive_seed(self._spec.seed, "about"))
-        else:
-            made = summaries(document, self._tokenizer, self._passage_tokens)
+        made = exercises(family, document, self._tokenizer, seed=self._spec.seed, passage_tokens=self._passage_tokens)
         return [exercise for exercise in made if normalised(exercise.prompt) not in self.held]
 
     def _answer_ids(self, text: str) -> list[int]:

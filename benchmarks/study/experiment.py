@@ -77,11 +77,8 @@ class Bench:
         seconds = time.perf_counter() - began
         if questions:
             seconds += sum(questions.seconds) + sum(self.writer.questions(job).seconds)
-        return Started(
-            kv_L2GPD,
-            seconds,
-            self.measures.take(TrainableCartridge(self.teacher.lm, kv_L2GPD.to(self.teacher.lm.device))),
-        )
+        lm = self.teacher.lm
+        return Started(kv_L2GPD, seconds, self.measures.take(TrainableCartridge(lm, kv_L2GPD.to(lm.device))))
 
     def run(self, job: Job, marks: Sequence[int] = MARKS) -> dict[str, Any]:
         """What `benchmarks.study.report` reads."""
@@ -102,6 +99,8 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """What a cartridge is before the first step; the KV is on the host."""
+
     kv_L2GPD: Tensor
     seconds: float
     measured: Measured

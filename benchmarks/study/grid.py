@@ -35,8 +35,8 @@ SEEDS = (0, 1, 2)
 # The usual one first.
 COMPRESSIONS = (4, 8, 2, 16)
 FAMILIES = ("recite", "quote", "cloze", "question")
-# The recipe's rates where they are not those of n/4: what holds more has less to learn.
-RATES = {2: 0.0025}
+# The recipe's rate, and where it is another one: what holds more has less to learn.
+RATE, RATES = 0.01, {2: 0.0025}
 # Untrained, in place of what `compact` has.
 COMPACT_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -69,12 +69,10 @@ def _cell(label: str, **values: Any) -> Cell:
     return Cell(label, Job(document="", **values))
 
 
-def _rate(compression: int) -> dict[str, float]:
-    return {"learning_rate": RATES[compression]} if compression in RATES else {}
-
-
 CURVES = [
-    _cell(f"n/{compression}", compression=compression, answer_tokens=250_000, **_rate(compression))
+    _cell(
+        f"n/{compression}", compression=compression, answer_tokens=250_000, learning_rate=RATES.get(compression, RATE)
+    )
     for compression in COMPRESSIONS
 ]
 STARTS_AND_MODES = [
@@ -219,7 +217,9 @@ def work(place: int, waiting: Sequence[Any], failed: Any, deadline: float, argum
         "workers": arguments.workers,
     }
     runner = Runner(lm, arguments.out, about, arguments.marks)
-    while (job := _next(waiting, place)) is not None and time.time() < deadline:
+    for job in mine(waiting, place):
+        if time.time() > deadline:
+            break
         try:
             runner.run(job)
         # The others have nothing to do with it.
@@ -230,16 +230,11 @@ def work(place: int, waiting: Sequence[Any], failed: Any, deadline: float, argum
             torch.cuda.empty_cache()
 
 
-def _next(waiting: Sequence[Any], place: int) -> Job | None:
+def mine(waiting: Sequence[Any], place: int) -> Iterator[Job]:
     """Of a process's own document as long as there are any: another one's KV would have to be computed first."""
-    for offset in range(len(waiting)):
-        queue = waiting[(place + offset) % len(waiting)]
-        job: Job | None = queue.get()
-        if job is not None:
-            return job
-        # The end is for all to see.
-        queue.put(None)
-    return None
+    own = place % len(waiting)
+    for queue in (*waiting[own:], *waiting[:own]):
+        yield from iter(queue.get, None)
 
 
 def go_through(wanted: Sequence[Job], arguments: argparse.Namespace) -> int:
@@ -249,7 +244,7 @@ def go_through(wanted: Sequence[Job], arguments: argparse.Namespace) -> int:
     waiting = []
     for name in dict.fromkeys(job.document for job in wanted):
         waiting.append(context.Queue())
-        for job in [*(job for job in wanted if job.document == name), None]:
+        for job in [*(job for job in wanted if job.document == name), *[None] * arguments.workers]:
             waiting[-1].put(job)
     deadline = time.time() + 60 * arguments.minutes
     processes = [

@@ -17,6 +17,10 @@ Start = Literal["compact", "first_tokens", "random"]
 Shown = Literal["recite", "cloze", "both", "questions"]
 Mode = Literal["off", "on", "hybrid"]
 Asked = Literal["question", "cloze"]
+_OF_THE_START = (
+    *("document", "compression", "seed", "start", "refit", "sequential", "restore_mass", "matching_steps", "power"),
+    *("shown", "reference_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,20 +75,8 @@ class Job:
     @property
     def start_alone(self) -> Job:
         """The job that has the same start and no training."""
-        says = (
-            "document",
-            "compression",
-            "seed",
-            "start",
-            "refit",
-            "sequential",
-            "restore_mass",
-            "matching_steps",
-            "power",
-            "shown",
-        )
         asks = ("num_questions",) if self.shown == "questions" else ()
-        return Job(**{name: getattr(self, name) for name in (*says, "reference_tokens", *asks)})
+        return Job(**{name: getattr(self, name) for name in (*_OF_THE_START, *asks)})
 
     @property
     def off_policy_tokens(self) -> int:

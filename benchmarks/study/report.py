@@ -53,14 +53,8 @@ def page(study: Study, figures: Path) -> str:
     """The page as Markdown; its figures go into the directory `figures`, beside which the page will stand."""
     figures.mkdir(parents=True, exist_ok=True)
     parts = [_head(study), _documents(study)]
-    parts += (
-        _section(_curves, study, figures)
-        + _section(_final, study, figures)
-        + _section(_starts, study, figures)
-        + _section(_modes, study, figures)
-    )
-    parts += _section(_same_prompts, study, figures) + _section(_families, study, figures)
-    parts += _section(_changes, study, figures) + _section(_initialisers, study, figures)
+    for make in (_curves, _final, _starts, _modes, _same_prompts, _families, _changes, _initialisers):
+        parts += _section(make, study, figures)
     return "\n".join(parts)
 
 
@@ -117,13 +111,13 @@ def _curves(study: Study, figures: Path) -> str:
 
 
 def _final(study: Study, figures: Path) -> str:
-    by_label = {cell.label: study.of(cell, final=True) for cell in CURVES}
-    if not (found := {label: by_document for label, by_document in by_label.items() if by_document}):
-        return ""
-    return (
+    return _tabled(
+        study,
+        CURVES,
         "## A document that nothing was chosen by\n\n"
         f"Recipes were chosen with an eye to the questions about the other documents. About `{FINAL}` nothing was "
-        "measured before they stood. At 250k answer tokens:\n\n" + _ends(found)
+        "measured before they stood. At 250k answer tokens:\n\n",
+        final=True,
     )
 
 
@@ -167,47 +161,43 @@ def _modes(study: Study, figures: Path) -> str:
 
 
 def _same_prompts(study: Study, figures: Path) -> str:
-    found = _found(study, SAME_PROMPTS)
-    if not found:
-        return ""
-    return (
+    return _tabled(
+        study,
+        SAME_PROMPTS,
         "## The same prompts, whoever answers\n\n"
         "`compact`, p = n/4, 100k answer tokens: the model's own questions, or the document's sentences to be "
-        "completed.\n\n" + _ends(found)
+        "completed.\n\n",
     )
 
 
 def _families(study: Study, figures: Path) -> str:
-    found = _found(study, FAMILY_ABLATION)
-    if not found:
-        return ""
-    return (
+    return _tabled(
+        study,
+        FAMILY_ABLATION,
         "## What is trained on\n\n"
-        "`compact`, p = n/4, mode `off`, 100k answer tokens, in equal parts of each family.\n\n" + _ends(found)
+        "`compact`, p = n/4, mode `off`, 100k answer tokens, in equal parts of each family.\n\n",
     )
 
 
 def _changes(study: Study, figures: Path) -> str:
-    found = _found(study, CHANGES)
-    if not found:
-        return ""
-    return (
+    return _tabled(
+        study,
+        CHANGES,
         "## How it is trained\n\n"
-        "The recipe as the section before has it in its first line, with one thing changed.\n\n" + _ends(found)
+        "The recipe as the section before has it in its first line, with one thing changed.\n\n",
     )
 
 
 def _initialisers(study: Study, figures: Path) -> str:
-    found = _found(study, INITIALISERS)
-    if not found:
-        return ""
-    return (
+    return _tabled(
+        study,
+        INITIALISERS,
         "## Starts before any training\n\n"
         "`compact` as it is, and with one part of it changed: values not refitted, every layer fitted to the whole "
         "document's queries instead of those behind what the layers below kept (`sequential`), keys that don't take "
         "over the attention to what is left out (`restore_mass`), other numbers of matching steps, another power of "
         "the attention weights than 2, or other turns to be looked at than recitations and completions: one of both "
-        "alone, or the model's own questions besides.\n\n" + _ends(found)
+        "alone, or the model's own questions besides.\n\n",
     )
 
 
@@ -216,10 +206,16 @@ def _initialisers(study: Study, figures: Path) -> str:
 _FIGURES = ["KL", "right of answerable", "right of all", "general KL", "seconds", "jobs"]
 
 
-def _found(study: Study, cells: Sequence[Cell]) -> dict[str, dict[str, list[Result]]]:
+def _found(study: Study, cells: Sequence[Cell], *, final: bool = False) -> dict[str, dict[str, list[Result]]]:
     """By label what there is of each cell."""
-    by_label = {cell.label: study.of(cell) for cell in cells}
+    by_label = {cell.label: study.of(cell, final=final) for cell in cells}
     return {label: by_document for label, by_document in by_label.items() if by_document}
+
+
+def _tabled(study: Study, cells: Sequence[Cell], text: str, *, final: bool = False) -> str:
+    """The text, and what each cell ends with."""
+    found = _found(study, cells, final=final)
+    return text + _ends(found) if found else ""
 
 
 def _ends(found: dict[str, dict[str, list[Result]]]) -> str:

@@ -86,14 +86,14 @@ class Study:
                     f"can't be compared: jobs that share {directory / 'cache'} can"
                 )
         about = {json.dumps({key: each[key] for key in _ABOUT}): None for each in found}
-        return cls._of(
+        return cls.of_rows(
             [json.loads(each) for each in about], documents, [{key: each[key] for key in _OF_JOB} for each in found]
         )
 
     @classmethod
     def read(cls, path: Path) -> Study:
         content = json.loads(path.read_text())
-        return cls._of(content["about"], content["documents"], content["jobs"])
+        return cls.of_rows(content["about"], content["documents"], content["jobs"])
 
     def write(self, path: Path) -> None:
         """A job a line."""
@@ -102,7 +102,8 @@ class Study:
         path.write_text(f'{{"about":{json.dumps(self.about)},\n"documents":{documents},\n"jobs":[\n{lines}\n]}}\n')
 
     @classmethod
-    def _of(cls, about: list[dict[str, Any]], documents: dict[str, Any], rows: list[dict[str, Any]]) -> Study:
+    def of_rows(cls, about: list[dict[str, Any]], documents: dict[str, Any], rows: list[dict[str, Any]]) -> Study:
+        """Of what `write` has in its three parts."""
         results = {}
         for row in rows:
             job = Job.from_json(row["job"])

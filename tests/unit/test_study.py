@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any, cast
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 
 from benchmarks.study.cache import Cache
 from benchmarks.study.document import FINAL, Question, StudyDocument, documents, every_document, read_document
-from benchmarks.study.experiment import Bench
-from benchmarks.study.grid import GROUPS, Cell, Runner, jobs, left
+from benchmarks.study.experiment import Bench, as_text
+from benchmarks.study.grid import CURVES, GROUPS, Cell, Runner, jobs, left, mine
 from benchmarks.study.intervals import Measurement, interval
 from benchmarks.study.job import Course, Job
 from benchmarks.study.report import page
@@ -150,6 +151,33 @@ def test_what_jobs_share_is_made_once(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+def test_jobs_that_start_alike_share_their_start(lm: FrozenLM, out: Path) -> None:
+    bench = Bench(lm, DOCUMENT, Cache(out / "cache"))
+    started = bench.started(OFF)
+    assert bench.started(replace(HYBRID, learning_rate=1.0, families=("recite",))) is started
+    assert bench.started(replace(OFF, seed=1)) is not started
+    assert result(out, OFF)["marks"][0]["right"] == as_text(started.measured.right)
+
+
+def test_a_process_keeps_to_its_document() -> None:
+    waiting: list[Queue[Job | None]] = [Queue(), Queue()]
+    for queue, each in zip(waiting, (OFF, HYBRID), strict=True):
+        for job in (each, replace(each, seed=1), None, None):
+            queue.put(job)
+    assert list(mine(waiting, 3)) == [HYBRID, replace(HYBRID, seed=1), OFF, replace(OFF, seed=1)]
+    # Another one finds the end of both.
+    assert list(mine(waiting, 0)) == []
+
+
+def test_the_last_document_stands_apart(out: Path) -> None:
+    study, cell = Study.gather(out), Cell("off", replace(OFF, document=""))
+    row = result(out, OFF)
+    rows = [{**row, "job": {**row["job"], "document": name}} for name in (OFF.document, FINAL)]
+    both = Study.of_rows(study.about, dict.fromkeys((OFF.document, FINAL), study.documents[OFF.document]), rows)
+    assert list(both.of(cell)) == [OFF.document]
+    assert list(both.of(cell, final=True)) == [FINAL]
+
+
 def test_the_grid_names_documents_that_are_there() -> None:
     everything = jobs([cell for cells in GROUPS.values() for cell in cells])
     assert len({job.id for job in everything}) == len(everything)
@@ -190,6 +218,9 @@ def test_defaults_are_the_recipe() -> None:
     ):
         assert getattr(job, name) == getattr(run, name), name
     assert job.num_tokens(2400) == run.num_tokens
+    for cell in CURVES:
+        request = RunRequest(name="study", document=content_digest(b""), compression=cell.job.compression)
+        assert cell.job.learning_rate == choose(request, 2400).learning_rate
     assert run.prompts.kind == "selfstudy"
     assert job.num_questions == run.prompts.num_prompts
 

@@ -106,7 +106,7 @@ def main() -> int:
             reference, untrained = f"{NAME}@{run['result']['version']}", f"{NAME}@{steps[0]['version'] - 1}"
             ways = ask(client, questions, untrained, reference, run_id=run["id"], max_tokens=options.max_tokens)
         cartridge = client.cartridges.get(reference)
-    result = summarize(phases, run, first, steps, cartridge, ways, questions, stack)
+    result = summarize(phases, run, first, steps, cartridge, ways, questions)
     options.result.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     show(result)
     console.print(f"\nAll figures are in {options.result}")
@@ -211,7 +211,6 @@ def summarize(
     cartridge: dict[str, Any],
     ways: Sequence[Way],
     questions: Sequence[Question],
-    stack: LocalStack,
 ) -> dict[str, Any]:
     result, manifest = run["result"], cartridge["version"]
     # Behind a cartridge only the turn is sent, so what else a prompt has is the prefix.
@@ -244,8 +243,6 @@ def summarize(
             "reference": f"{NAME}@{manifest['version']}",
             "digest": manifest["digest"],
             "tokens": manifest["header"]["num_tokens"],
-            "home": str(stack.home.path),
-            "objects": str(stack.home.objects),
         },
         "ways": [way_figures(way, len(questions), prefix_tokens(way, turn_tokens)) for way in ways],
         "questions": [question.messages[-1]["content"] for question in questions],

@@ -306,18 +306,9 @@ class RunSpec(Checked):
 
 # What a recipe says where a request does not; `foundry.recipes` has the values.
 CHOSEN = frozenset(
-    {
-        "num_tokens",
-        "reference_tokens",
-        "matching_steps",
-        "num_steps",
-        "batch_size",
-        "mode",
-        "off_policy_share",
-        "families",
-        "prompts",
-    }
-    | {"general_share", "max_new_tokens", "learning_rate", "schedule", "warmup_steps", "max_grad_norm", "heldout_every"}
+    {"num_tokens", "reference_tokens", "matching_steps", "prompts", "families", "general_share", "max_new_tokens"}
+    | {"num_steps", "batch_size", "mode", "off_policy_share", "heldout_every"}
+    | {"learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
 )
 
 

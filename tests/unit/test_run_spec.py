@@ -52,6 +52,7 @@ WRITTEN = (
 def test_what_was_written_before_there_was_a_choice_means_what_it_meant(written: str) -> None:
     spec = RunSpec.from_json(written)
     assert (spec.init, spec.mode, spec.num_off_policy_steps) == ("first_tokens", "on", 0)
+    assert spec.matching_steps == 0
     for field, value in json.loads(written).items():
         assert spec.model_dump(mode="json")[field] == value
     assert RunSpec.from_json(spec.to_json()) == spec

@@ -54,7 +54,7 @@ def causal_mask(num_tokens: int, num_prefix: int, device: torch.device) -> Tenso
 
 
 def attend_masked(q_HSD: Tensor, k_GKD: Tensor, v_GKD: Tensor, mask_SK: Tensor, scale: float) -> Tensor:
-    """Grouped-query attention of one sequence: [H, S, D]."""
+    """Grouped-query attention [H, S, D] of tokens that are in one call, whoever the mask lets see whom."""
     if q_HSD.is_cuda:
         # The kernel that holds no scores [H, S, K] takes as many heads of keys as of queries.
         k_GKD, v_GKD = (each.repeat_interleave(q_HSD.shape[0] // each.shape[0], dim=0) for each in (k_GKD, v_GKD))

@@ -108,7 +108,7 @@ def main() -> int:
         cartridge = client.cartridges.get(reference)
     result = summarize(phases, run, first, steps, cartridge, ways, questions)
     options.result.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    show(result)
+    show(result, stack.home.objects)
     console.print(f"\nAll figures are in {options.result}")
     return 0
 
@@ -272,7 +272,8 @@ def prefix_tokens(way: Way, turn_tokens: Sequence[int]) -> int:
     return way.answers[0].prompt_tokens - turn_tokens[0]
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], objects: Path) -> None:
+    """`objects` is where the cartridge is kept."""
     console.rule("6  What came out", align="left", style="bold")
     kl, seconds = result["heldout_kl"], result["seconds"]
     console.print(
@@ -302,7 +303,7 @@ def show(result: dict[str, Any]) -> None:
     console.print(
         f"The cartridge {cartridge['reference']} ({cartridge['tokens']} tokens) is kept as {cartridge['digest']}"
     )
-    console.print(f"in {cartridge['objects']}\n", soft_wrap=True)
+    console.print(f"in {objects}\n", soft_wrap=True)
     command = Path(sys.executable).with_name("foundry")
     shown = os.path.relpath(command) if command.is_relative_to(Path.cwd()) else str(command)
     console.print("Next:")

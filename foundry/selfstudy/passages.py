@@ -27,13 +27,16 @@ _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (22, 28, 34, 40, 46, 52)
 # Families whose answers are the document's own words; those of all others are the model's.
-FORCED = ("recite", "quote")
+FORCED = ("recite", "quote", "blank")
 # Of each sentence.
 _CLOZE_CUTS = 16
 _CUES = 8
+_BLANKS = 8
 # In which each cue is asked about.
 _CUE_WORDINGS = 2
 _QUOTE = ("Quote the sentence of the text about {}.", "Which sentence of the text mentions {}?")
+# A blank is the one thing that such a sentence does not say, and so what a question would ask for.
+_FILL, _BLANK, _WHAT = "Fill in the blank in this sentence of the text:", "____", "what"
 _ABOUT = (
     "What does the text say about {}?",
     "What is {}?",
@@ -106,10 +109,10 @@ def cloze(document: str, tokenizer: PreTrainedTokenizerBase, num_cuts: int, seed
     for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
         length = num_tokens(sentence, tokenizer)
         places = range(_MIN_CUE_TOKENS, length - _MIN_ANSWER_TOKENS)
-        for place in sorted(draw.sample(places, min(num_cuts, len(places)))):
-            if cut := _cut(sentence, tokenizer, place):
-                cue, rest = cut
-                yield Exercise(f"Complete this sentence from the text: {cue} ...", rest, number, length)
+        cuts = (_cut(sentence, tokenizer, place) for place in sorted(draw.sample(places, min(num_cuts, len(places)))))
+        # Places within a word are one cut.
+        for cue, rest in dict.fromkeys(cut for cut in cuts if cut):
+            yield Exercise(f"Complete this sentence from the text: {cue} ...", rest, number, length)
 
 
 def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: int) -> Iterator[Exercise]:
@@ -136,7 +139,7 @@ def _by_cues(
     document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int, wordings: Sequence[str]
 ) -> Iterator[Exercise]:
     draw = random.Random(seed)
-    times = Counter(map(_bare, _WORD.findall(document)))
+    times = _word_counts(document)
     for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
         length = num_tokens(sentence, tokenizer)
         cues = [cue for cue in _cues(sentence, times) if document.count(cue) == 1]
@@ -145,17 +148,41 @@ def _by_cues(
                 yield Exercise(wording.format(cue), sentence, number, length)
 
 
+def blanks(document: str, tokenizer: PreTrainedTokenizerBase, num_blanks: int, seed: int) -> Iterator[Exercise]:
+    """Each sentence without one of its seldom runs of words, at most `num_blanks` of them, to be said whole."""
+    draw = random.Random(seed)
+    times = _word_counts(document)
+    for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
+        length = num_tokens(sentence, tokenizer)
+        runs = [run for run in _seldom_runs(sentence, times) if len(run) <= len(sentence) / 2]
+        for run in draw.sample(runs, min(num_blanks, len(runs))):
+            before, after = sentence[: run.start], sentence[run.stop :]
+            yield Exercise(f"{_FILL} {before}{_BLANK}{after}", sentence, number, length)
+            yield Exercise(f"{before}{_WHAT}{after}".strip(_MARKS) + "?", sentence, number, length)
+
+
 def _cues(sentence: str, times: Counter[str]) -> list[str]:
-    """Runs of words that are all seldom: those that are everywhere say nothing of what it is about."""
-    words = list(_WORD.finditer(sentence))
-    found = [
-        sentence[words[begin].start() : words[end - 1].end()].strip(_MARKS)
-        for begin in range(len(words))
-        for end in range(begin + 1, min(begin + _MAX_CUE_WORDS, len(words)) + 1)
-        if all(times[_bare(word[0])] <= _SELDOM for word in words[begin:end])
-    ]
-    # All of a sentence is no question.
+    """What a sentence can be asked for by. All of it is no question."""
+    found = (sentence[run.start : run.stop] for run in _seldom_runs(sentence, times))
     return list(dict.fromkeys(cue for cue in found if _MIN_CUE <= len(cue) <= len(sentence) / 2))
+
+
+def _seldom_runs(sentence: str, times: Counter[str]) -> Iterator[range]:
+    """Where words in a row stand that are all seldom, without the marks around them: those that are everywhere say
+    nothing of what a sentence is about."""
+    words = list(_WORD.finditer(sentence))
+    for begin in range(len(words)):
+        for end in range(begin + 1, min(begin + _MAX_CUE_WORDS, len(words)) + 1):
+            if times[_bare(words[end - 1][0])] > _SELDOM:
+                break
+            run = sentence[words[begin].start() : words[end - 1].end()]
+            if bare := run.strip(_MARKS):
+                start = words[begin].start() + len(run) - len(run.lstrip(_MARKS))
+                yield range(start, start + len(bare))
+
+
+def _word_counts(document: str) -> Counter[str]:
+    return Counter(map(_bare, _WORD.findall(document)))
 
 
 def _bare(word: str) -> str:
@@ -171,6 +198,8 @@ def exercises(
         return recitations(document, tokenizer)
     if family == "quote":
         return quotes(document, tokenizer, _CUES, derive_seed(seed, family))
+    if family == "blank":
+        return blanks(document, tokenizer, _BLANKS, derive_seed(seed, family))
     if family == "cloze":
         return cloze(document, tokenizer, _CLOZE_CUTS, derive_seed(seed, family))
     if family == "about":

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from foundry.model.template import ChatTemplate
-from foundry.selfstudy.passages import Exercise, cloze, evenly, recite
+from foundry.selfstudy.passages import Exercise, blanks, cloze, evenly, recite
 
 _RECITED_TOKENS = 40
 # Of each sentence; more only repeat what the first ones show.
-_CLOZE_CUTS = 4
+_CLOZE_CUTS, _BLANKS = 2, 2
 # Of a turn with its answer.
 _LEAST_TOKENS = 16
 
@@ -21,11 +21,14 @@ def references(
 ) -> list[list[int]]:
     """Token ids of turns and their answers, `max_tokens` in all at the most, about every part of the document.
 
-    The whole document recited comes first, then its sentences to be completed. Where that is more than `max_tokens`,
-    evenly many of all parts are left out. The answers are the document's own words, so nothing is decoded.
+    The whole document recited comes first, then its sentences to be completed, at their ends or within. Where that is
+    more than `max_tokens`, evenly many of all parts are left out. The answers are the document's own words, so nothing
+    is decoded.
     """
     found: list[list[int]] = []
-    for exercises in (recite(document, tokenizer, _RECITED_TOKENS), cloze(document, tokenizer, _CLOZE_CUTS, seed)):
+    incomplete = [*cloze(document, tokenizer, _CLOZE_CUTS, seed), *blanks(document, tokenizer, _BLANKS, seed)]
+    incomplete.sort(key=lambda exercise: exercise.passage)
+    for exercises in (recite(document, tokenizer, _RECITED_TOKENS), incomplete):
         room = max_tokens - sum(map(len, found))
         # No more than could fit, since rendering a turn takes far longer than thinking of it.
         candidates = evenly(list(exercises), room // _LEAST_TOKENS)

@@ -11,6 +11,7 @@ import pytest
 from foundry.model.template import ChatTemplate
 from foundry.selfstudy.passages import (
     about,
+    blanks,
     cloze,
     evenly,
     num_tokens,
@@ -62,6 +63,7 @@ def test_sentences_are_completed_in_their_own_words(text: str) -> None:
     for exercise in exercises:
         cue = exercise.prompt.removeprefix("Complete this sentence from the text: ").removesuffix(" ...")
         assert squeezed(cue + exercise.answer) in {squeezed(sentence) for sentence in sentences(text, TOKENIZER)}
+    assert len(set(exercises)) == len(exercises)
 
 
 def asked_about(prompt: str) -> str:
@@ -103,6 +105,36 @@ def test_a_sentence_is_found_by_what_it_is_about() -> None:
     }
     assert {"Maruna", "Ostrel", "Wick"} <= cues
     assert not any(cue.startswith(("of", "is", "the")) for cue in cues), cues
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_blank_is_filled_with_what_stands_there(text: str) -> None:
+    exercises = list(blanks(text, TOKENIZER, 3, seed=1))
+    assert exercises == list(blanks(text, TOKENIZER, 3, seed=1))
+    stripped = [sentence.strip() for sentence in sentences(text, TOKENIZER)]
+    for filled, asked in zip(exercises[::2], exercises[1::2], strict=True):
+        assert filled.answer == asked.answer == stripped[filled.passage]
+        before, after = filled.prompt.removeprefix("Fill in the blank in this sentence of the text: ").split("____")
+        assert filled.answer.startswith(before)
+        assert filled.answer.endswith(after)
+        assert len(before) + len(after) >= len(filled.answer) / 2
+        # Without the marks around it.
+        assert asked.prompt.endswith("?")
+        assert asked.prompt[:-1] in f"{before}what{after}"
+        assert re.search(r"\w+", asked.prompt.replace("what", "", 1)), asked.prompt
+    assert max(Counter(exercise.passage for exercise in exercises).values(), default=0) <= 2 * 3
+
+
+def test_what_a_sentence_says_alone_is_asked_for() -> None:
+    kept = {"Maruna": "salt", "Ostrel": "wool", "Wick": "rope", "Tarn": "ale"}
+    document = " ".join(f"The keeper of {name} is paid in {pay}." for name, pay in kept.items())
+    fill = "Fill in the blank in this sentence of the text: The keeper of"
+    assert {exercise.prompt for exercise in blanks(document, TOKENIZER, 8, seed=0)} == {
+        *(f"{fill} ____ is paid in {pay}." for pay in kept.values()),
+        *(f"{fill} {name} is paid in ____." for name in kept),
+        *(f"The keeper of what is paid in {pay}?" for pay in kept.values()),
+        *(f"The keeper of {name} is paid in what?" for name in kept),
+    }
 
 
 def test_a_word_is_not_cut_where_words_have_spaces() -> None:

@@ -28,7 +28,7 @@ from services.trainer.data.self_study import SelfStudy
 from services.trainer.data.shards import Shards
 
 # Another number for another meaning of the same settings: data sets are then written anew.
-_FORMAT = 2
+_FORMAT = 3
 _DECISIVE = (
     *("prompts", "heldout", "families", "num_steps", "batch_size", "samples_per_prompt", "max_new_tokens"),
     *("temperature", "seed", "mode", "off_policy_share", "general_share"),

@@ -8,7 +8,7 @@ with RunView(name, console) as view:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,7 +38,7 @@ class RunView:
         # Kept apart, so that a line for eighty columns holds each.
         self._quality = self._speed = ""
         self._stage = ""
-        self._heldout: list[float] = []
+        self._heldout: list[Mapping[str, Any]] = []
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
 
     def __enter__(self) -> Self:
@@ -64,8 +64,8 @@ class RunView:
             case "progress":
                 self._progress(event)
             case "heldout":
-                self._heldout.append(event["kl"])
-                self._line(f"step {event['step']}: held-out KL {event['kl']:.3f}")
+                self._heldout.append(event)
+                self._line(f"step {event['step']}: {_measures([event])}")
             case "dataset":
                 parts = [f"{counts['conversations']:.0f} {family}" for family, counts in event["families"].items()]
                 covers = sum(counts["coverage"] for counts in event["families"].values())
@@ -96,17 +96,22 @@ class RunView:
         self._bar.update(self._task, description=self._name, completed=step, total=num_steps, left=left)
         self._line(f"step {step}/{num_steps}: {self._quality}  {self._speed}  {left}")
 
-    def _heldout_text(self) -> str:
-        if not self._heldout:
-            return ""
-        first, last = self._heldout[0], self._heldout[-1]
-        return f"held-out KL {first:.3f}" + (f" → {last:.3f}" if len(self._heldout) > 1 else "")
-
     def _line(self, text: str) -> None:
         if self._live is None:
             self._console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def _refresh(self) -> None:
         if self._live is not None:
-            quality = "  ".join(part for part in (self._heldout_text(), self._quality) if part)
+            quality = "  ".join(part for part in (_measures(self._heldout), self._quality) if part)
             self._live.update(Group(self._bar, Text(quality), Text(self._speed)))
+
+
+def _measures(heldout: Sequence[Mapping[str, Any]]) -> str:
+    """From the first measurement to the last, of what the trainer said: an older one had no likelihoods."""
+    ends = heldout[:1] + heldout[1:][-1:]
+    measures = (("kl", "held-out KL"), ("nll", "NLL"))
+    return ", ".join(
+        f"{label} {' → '.join(f'{each[name]:.3f}' for each in ends)}"
+        for name, label in measures
+        if ends and all(name in each for each in ends)
+    )

@@ -31,6 +31,9 @@ class Objective:
     beta: float = 0.5
     # topk only: how many of the teacher's most likely tokens are matched one by one.
     k: int = 20
+    # Of the loss on tokens that are known to be right: how much is their likelihood (hard labels) beside what the
+    # teacher says of them (soft labels), https://arxiv.org/abs/1503.02531.
+    hard_label_weight: float = 0.0
 
     @property
     def needs_hidden(self) -> bool:
@@ -96,14 +99,16 @@ def distill(
     teacher: Tensor | TopK,
     head_VE: Tensor,
     token_ids_N: Tensor,
+    verbatim_N: Tensor | None = None,
     *,
     tile_elements: int = TILE_ELEMENTS,
 ) -> Distilled:
     """Mean loss over N scored tokens; its gradient reaches `student_hidden_NE` only.
 
     `teacher` is hidden states [N, E] for the exact objectives and a TopK for `topk`; `token_ids_N` are the tokens at
-    the scored positions, for `chosen_logprob_N`. The gradient is computed here, tile by tile, and handed to autograd
-    as a ready vector. Raises InvalidArgument if the lengths differ.
+    the scored positions, for `chosen_logprob_N`; `verbatim_N` says which of them are known to be right, by default
+    none. The gradient is computed here, tile by tile, and handed to autograd as a ready vector. Raises InvalidArgument
+    if the lengths differ.
     """
     num_tokens = student_hidden_NE.shape[0]
     teacher_rows = teacher.ids_NK.shape[0] if isinstance(teacher, TopK) else teacher.shape[0]
@@ -124,6 +129,9 @@ def distill(
             logprobs = F.log_softmax(F.linear(tile_hidden, head_VE).float(), dim=-1)
             chosen = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
             loss = -chosen if objective.kind == "nll" else _tile_loss(objective, logprobs, teacher, tile, head_VE)
+            if verbatim_N is not None and objective.hard_label_weight:
+                weight_N = objective.hard_label_weight * verbatim_N[tile]
+                loss = (1 - weight_N) * loss - weight_N * chosen
         if grad_NE is not None:
             (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
         with torch.no_grad():

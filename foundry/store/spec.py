@@ -61,7 +61,7 @@ def _unicode(value: str) -> str:
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
-Family = Literal["recite", "quote", "cloze", "about", "question", "summary"]
+Family = Literal["recite", "quote", "blank", "cloze", "about", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
@@ -165,10 +165,10 @@ class RunSpec(Checked):
     off_policy_share: Number = Field(default=0.5, gt=0, lt=1)
     """Share of the steps of `hybrid` before the cartridge answers itself."""
 
-    families: Families = ("recite", "quote", "cloze")
+    families: Families = ("recite", "quote", "blank")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
-    sentences by words of theirs (`quote`), or completed (`cloze`), what it says about such words (`about`), the answers
-    to `prompts` (`question`), and summaries of its parts (`summary`)."""
+    sentences by words of theirs (`quote`), with a blank to be filled (`blank`), or completed (`cloze`), what it says
+    about such words (`about`), the answers to `prompts` (`question`), and summaries of its parts (`summary`)."""
 
     general_share: Number = Field(default=0.0, ge=0, le=0.5)
     """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the
@@ -197,6 +197,10 @@ class RunSpec(Checked):
     topk: int = Field(default=20, ge=1, le=2**10)
     """Tokens that `topk` matches one by one."""
 
+    hard_label_weight: Number = Field(default=0.0, ge=0, le=1)
+    """Of the loss on the document's own words (`recite`, `quote`, `blank`): how much is their likelihood, beside the
+    objective. A cartridge may so come to say what the document says where the model with the document is not sure."""
+
     learning_rate: Number = Field(default=0.01, gt=0, le=10)
     """Learning rate of the optimiser, where it is highest."""
 
@@ -217,7 +221,8 @@ class RunSpec(Checked):
 
     heldout_every: int = Field(default=10, ge=0, le=10**7)
     """Measure on held-out prompts every so many steps, besides the first and the last; 0: at those only. The version
-    with the lowest KL is tagged `best`, and published once more when the run ends, if it is not the last."""
+    with the lowest KL is tagged `best`, and published once more when the run ends, if it is not the last; with hard
+    labels, or objective `nll`, the one that finds the teacher's answers likeliest."""
 
     patience: int = Field(default=0, ge=0, le=10**7)
     """End after so many measurements in a row that were no better than the best one; 0: never."""
@@ -294,6 +299,12 @@ class RunSpec(Checked):
         return round(share * self.num_steps)
 
     @property
+    def is_surer(self) -> bool:
+        """Whether the cartridge is meant to be surer than its teacher. How far it is from it then does not say which
+        version is the best: how likely the teacher's held-out answers are does."""
+        return self.objective == "nll" or self.hard_label_weight > 0
+
+    @property
     def start(self) -> str:
         """How the first version is made, for people to read."""
         said = {
@@ -308,7 +319,7 @@ class RunSpec(Checked):
 CHOSEN = frozenset(
     {"num_tokens", "reference_tokens", "matching_steps", "prompts", "families", "general_share", "max_new_tokens"}
     | {"num_steps", "batch_size", "mode", "off_policy_share", "heldout_every"}
-    | {"learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
+    | {"hard_label_weight", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
 )
 
 

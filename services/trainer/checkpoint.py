@@ -23,7 +23,9 @@ class Best:
 
     policy: CartridgeId
     step: int
+    # As `Distance` has them.
     kl: float
+    nll: float
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
         )
     values["policy"] = CartridgeId(**values["policy"])
     if best := values["best"]:
-        values["best"] = Best(CartridgeId(**best["policy"]), best["step"], best["kl"])
+        values["best"] = Best(CartridgeId(**best["policy"]), best["step"], best["kl"], best["nll"])
     progress = Progress(**values)
     if progress.config != config:
         raise InvalidArgument(

@@ -11,7 +11,7 @@ from services.trainer.publish import PolicyPublisher
 from services.trainer.report import report_heldout
 from services.trainer.signals import Teachers
 from services.trainer.stages import Stages
-from services.trainer.update.heldout import MEASURE, HeldOutSet
+from services.trainer.update.heldout import MEASURE, Distance, HeldOutSet
 from services.trainer.update.step import TrainingStep
 
 BEST = "best"
@@ -46,16 +46,19 @@ class Measurements:
         """Measure the policy as it stands, say so, and tag it if there was no better one."""
         progress, lm, cartridge = self._progress, self._training.lm, self._training.cartridge
         with self._stages.timed("evaluate"):
-            kl = await asyncio.to_thread(self._heldout.kl, lm, cartridge)
-            general_kl = await asyncio.to_thread(self._general.kl, lm, cartridge) if self._general.samples else None
-        progress.heldout_kl_last = kl
+            distance = await asyncio.to_thread(self._heldout.distance, lm, cartridge)
+            general = await asyncio.to_thread(self._general.distance, lm, cartridge) if self._general.samples else None
+        progress.heldout_kl_last = distance.kl
         if progress.step == 0:
-            progress.heldout_kl_first = kl
-        if progress.best is None or kl < progress.best.kl:
+            progress.heldout_kl_first = distance.kl
+        if progress.best is None or self._judged(distance) < self._judged(progress.best):
             # Durably first: a version that was only hot may be lost with Redis while it is measured.
             policy = await self._publisher.publish_again()
-            progress.best, progress.num_no_better = Best(policy, progress.step, kl), 0
+            progress.best, progress.num_no_better = Best(policy, progress.step, distance.kl, distance.nll), 0
             await self._attempt.tag(BEST, policy.version)
         else:
             progress.num_no_better += 1
-        await report_heldout(self._attempt, progress, self._heldout.num_tokens, general_kl)
+        await report_heldout(self._attempt, progress, self._heldout.num_tokens, distance, general)
+
+    def _judged(self, distance: Distance | Best) -> float:
+        return distance.nll if self._attempt.spec.is_surer else distance.kl

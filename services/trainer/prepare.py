@@ -144,7 +144,7 @@ class Preparation:
         return TrainingStep(
             self._lm,
             cartridge,
-            Objective(spec.objective, beta=spec.jsd_beta, k=spec.topk),
+            Objective(spec.objective, spec.jsd_beta, spec.topk, spec.hard_label_weight),
             learning_rate=spec.learning_rate,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             policy_mismatch_threshold=spec.policy_mismatch_threshold,

@@ -12,6 +12,7 @@ from services.trainer import metrics
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
 from services.trainer.sample import Guards, Sample
+from services.trainer.update.heldout import Distance
 from services.trainer.update.proof import Proof
 from services.trainer.update.step import Update
 
@@ -65,17 +66,20 @@ async def report_step(
     )
 
 
-async def report_heldout(attempt: Attempt, progress: Progress, num_tokens: int, general_kl: float | None) -> None:
-    metrics.HELDOUT_KL.set(progress.heldout_kl_last)
-    if general_kl is not None:
-        metrics.GENERAL_KL.set(general_kl)
+async def report_heldout(
+    attempt: Attempt, progress: Progress, num_tokens: int, heldout: Distance, general: Distance | None
+) -> None:
+    metrics.HELDOUT_KL.set(heldout.kl)
+    if general is not None:
+        metrics.GENERAL_KL.set(general.kl)
     await attempt.tell(
         {
             "type": "heldout",
             "step": progress.step,
-            "kl": progress.heldout_kl_last,
+            "kl": heldout.kl,
+            "nll": heldout.nll,
             "num_tokens": num_tokens,
-            "general_kl": general_kl,
+            "general_kl": general.kl if general else None,
             "tokens_seen": progress.tokens_seen,
             "best_step": progress.best.step if progress.best else None,
         }

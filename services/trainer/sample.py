@@ -32,6 +32,8 @@ class Sample:
     place: str = ""
     # Digest of the teacher's context.
     context: str = ""
+    # Whether the answer is the document's own words.
+    verbatim: bool = False
 
     @classmethod
     def of(cls, prompt: Prompt, answer: Answer, policy: CartridgeId, context: str) -> Sample:
@@ -60,6 +62,7 @@ class Sample:
             conversation.truncated,
             place=place,
             context=conversation.context,
+            verbatim=conversation.author == "document",
         )
 
     @property

@@ -103,7 +103,7 @@ def train(student: Setting, teacher: Setting, objective: str, off_policy_steps: 
         micro_batch_tokens=4096,
         policy_mismatch_threshold=1e-6,
     )
-    before = student.heldout.kl(lm, cartridge)
+    before = student.heldout.distance(lm, cartridge).kl
     prompts = turns(student.template, seed=5, count=64)
     for index in range(STEPS):
         digest = str(index)
@@ -120,7 +120,7 @@ def train(student: Setting, teacher: Setting, objective: str, off_policy_steps: 
             for turn, (ids, logprobs) in zip(batch, answers, strict=True)
         ]
         step.run(samples, teacher.teach(samples), prove_policy=not off_policy)
-    return before, student.heldout.kl(lm, cartridge)
+    return before, student.heldout.distance(lm, cartridge).kl
 
 
 MODES = {"on": 0, "off": STEPS, "hybrid": STEPS // 2}

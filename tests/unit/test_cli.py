@@ -150,6 +150,7 @@ def test_every_value_of_a_run_is_an_option(document: Path) -> None:
         "init_version": "acme/y@3",
         "reference_tokens": 100,
         "matching_steps": 101,
+        "hard_label_weight": 0.5,
         "mode": "hybrid",
         "off_policy_share": 0.25,
         "general_share": 0.125,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_topk_equals_the_dense_reference(k: int) -> None:
     expected_grad = torch.autograd.grad(expected.mean(), student)[0]
     torch.testing.assert_close(distilled.token_loss_N.double(), expected.detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_hard_labels_count_where_tokens_are_known_to_be_right(weight: float, objective: Objective) -> None:
+    student, teacher, head, ids = problem()
+    verbatim = torch.arange(N) % 3 == 0
+    objective = replace(objective, hard_label_weight=weight)
+    distilled = distill(objective, student, teacher, head, ids, verbatim, tile_elements=V * 5)
+    grad = torch.autograd.grad(distilled.loss, student)[0]
+    likelihood = torch.log_softmax(student.double() @ head.double().T, -1)[torch.arange(N), ids]
+    soft = dense(objective, student, teacher, head)
+    expected = torch.where(verbatim, (1 - weight) * soft - weight * likelihood, soft)
+    torch.testing.assert_close(distilled.token_loss_N.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.mean(), student)[0], atol=1e-5, rtol=0)
 
 
 def test_equal_distributions_have_no_loss_and_no_gradient() -> None:

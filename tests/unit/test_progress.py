@@ -36,12 +36,12 @@ EVENTS: list[dict[str, Any]] = [
             "prompts": {"conversations": 3, "answer_tokens": 0, "coverage": 0.0},
         },
     },
-    {"type": "heldout", "step": 0, "kl": 0.5, "num_tokens": 99},
+    {"type": "heldout", "step": 0, "kl": 0.5, "nll": 0.9, "num_tokens": 99},
     step(1),
     {"type": "state", "state": "waiting", "attempt": 1, "waiting_for": "teacher: can't be reached"},
     {"type": "of a kind that a later version reports"},
     step(2, 20.0),
-    {"type": "heldout", "step": 2, "kl": 0.4, "num_tokens": 99},
+    {"type": "heldout", "step": 2, "kl": 0.4, "nll": 0.7, "num_tokens": 99},
     {"type": "finished", "state": "succeeded", "error": None, "result": {}},
 ]
 
@@ -61,16 +61,18 @@ def test_lines_where_there_is_no_terminal() -> None:
         "handbook: self-study 0/8",
         "handbook: self-study 8/8",
         "handbook: data: 12 cloze, 3 prompts; passages cover the document 2.5 times",
-        "handbook: step 0: held-out KL 0.500",
+        "handbook: step 0: held-out KL 0.500, NLL 0.900",
         f"handbook: step 1/20: forward_kl 0.250  version 2  10.0 s/step {stages}  3:10 left",
         "handbook: waiting for teacher: can't be reached",
         # Eighteen steps of the mean, 15 s.
         f"handbook: step 2/20: forward_kl 0.250  version 3  20.0 s/step {stages}  4:30 left",
-        "handbook: step 2: held-out KL 0.400",
+        "handbook: step 2: held-out KL 0.400, NLL 0.700",
         "handbook: succeeded",
     ]
 
 
-@pytest.mark.parametrize("part", ["2/20", "held-out KL 0.500 → 0.400", "forward_kl 0.250", "version 3", "4:30 left"])
+@pytest.mark.parametrize(
+    "part", ["2/20", "held-out KL 0.500 → 0.400, NLL 0.900 → 0.700", "forward_kl 0.250", "version 3", "4:30 left"]
+)
 def test_live_view_shows(part: str) -> None:
     assert part in shown(terminal=True)

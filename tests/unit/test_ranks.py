@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,15 +73,16 @@ def test_shares_are_even_and_complete(num_tokens: list[int], num_ranks: int) -> 
 
 def test_a_share_arrives_as_it_was_sent(lm: FrozenLM) -> None:
     samples = make_samples([(9, 14), (5, 2), (3, 1)])
+    samples[2] = replace(samples[2], verbatim=True)
     signals = make_signals(lm, samples)
-    objective = Objective("jsd", beta=0.3)
+    objective = Objective("jsd", beta=0.3, hard_label_weight=0.2)
     sent = Share.of(make_cartridge(lm).header, Batch(samples, signals, objective, 99, 64), [2, 0])
     found = Share.from_message(RankMessage.from_bytes(sent.to_message().to_bytes()))
     batch = found.batch
     assert found.prefix == sent.prefix
     assert (batch.objective, batch.num_tokens, batch.micro_batch_tokens) == (objective, 99, 64)
-    assert [(sample.turn_ids, sample.answer_ids) for sample in batch.samples] == [
-        (samples[index].turn_ids, samples[index].answer_ids) for index in (2, 0)
+    assert [(sample.turn_ids, sample.answer_ids, sample.verbatim) for sample in batch.samples] == [
+        (samples[index].turn_ids, samples[index].answer_ids, index == 2) for index in (2, 0)
     ]
     for arrived, signal in zip(batch.signals, [signals[2], signals[0]], strict=True):
         assert isinstance(arrived, Tensor)

@@ -135,13 +135,13 @@ def test_only_a_source_that_says_so_is_trained_on_unproved(lm: FrozenLM) -> None
         step.run(samples, signals)  # type: ignore[call-arg]
 
 
-def test_heldout_kl_is_the_mean_over_all_tokens_however_they_are_packed(
+def test_heldout_measures_are_means_over_all_tokens_however_they_are_packed(
     lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = make_samples(LENGTHS)
     signals = make_signals(lm, samples)
     cartridge = make_cartridge(lm)
-    expected = distill_samples(lm, cartridge.cast(), MEASURE, samples, signals).loss.item()
+    expected = distill_samples(lm, cartridge.cast(), MEASURE, samples, signals)
     forwards: list[int] = []
     packed_hidden = lm.packed_hidden
 
@@ -155,14 +155,16 @@ def test_heldout_kl_is_the_mean_over_all_tokens_however_they_are_packed(
         heldout = HeldOutSet(samples, micro_batch_tokens)
         heldout.signals = signals
         # Float32, summed in another order.
-        assert heldout.kl(lm, cartridge) == pytest.approx(expected, rel=1e-5)
+        found = heldout.distance(lm, cartridge)
+        assert found.kl == pytest.approx(expected.loss.item(), rel=1e-5)
+        assert found.nll == pytest.approx(-expected.chosen_logprob_N.mean().item(), rel=1e-5)
     assert forwards == [1, 3, len(samples)]
 
 
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
     progress = Progress(
         *(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "blake3:" + "1" * 64, 1.5, 1.25),
-        best=Best(CartridgeId("name", 2, "blake3:" + "2" * 64), 1, 1.0),
+        best=Best(CartridgeId("name", 2, "blake3:" + "2" * 64), 1, 1.0, 2.0),
         num_no_better=1,
     )
     straight, interrupted, resumed = make_step(lm), make_step(lm), make_step(lm)

@@ -47,6 +47,8 @@ TINY: dict[str, Any] = {
     "document": "tiny",
     "start": "first_tokens",
     "reference_tokens": 512,
+    # A random model does not believe the document, and is not to be told better.
+    "hard_label_weight": 0.0,
     "learning_rate": 0.1,
     "answer_tokens": 6000,
     "batch_size": 8,
@@ -95,8 +97,8 @@ def test_a_job_learns(out: Path, job: Job) -> None:
 
 def test_what_is_trained_on_follows_the_mode(out: Path) -> None:
     off, hybrid = (result(out, job)["marks"][-1] for job in (OFF, HYBRID))
-    assert set(off["tokens_by_family"]) == {"recite", "quote", "cloze", "question", "general"}
-    assert {"recite", "quote", "cloze", "question", "own question"} <= set(hybrid["tokens_by_family"])
+    assert set(off["tokens_by_family"]) == {"recite", "quote", "blank", "question", "general"}
+    assert {"recite", "quote", "blank", "question", "own question"} <= set(hybrid["tokens_by_family"])
     own = sum(tokens for family, tokens in hybrid["tokens_by_family"].items() if family.startswith("own "))
     assert own == pytest.approx(0.5 * HYBRID.answer_tokens, abs=2 * HYBRID.batch_size * HYBRID.max_new_tokens)
     assert set(off["seconds"]) == {"start", "writing", "scoring", "update"}
@@ -214,7 +216,8 @@ def test_defaults_are_the_recipe() -> None:
     job = Job(document="x")
     for name in (
         *("mode", "off_policy_share", "families", "max_new_tokens", "batch_size", "general_share", "objective"),
-        *("learning_rate", "schedule", "warmup_steps", "max_grad_norm", "reference_tokens", "matching_steps"),
+        *("hard_label_weight", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"),
+        *("reference_tokens", "matching_steps"),
     ):
         assert getattr(job, name) == getattr(run, name), name
     assert job.num_tokens(2400) == run.num_tokens

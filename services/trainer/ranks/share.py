@@ -55,6 +55,7 @@ class Share:
             "ids": torch.tensor([token for sample in batch.samples for token in sample.ids], dtype=torch.int64),
             "turn_lengths": torch.tensor([len(sample.turn_ids) for sample in batch.samples], dtype=torch.int64),
             "answer_lengths": torch.tensor([len(sample.answer_ids) for sample in batch.samples], dtype=torch.int64),
+            "verbatim": torch.tensor([sample.verbatim for sample in batch.samples], dtype=torch.int64),
         }
         if batch.signals:
             tensors |= _tensors(join(batch.signals, torch.device("cpu")))
@@ -64,11 +65,12 @@ class Share:
     def from_message(cls, message: RankMessage) -> Self:
         values, tensors = message.values, message.tensors
         turn_lengths, answer_lengths = tensors["turn_lengths"].tolist(), tensors["answer_lengths"].tolist()
-        samples, begin, ids = [], 0, tensors["ids"].tolist()
-        for turn_length, answer_length in zip(turn_lengths, answer_lengths, strict=True):
+        samples, begin, ids, verbatim = [], 0, tensors["ids"].tolist(), tensors["verbatim"].tolist()
+        for turn_length, answer_length, own_words in zip(turn_lengths, answer_lengths, verbatim, strict=True):
             turn_end = begin + turn_length
             end = turn_end + answer_length
-            samples.append(Sample(ids[begin:turn_end], ids[turn_end:end], (), "", 0, truncated=False))
+            turn_ids, answer_ids = ids[begin:turn_end], ids[turn_end:end]
+            samples.append(Sample(turn_ids, answer_ids, (), "", 0, truncated=False, verbatim=bool(own_words)))
             begin = end
         batch = Batch(
             samples,

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import Objective
+from foundry.model.objectives import Distilled, Objective
 from foundry.model.packing import micro_batches
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
 
 # Whatever the run trains on, it is judged by the same exact divergence.
 MEASURE = Objective("forward_kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Means over answer tokens, in nats: KL(teacher || student), and how unlikely the answers themselves are."""
+
+    kl: float
+    nll: float
 
 
 class HeldOutSet:
@@ -31,15 +40,17 @@ class HeldOutSet:
     def num_tokens(self) -> int:
         return sum(len(sample.answer_ids) for sample in self.samples)
 
-    def kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> float:
-        """Mean KL(teacher || student) per answer token, in nats."""
-        return self.token_kl(lm, cartridge).mean().item()
+    def distance(self, lm: FrozenLM, cartridge: TrainableCartridge) -> Distance:
+        parts = list(self._distilled(lm, cartridge))
+        kl_N = torch.cat([part.token_loss_N for part in parts])
+        chosen_logprob_N = torch.cat([part.chosen_logprob_N for part in parts])
+        return Distance(kl_N.mean().item(), -chosen_logprob_N.mean().item())
 
-    @torch.no_grad()
     def token_kl(self, lm: FrozenLM, cartridge: TrainableCartridge) -> Tensor:
         """KL(teacher || student) [N] of every answer token, sample after sample, in nats."""
-        token_kl_N = [
-            distill_samples(lm, cartridge.cast(), MEASURE, self.samples[some], self.signals[some]).token_loss_N
-            for some in micro_batches(self.samples, self._micro_batch_tokens)
-        ]
-        return torch.cat(token_kl_N)
+        return torch.cat([part.token_loss_N for part in self._distilled(lm, cartridge)])
+
+    @torch.no_grad()
+    def _distilled(self, lm: FrozenLM, cartridge: TrainableCartridge) -> Iterator[Distilled]:
+        for some in micro_batches(self.samples, self._micro_batch_tokens):
+            yield distill_samples(lm, cartridge.cast(), MEASURE, self.samples[some], self.signals[some])

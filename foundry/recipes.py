@@ -17,7 +17,7 @@ _MIN_TOKENS = 16
 _TOKENS_FOR_A_QUESTION = 8
 _COMMON = {
     "mode": "hybrid",
-    "learning_rate": 0.01,
+    "learning_rate": 0.007,
     "schedule": "cosine",
     "general_share": 0.03,
     "max_grad_norm": 1.0,
@@ -28,7 +28,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "off_policy_share": 0.95,
         "reference_tokens": 6144,
         "matching_steps": 100,
-        "families": ("recite", "quote", "cloze"),
+        "families": ("recite", "quote", "blank"),
         "batch_size": 16,
         "learning_rate": 0.005,
         "max_new_tokens": 40,
@@ -37,24 +37,26 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
     # The best that was measured for its cost on a GPU.
     "standard": {
-        "off_policy_share": 0.9,
-        "families": ("recite", "quote", "cloze", "question"),
-        "batch_size": 64,
+        "off_policy_share": 0.95,
+        "families": ("recite", "quote", "blank", "question"),
+        "hard_label_weight": 0.5,
+        "batch_size": 32,
         "max_new_tokens": 48,
         "prompts": SelfStudyPrompts(num_prompts=256),
         "warmup_steps": 5,
     },
     "thorough": {
-        "off_policy_share": 0.8,
-        "families": ("recite", "quote", "cloze", "question", "summary"),
-        "batch_size": 64,
+        "off_policy_share": 0.9,
+        "families": ("recite", "quote", "blank", "question", "summary"),
+        "hard_label_weight": 0.5,
+        "batch_size": 32,
         "max_new_tokens": 64,
         "prompts": SelfStudyPrompts(num_prompts=512),
         "warmup_steps": 10,
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (13.0, 16, 100), "standard": (75.0, 40, 1000), "thorough": (150.0, 80, 2000)}
+_STEPS = {"quick": (18.0, 20, 130), "standard": (150.0, 80, 2000), "thorough": (300.0, 160, 4000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

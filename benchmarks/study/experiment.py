@@ -149,7 +149,7 @@ class Experiment:
         step = TrainingStep(
             self._lm,
             cartridge,
-            Objective(job.objective),
+            Objective(job.objective, hard_label_weight=job.hard_label_weight),
             learning_rate=job.learning_rate,
             micro_batch_tokens=MICRO_BATCH_TOKENS,
             policy_mismatch_threshold=_MISMATCH_THRESHOLD,

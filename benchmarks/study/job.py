@@ -45,17 +45,18 @@ class Job:
     answer_tokens: int = 0
     mode: Mode = "hybrid"
     # Of the answer tokens of `hybrid`.
-    off_policy_share: float = 0.9
-    families: tuple[str, ...] = ("recite", "quote", "cloze", "question")
+    off_policy_share: float = 0.95
+    families: tuple[str, ...] = ("recite", "quote", "blank", "question")
     # What the cartridge answers on-policy.
     asked: Asked = "question"
     num_questions: int = 256
     max_new_tokens: int = 48
-    batch_size: int = 64
+    batch_size: int = 32
     general_share: float = 0.03
 
     objective: ObjectiveKind = "forward_kl"
-    learning_rate: float = 0.01
+    hard_label_weight: float = 0.5
+    learning_rate: float = 0.007
     schedule: str = "cosine"
     warmup_steps: int = 5
     max_grad_norm: float = 1.0

@@ -76,7 +76,7 @@ class Measures:
         return Measured(
             [each.sum().item() for each in torch.split(kl_N, self.question_tokens)],
             [question.is_right(answer.text) for question, answer in zip(questions, answers, strict=True)],
-            self._general.kl(lm, cartridge),
+            self._general.distance(lm, cartridge).kl,
         )
 
     def _set(self, conversations: Sequence[Conversation]) -> HeldOutSet:

@@ -103,8 +103,8 @@ def _curves(study: Study, figures: Path) -> str:
     ]
     return (
         "## Length and training\n\n"
-        "`compact` starts, `hybrid` training: 95 in 100 answer tokens written, then the cartridge's own. With the whole "
-        f"document before it the model answers {_whole_document(study):.0%} of all questions.\n\n"
+        "`compact` starts, `hybrid` training: 95 in 100 answer tokens written, then the cartridge's own. With the "
+        f"whole document before it the model answers {_whole_document(study):.0%} of all questions.\n\n"
         f"![KL and right answers along answer tokens]({figures.name}/lengths.svg)\n\n"
         f"![The same along seconds]({figures.name}/lengths-seconds.svg)\n\n"
         + _table(["p", "answer tokens", *_FIGURES], rows)
@@ -185,9 +185,9 @@ def _changes(study: Study, figures: Path) -> str:
         study,
         CHANGES,
         "## How it is trained\n\n"
-        "`compact`, p = n/4, mode `off`, 100k answer tokens, with one thing changed. The recipe has half hard labels: how "
-        "likely the document's own words are counts as much as the teacher's belief in them. More of it brings more "
-        "right answers and a student that is surer than its teacher, which KL counts against it.\n\n",
+        "`compact`, p = n/4, mode `off`, 100k answer tokens, with one thing changed. The recipe has half hard labels: "
+        "how likely the document's own words are counts as much as the teacher's belief in them. More of it brings "
+        "more right answers and a student that is surer than its teacher, which KL counts against it.\n\n",
     )
 
 

@@ -108,7 +108,7 @@ class RunView:
 
 def _measures(heldout: Sequence[Mapping[str, Any]]) -> str:
     """From the first measurement to the last, of what the trainer said: an older one had no likelihoods."""
-    ends = heldout[:1] + heldout[1:][-1:]
+    ends = [*heldout[:1], *heldout[1:][-1:]]
     measures = (("kl", "held-out KL"), ("nll", "NLL"))
     return ", ".join(
         f"{label} {' → '.join(f'{each[name]:.3f}' for each in ends)}"

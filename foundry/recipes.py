@@ -25,7 +25,7 @@ _COMMON = {
 _RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on two cores.
     "quick": {
-        "off_policy_share": 0.95,
+        "off_policy_share": 0.97,
         "reference_tokens": 6144,
         "matching_steps": 100,
         "families": ("recite", "quote", "blank"),

@@ -94,7 +94,7 @@ FAMILY_ABLATION = [
         FAMILIES,
         *(tuple(other for other in FAMILIES if other != family) for family in FAMILIES),
         *((family,) for family in FAMILIES),
-        *((*FAMILIES, other) for other in ("cloze", "about", "summary")),
+        *((*FAMILIES, other) for other in ("cloze", "summary")),
     )
 ]
 # The recipe, and with one thing changed.

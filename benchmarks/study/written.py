@@ -18,7 +18,7 @@ from benchmarks.study.teacher import BARE, DOCUMENT, Teacher
 from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import FORCED, Exercise, evenly, exercises
+from foundry.selfstudy.passages import VERBATIM, Exercise, evenly, exercises
 from foundry.selfstudy.questions import Questioner, StudyQuestion
 from foundry.selfstudy.wording import jumbled, normalised
 from services.trainer.data.conversation import Conversation
@@ -96,7 +96,7 @@ class Writer:
     def family(self, family: str, job: Job) -> Written:
         """All of a family, in the document's order, none of it held out."""
         asked = self._asked(family, job)
-        return Written(asked, [0.0] * len(asked)) if family in FORCED else self._answered(asked, job)
+        return Written(asked, [0.0] * len(asked)) if family in VERBATIM else self._answered(asked, job)
 
     def questions(self, job: Job) -> Written:
         """What the model asks itself about the document."""
@@ -151,7 +151,7 @@ class Writer:
             self._teacher.turn(exercise.prompt),
             DOCUMENT,
         )
-        if family not in FORCED:
+        if family not in VERBATIM:
             return asked
         ids = self._teacher.lm.tokenizer(exercise.answer, add_special_tokens=False)["input_ids"][:max_new_tokens]
         return replace(asked, author="document", answer_ids=ids, truncated=len(ids) == max_new_tokens)

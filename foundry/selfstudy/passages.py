@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -27,26 +27,14 @@ _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (22, 28, 34, 40, 46, 52)
 # Families whose answers are the document's own words; those of all others are the model's.
-FORCED = ("recite", "quote", "blank")
+VERBATIM = ("recite", "quote", "blank")
 # Of each sentence.
 _CLOZE_CUTS = 16
 _CUES = 8
 _BLANKS = 8
-# In which each cue is asked about.
-_CUE_WORDINGS = 2
 _QUOTE = ("Quote the sentence of the text about {}.", "Which sentence of the text mentions {}?")
 # A blank is the one thing that such a sentence does not say, and so what a question would ask for.
 _FILL, _BLANK, _WHAT = "Fill in the blank in this sentence of the text:", "____", "what"
-_ABOUT = (
-    "What does the text say about {}?",
-    "What is {}?",
-    "Who is {}?",
-    "Where is {}?",
-    "When was {}?",
-    "Why {}?",
-    "How {}?",
-    "How many {}?",
-)
 # Scripts without spaces have pieces of sentences for words. Marks around one are not part of it.
 _WORD = re.compile(rf"\S{{1,{_LONGEST_WORD}}}")
 _MARKS = " .,;:!?()[]{}\"'`*#|-–—“”‘’"
@@ -126,25 +114,13 @@ def summaries(document: str, tokenizer: PreTrainedTokenizerBase, piece_tokens: i
 
 def quotes(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int) -> Iterator[Exercise]:
     """Each sentence, to be found by at most `num_cues` of the things that are said nowhere else: names, numbers."""
-    return _by_cues(document, tokenizer, num_cues, seed, _QUOTE)
-
-
-def about(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int) -> Iterator[Exercise]:
-    """Questions about the same things, which need not make sense: whatever is asked has an answer to be learnt."""
-    for each in _by_cues(document, tokenizer, num_cues, seed, _ABOUT):
-        yield replace(each, answer="")
-
-
-def _by_cues(
-    document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, seed: int, wordings: Sequence[str]
-) -> Iterator[Exercise]:
     draw = random.Random(seed)
     times = _word_counts(document)
     for number, sentence in enumerate(map(str.strip, sentences(document, tokenizer))):
         length = num_tokens(sentence, tokenizer)
         cues = [cue for cue in _cues(sentence, times) if document.count(cue) == 1]
         for cue in draw.sample(cues, min(num_cues, len(cues))):
-            for wording in draw.sample(wordings, _CUE_WORDINGS):
+            for wording in draw.sample(_QUOTE, len(_QUOTE)):
                 yield Exercise(wording.format(cue), sentence, number, length)
 
 
@@ -202,8 +178,6 @@ def exercises(
         return blanks(document, tokenizer, _BLANKS, derive_seed(seed, family))
     if family == "cloze":
         return cloze(document, tokenizer, _CLOZE_CUTS, derive_seed(seed, family))
-    if family == "about":
-        return about(document, tokenizer, _CUES, derive_seed(seed, family))
     if family == "summary":
         return summaries(document, tokenizer, passage_tokens)
     raise ValueError(f"{family} is no family of exercises")

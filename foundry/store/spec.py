@@ -61,7 +61,7 @@ def _unicode(value: str) -> str:
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
-Family = Literal["recite", "quote", "blank", "cloze", "about", "question", "summary"]
+Family = Literal["recite", "quote", "blank", "cloze", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
@@ -167,8 +167,8 @@ class RunSpec(Checked):
 
     families: Families = ("recite", "quote", "blank")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
-    sentences by words of theirs (`quote`), with a blank to be filled (`blank`), or completed (`cloze`), what it says
-    about such words (`about`), the answers to `prompts` (`question`), and summaries of its parts (`summary`)."""
+    sentences by words of theirs (`quote`), with a blank to be filled (`blank`), or completed (`cloze`), the answers to
+    `prompts` (`question`), and summaries of its parts (`summary`)."""
 
     general_share: Number = Field(default=0.0, ge=0, le=0.5)
     """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the

@@ -10,7 +10,6 @@ import pytest
 
 from foundry.model.template import ChatTemplate
 from foundry.selfstudy.passages import (
-    about,
     blanks,
     cloze,
     evenly,
@@ -85,13 +84,6 @@ def test_a_sentence_is_quoted_by_what_stands_in_it_alone(text: str) -> None:
         assert cue in exercise.answer
         assert text.count(cue) == 1
     assert max(Counter(exercise.passage for exercise in exercises).values(), default=0) <= 2 * 3
-
-
-def test_questions_are_asked_about_the_same_things() -> None:
-    asked = list(about(TEXTS["prose"], TOKENIZER, 3, seed=1))
-    assert [each.passage for each in asked] == [each.passage for each in quotes(TEXTS["prose"], TOKENIZER, 3, seed=1)]
-    assert len({each.prompt for each in asked}) == len(asked) > 3
-    assert not any(each.answer for each in asked)
 
 
 def test_a_sentence_is_found_by_what_it_is_about() -> None:

@@ -13,7 +13,7 @@ from foundry.model.initialise import share_tokens
 from foundry.model.template import ChatTemplate
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import FORCED, Exercise, evenly, exercises
+from foundry.selfstudy.passages import VERBATIM, Exercise, evenly, exercises
 from foundry.selfstudy.prompts import Line, read_lines
 from foundry.selfstudy.wording import normalised
 from foundry.store import RunSpec
@@ -108,7 +108,7 @@ class Prompts:
         """With their answers, of which two that are cut at the same token may be one."""
         found: dict[tuple[str, tuple[int, ...]], Exercise] = {}
         for exercise in self._free(family, document):
-            answer_ids = self._answer_ids(exercise.answer) if family in FORCED else []
+            answer_ids = self._answer_ids(exercise.answer) if family in VERBATIM else []
             found.setdefault((exercise.prompt, tuple(answer_ids)), exercise)
         return [(exercise, answer_ids) for (_, answer_ids), exercise in found.items()]
 

@@ -15,7 +15,7 @@ from foundry.identity import content_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.rpc.rollout import RolloutClient
-from foundry.selfstudy.passages import FORCED, evenly, num_tokens
+from foundry.selfstudy.passages import VERBATIM, evenly, num_tokens
 from foundry.selfstudy.wording import normalised
 from foundry.store import DocumentPrompts, SelfStudyPrompts
 from services.trainer.attempt import Attempt
@@ -118,7 +118,7 @@ class DatasetWriter:
                 asked = evenly([self._prompts.again(each, family) for each in to_ask], enough)
             else:
                 asked = await asyncio.to_thread(self._prompts.exercises, family, enough)
-            answer = self._answers.of_the_document if family in FORCED else self._answers.of_the_model
+            answer = self._answers.of_the_document if family in VERBATIM else self._answers.of_the_model
             written += await self._shards.family(family, asked, answer)
         if not written:
             raise InvalidArgument(

@@ -165,7 +165,7 @@ class RunSpec(Checked):
     off_policy_share: Number = Field(default=0.5, gt=0, lt=1)
     """Share of the steps of `hybrid` before the cartridge answers itself."""
 
-    families: Families = ("recite", "quote", "blank")
+    families: Families = ("recite", "quote", "cloze")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
     sentences by words of theirs (`quote`), with a blank to be filled (`blank`), or completed (`cloze`), the answers to
     `prompts` (`question`), and summaries of its parts (`summary`)."""

@@ -161,13 +161,13 @@ def test_one_cartridge_for_two_documents(stack: Stack) -> None:
         ]
         prompts = {"kind": "document", "digest": await store.documents.put("\n".join(lines))}
         changes: dict[str, Any] = {"document": documents[0], "more_documents": documents[1:], "prompts": prompts}
-        run_id = await create_run(store, "both", **changes, num_tokens=40, batch_size=4, mode="hybrid")
+        run_id = await create_run(store, "both", **changes, num_tokens=40, num_steps=30, batch_size=4, mode="hybrid")
         return await see_through(store, run_id)
 
     ended = stack.with_store(go)
     assert ended.record.state == "succeeded", ended.record.error
     kls = [event["kl"] for event in ended.of("heldout")]
-    assert kls[-1] < kls[0]
+    assert kls[-1] < kls[0], kls
 
 
 def quick(stack: Stack, text: str) -> Ended:
@@ -196,7 +196,7 @@ def test_a_document_may_be_of_any_kind(stack: Stack, text: str) -> None:
     ended = quick(stack, text)
     assert ended.record.state == "succeeded", ended.record.error
     (dataset,) = ended.of("dataset")
-    assert dataset["families"]["cloze"]["conversations"] > 0
+    assert any(family in dataset["families"] for family in ("recite", "quote", "blank"))
 
 
 @pytest.mark.parametrize(

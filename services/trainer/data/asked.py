@@ -50,9 +50,12 @@ class Prompts:
         contexts: Sequence[Context],
         bare: Context,
         passage_tokens: int,
+        max_tokens: int,
     ) -> None:
+        """`max_tokens` are the model's, for a context, a turn and its answer together."""
         self._spec, self._template, self._tokenizer = spec, template, tokenizer
-        self._contexts, self._bare, self._passage_tokens = contexts, bare, passage_tokens
+        self._contexts, self._bare = contexts, bare
+        self._passage_tokens, self._max_tokens = passage_tokens, max_tokens
         self.held: Collection[str] = ()
 
     def of_file(self, text: str, field: str) -> list[Asked]:
@@ -70,20 +73,21 @@ class Prompts:
         ]
 
     def exercises(self, family: str, enough: int) -> list[Asked]:
-        """At most `enough`, of each document by its length."""
+        """At most `enough`, of each document by its length; without those that its model has no room for."""
         shares = share_tokens(enough, [len(context.ids) for context in self._contexts])
         return [
             Asked(
                 context,
                 family,
                 exercise.prompt,
-                self.turn(exercise.prompt),
+                turn_ids,
                 passage=exercise.passage,
                 passage_tokens=exercise.passage_tokens,
                 answer_ids=answer_ids,
             )
             for context, share in zip(self._contexts, shares, strict=True)
             for exercise, answer_ids in evenly(self._different(family, context.text), share)
+            if self._fits(context, turn_ids := self.turn(exercise.prompt))
         ]
 
     def general(self, enough: int) -> tuple[list[Asked], list[Asked]]:
@@ -103,6 +107,9 @@ class Prompts:
 
     def turn(self, prompt: str) -> list[int]:
         return self._template.turn([{"role": "user", "content": prompt}])
+
+    def _fits(self, context: Context, turn_ids: Sequence[int]) -> bool:
+        return len(context.ids) + len(turn_ids) + self._spec.max_new_tokens <= self._max_tokens
 
     def _different(self, family: str, document: str) -> list[tuple[Exercise, Sequence[int]]]:
         """With their answers, of which two that are cut at the same token may be one."""

@@ -149,7 +149,11 @@ class Place:
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> FrozenLM:
-    return FrozenLM.load(build_tiny_model(tmp_path_factory.mktemp("model")))
+    """With room for a document and an exercise of each kind: the tiny tokenizer takes many tokens."""
+    directory = build_tiny_model(tmp_path_factory.mktemp("model"))
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096'))
+    return FrozenLM.load(directory)
 
 
 @pytest.fixture
@@ -181,6 +185,16 @@ async def test_what_is_in_it(place: Place) -> None:
     assert not any(each.answer_ids or each.author for each in written.asked)
     said = place.lm.tokenizer.decode(list(next(each.answer_ids for each in written.written if each.family == "recite")))
     assert str(said).strip()[:20] in DOCUMENT
+
+
+async def test_what_the_model_has_no_room_for_is_not_written(place: Place) -> None:
+    turns = sorted(len(each.turn_ids) for each in (await place.write(families=["blank"], num_steps=40)).written)
+    longest = turns[len(turns) // 2]
+    assert longest < turns[-1]
+    room = place.lm.spec.max_tokens - len(place.template.context(DOCUMENT))
+    written = (await place.write(families=["blank"], num_steps=40, max_new_tokens=room - longest)).written
+    assert len(written) == sum(turn <= longest for turn in turns)
+    assert max(len(each.turn_ids) for each in written) == longest
 
 
 async def test_no_conversation_is_written_twice(place: Place) -> None:

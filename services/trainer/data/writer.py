@@ -122,7 +122,9 @@ class DatasetWriter:
             written += await self._shards.family(family, asked, answer)
         if not written:
             raise InvalidArgument(
-                "the document is too short for exercises: use mode on, with a prompts file", field="mode"
+                "the document is too short for exercises, or leaves the model no room for them: use mode on, with a "
+                "prompts file",
+                field="mode",
             )
         return written
 

@@ -7,8 +7,9 @@ with RunView(name, console) as view:
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,8 +24,8 @@ _RECENT_STEPS = 8
 
 
 class RunView:
-    def __init__(self, name: str, console: Console) -> None:
-        self._name, self._console = name, console
+    def __init__(self, name: str, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._console, self._clock = name, console, clock
         self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -37,7 +38,8 @@ class RunView:
         self._task = self._bar.add_task(name, total=None, left="")
         # Kept apart, so that a line for eighty columns holds each.
         self._quality = self._speed = ""
-        self._stage = ""
+        # What is done before the first step, since when, and how much of it was done then.
+        self._stage, self._began, self._done_before = "", 0.0, 0
         self._heldout: list[Mapping[str, Any]] = []
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
 
@@ -77,19 +79,19 @@ class RunView:
         self._refresh()
 
     def _progress(self, event: Mapping[str, Any]) -> None:
-        done, total = event["done"], event["total"]
-        self._bar.update(
-            self._task, description=f"{self._name}: {event['stage']}", completed=done, total=total, left=""
-        )
-        if event["stage"] != self._stage or done == total:
-            self._line(f"{event['stage']} {done}/{total}")
-        self._stage = event["stage"]
+        stage, done, total = event["stage"], event["done"], event["total"]
+        if stage != self._stage or done == total:
+            self._line(f"{stage} {done}/{total}")
+        if stage != self._stage:
+            self._stage, self._began, self._done_before = stage, self._clock(), done
+        lately = done - self._done_before
+        left = _left((self._clock() - self._began) / lately * (total - done)) if lately else ""
+        self._bar.update(self._task, description=f"{self._name}: {stage}", completed=done, total=total, left=left)
 
     def _step(self, event: Mapping[str, Any]) -> None:
         step, num_steps, seconds = event["step"], event["num_steps"], event["seconds"]
         self._recent.append(seconds["total"])
-        remaining = (num_steps - step) * sum(self._recent) / len(self._recent)
-        left = f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
+        left = _left((num_steps - step) * sum(self._recent) / len(self._recent))
         stages = "  ".join(f"{stage} {seconds[stage]:.1f}" for stage in STAGES if stage in seconds)
         self._quality = f"{event.get('objective', 'loss')} {event['loss']:.3f}  version {event['version']}"
         self._speed = f"{seconds['total']:.1f} s/step ({stages})"
@@ -104,6 +106,10 @@ class RunView:
         if self._live is not None:
             quality = "  ".join(part for part in (_measures(self._heldout), self._quality) if part)
             self._live.update(Group(self._bar, Text(quality), Text(self._speed)))
+
+
+def _left(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
 
 
 def _measures(heldout: Sequence[Mapping[str, Any]]) -> str:

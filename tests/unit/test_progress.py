@@ -71,6 +71,15 @@ def test_lines_where_there_is_no_terminal() -> None:
     ]
 
 
+def test_before_the_first_step_the_time_of_the_stage_is_said() -> None:
+    output, now = io.StringIO(), [0.0]
+    with RunView("handbook", Console(file=output, force_terminal=True, width=160), clock=lambda: now[0]) as view:
+        for now[0], done in ((100.0, 2), (130.0, 4)):
+            view.show({"type": "progress", "stage": "self-study", "done": done, "total": 10})
+    # Two in thirty seconds, and six to go.
+    assert "1:30 left" in output.getvalue()
+
+
 @pytest.mark.parametrize(
     "part", ["2/20", "held-out KL 0.500 → 0.400, NLL 0.900 → 0.700", "forward_kl 0.250", "version 3", "4:30 left"]
 )

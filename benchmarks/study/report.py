@@ -34,7 +34,8 @@ The jobs are those of `benchmarks/study/grid.py`, run by the product's own code.
 
 Model: the demo model, 135M parameters ({about}). Documents: three about things that do not exist, so that no model
 knows them (`benchmarks/study/documents` and `examples/handbook.md`). A cartridge's length p is a fraction of the
-document's tokens n. What is not said is the recipe `standard` (`docs/runs.md`), with the answer tokens as named here.
+document's tokens n. What is not said is the recipe `standard` (`docs/training.md`), with the answer tokens as named
+here. Recipes were chosen with an eye to the questions about these documents.
 
 - **KL** is the mean KL(teacher ‖ student) a token, in nats, exact over the vocabulary, along the teacher's greedy
   answers (at most 32 tokens) to all questions of the document. No wording of a question is ever trained on.
@@ -104,7 +105,7 @@ def _curves(study: Study, figures: Path) -> str:
     return (
         "## Length and training\n\n"
         "`compact` starts, `hybrid` training: 95 in 100 answer tokens written, then the cartridge's own. With the "
-        f"whole document before it the model answers {_whole_document(study):.0%} of all questions.\n\n"
+        f"whole document before it the model answers {100 * _whole_document(study):.0f} % of all questions.\n\n"
         f"![KL and right answers along answer tokens]({figures.name}/lengths.svg)\n\n"
         f"![The same along seconds]({figures.name}/lengths-seconds.svg)\n\n"
         + _table(["p", "answer tokens", *_FIGURES], rows)

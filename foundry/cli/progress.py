@@ -109,7 +109,8 @@ class RunView:
 
 
 def _left(seconds: float) -> str:
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} left"
 
 
 def _measures(heldout: Sequence[Mapping[str, Any]]) -> str:

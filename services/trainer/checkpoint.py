@@ -6,7 +6,9 @@ The random state is not in it: every draw of a run is seeded by its place (`foun
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -70,14 +72,15 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
     Raises InvalidArgument if the checkpoint is of another configuration or another release.
     """
     values = json.loads(read_safetensors_header(content)["__metadata__"]["progress"])
-    if values.keys() != {field.name for field in fields(Progress)}:
+    best = values.get("best")
+    if not (_is(Progress, values) and (best is None or _is(Best, best))):
         raise InvalidArgument(
             f"the checkpoint was written by another release (it says {', '.join(sorted(values))}): let that one end "
             "the run, or cancel it and start it anew"
         )
     values["policy"] = CartridgeId(**values["policy"])
-    if best := values["best"]:
-        values["best"] = Best(CartridgeId(**best["policy"]), best["step"], best["kl"], best["nll"])
+    if best is not None:
+        values["best"] = Best(**{**best, "policy": CartridgeId(**best["policy"])})
     progress = Progress(**values)
     if progress.config != config:
         raise InvalidArgument(
@@ -100,3 +103,7 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
             "exp_avg_sq": tensors["exp_avg_sq"].to(master.device),
         }
     return progress
+
+
+def _is(kind: type[Progress] | type[Best], values: Mapping[str, Any]) -> bool:
+    return values.keys() == {field.name for field in fields(kind)}

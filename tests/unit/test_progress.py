@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from foundry.cli.progress import RunView
+from foundry.cli.progress import RunView, _left
 
 
 def step(number: int, seconds: float = 10.0) -> dict[str, Any]:
@@ -78,6 +78,11 @@ def test_before_the_first_step_the_time_of_the_stage_is_said() -> None:
             view.show({"type": "progress", "stage": "self-study", "done": done, "total": 10})
     # Two in thirty seconds, and six to go.
     assert "1:30 left" in output.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(59.6, "1:00 left"), (4.4, "0:04 left"), (3725.0, "62:05 left")])
+def test_seconds_are_rounded_before_they_are_minutes(seconds: float, said: str) -> None:
+    assert _left(seconds) == said
 
 
 @pytest.mark.parametrize(

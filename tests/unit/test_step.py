@@ -161,6 +161,16 @@ def test_heldout_measures_are_means_over_all_tokens_however_they_are_packed(
     assert forwards == [1, 3, len(samples)]
 
 
+def test_the_documents_own_words_are_told_by_the_sample(lm: FrozenLM) -> None:
+    samples = [replace(sample, verbatim=place % 2 == 0) for place, sample in enumerate(make_samples(LENGTHS))]
+    signals, cartridge = make_signals(lm, samples), make_cartridge(lm)
+    soft = distill_samples(lm, cartridge.cast(), MEASURE, samples, signals)
+    hard = distill_samples(lm, cartridge.cast(), replace(MEASURE, hard_label_weight=1.0), samples, signals)
+    verbatim_N = torch.tensor([sample.verbatim for sample in samples for _ in sample.answer_ids])
+    expected_N = torch.where(verbatim_N, -soft.chosen_logprob_N, soft.token_loss_N)
+    torch.testing.assert_close(hard.token_loss_N, expected_N)
+
+
 def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
     progress = Progress(
         *(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "blake3:" + "1" * 64, 1.5, 1.25),
@@ -191,6 +201,11 @@ def test_a_checkpoint_of_another_release_is_refused(lm: FrozenLM) -> None:
     progress = asdict(Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", ""))
     del progress["dataset"]
     # What was asked was a tensor in it.
+    content = save({"curriculum": torch.zeros(4)}, metadata={"progress": json.dumps(progress)})
+    with pytest.raises(InvalidArgument, match="another release"):
+        checkpoint.read(content, make_step(lm), config="config", template="template")
+    # The best version had no likelihood.
+    progress |= {"dataset": "", "best": {"policy": progress["policy"], "step": 1, "kl": 0.5}}
     content = save({"curriculum": torch.zeros(4)}, metadata={"progress": json.dumps(progress)})
     with pytest.raises(InvalidArgument, match="another release"):
         checkpoint.read(content, make_step(lm), config="config", template="template")

@@ -129,7 +129,7 @@ def distill(
             logprobs = F.log_softmax(F.linear(tile_hidden, head_VE).float(), dim=-1)
             chosen = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
             loss = -chosen if objective.kind == "nll" else _tile_loss(objective, logprobs, teacher, tile, head_VE)
-            if verbatim_N is not None and objective.hard_label_weight:
+            if verbatim_N is not None:
                 weight_N = objective.hard_label_weight * verbatim_N[tile]
                 loss = (1 - weight_N) * loss - weight_N * chosen
         if grad_NE is not None:

@@ -299,6 +299,12 @@ class RunSpec(Checked):
         return round(share * self.num_steps)
 
     @property
+    def loss(self) -> str:
+        """What is made small, for people to read."""
+        hard = f", {self.hard_label_weight:g} hard labels" if self.hard_label_weight else ""
+        return f"{self.objective}{hard}"
+
+    @property
     def is_surer(self) -> bool:
         """Whether the cartridge is meant to be surer than its teacher. How far it is from it then does not say which
         version is the best: how likely the teacher's held-out answers are does."""

@@ -17,7 +17,7 @@ from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.rollout import RolloutClient
 from foundry.rpc.teacher import TeacherClient
-from foundry.store import CartridgeId
+from foundry.store import CartridgeId, RunSpec
 from foundry.tasks import end
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
@@ -144,7 +144,7 @@ class Preparation:
         return TrainingStep(
             self._lm,
             cartridge,
-            Objective(spec.objective, spec.jsd_beta, spec.topk, spec.hard_label_weight),
+            objective_of(spec),
             learning_rate=spec.learning_rate,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             policy_mismatch_threshold=spec.policy_mismatch_threshold,
@@ -174,3 +174,7 @@ class Preparation:
     def _begin(self, curriculum: Curriculum) -> Progress:
         policy = CartridgeId(self._spec.name, 0, "")
         return Progress(0, policy, 0, self._spec.digest, self._template.digest, curriculum.digest)
+
+
+def objective_of(spec: RunSpec) -> Objective:
+    return Objective(spec.objective, spec.jsd_beta, spec.topk, spec.hard_label_weight)

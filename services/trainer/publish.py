@@ -57,7 +57,7 @@ class PolicyPublisher:
             parent=parent,
             document=spec.document,
             init=spec.start,
-            objective=spec.objective,
+            objective=spec.loss,
             tokens_seen=progress.tokens_seen,
             metrics=measured or {},
         )

@@ -49,7 +49,7 @@ async def report_step(
             "step": progress.step,
             "attempt": attempt.claimed.attempt,
             "num_steps": attempt.spec.num_steps,
-            "objective": attempt.spec.objective,
+            "objective": attempt.spec.loss,
             "loss": update.loss,
             **mismatch,
             "grad_norm": update.grad_norm,

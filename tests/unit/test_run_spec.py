@@ -52,7 +52,7 @@ WRITTEN = (
 def test_what_was_written_before_there_was_a_choice_means_what_it_meant(written: str) -> None:
     spec = RunSpec.from_json(written)
     assert (spec.init, spec.mode, spec.num_off_policy_steps) == ("first_tokens", "on", 0)
-    assert spec.matching_steps == 0
+    assert spec.matching_steps == spec.hard_label_weight == 0
     for field, value in json.loads(written).items():
         assert spec.model_dump(mode="json")[field] == value
     assert RunSpec.from_json(spec.to_json()) == spec
@@ -65,6 +65,14 @@ def test_a_new_run_starts_compact_and_says_with_what() -> None:
     assert spec.start == "compact, reference_tokens=16384, matching_steps=200"
     assert spec.digest != spec.model_copy(update={"num_tokens": 9}).digest
     assert spec.digest != spec.model_copy(update={"mode": "off"}).digest
+
+
+def test_a_run_says_what_it_makes_small_and_whether_to_be_surer() -> None:
+    spec = RunSpec(**MINIMAL)
+    assert (spec.loss, spec.is_surer) == ("forward_kl", False)
+    hard = spec.model_copy(update={"hard_label_weight": 0.5})
+    assert (hard.loss, hard.is_surer) == ("forward_kl, 0.5 hard labels", True)
+    assert spec.model_copy(update={"objective": "nll", "mode": "off"}).is_surer
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("on", 0), ("off", 3), ("hybrid", 1)])

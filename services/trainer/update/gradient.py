@@ -67,7 +67,10 @@ def distill_samples(
     """
     rows = scored_hidden(lm, samples, [prefix_L2GPD] * len(samples))
     token_ids_N = torch.tensor([token for sample in samples for token in sample.answer_ids], device=lm.device)
-    verbatim_N = torch.tensor([sample.verbatim for sample in samples for _ in sample.answer_ids], device=lm.device)
+    verbatim_N = None
+    if objective.hard_label_weight:
+        verbatim = [sample.verbatim for sample in samples for _ in sample.answer_ids]
+        verbatim_N = torch.tensor(verbatim, device=lm.device)
     return distill(objective, torch.cat(rows), join(signals, lm.device), lm.head_VE, token_ids_N, verbatim_N)
 
 

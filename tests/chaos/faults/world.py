@@ -16,7 +16,6 @@ from foundry.identity import CartridgeBytes, ids_digest
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.initialise import cut_context
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import Objective
 from foundry.model.template import ChatTemplate
 from foundry.rpc.pods import Pods
 from foundry.rpc.retry import Retry
@@ -39,6 +38,7 @@ from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
 from services.trainer.data.curriculum import Curriculum
 from services.trainer.measurements import Measurements
+from services.trainer.prepare import objective_of
 from services.trainer.publish import PolicyPublisher
 from services.trainer.run import Run
 from services.trainer.sample import Sample
@@ -210,7 +210,7 @@ class World:
         training = ObservedStep(
             self.lm,
             TrainableCartridge(self.lm, self._start_kv),
-            Objective(spec.objective, beta=spec.jsd_beta, k=spec.topk),
+            objective_of(spec),
             learning_rate=spec.learning_rate,
             micro_batch_tokens=MICRO_BATCH_TOKENS,
             policy_mismatch_threshold=self.mismatch_threshold,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from foundry.identity import ObjectiveKind
 
 Start = Literal["compact", "first_tokens", "random"]
-# What says which tokens `compact` keeps: the document recited, its sentences completed, as the product has it both, or
-# the model's own questions with its answers besides.
+# What says which tokens `compact` keeps: the document recited, its sentences completed, the product's references of
+# both kinds and blanks, or the model's own questions with its answers besides.
 Shown = Literal["recite", "cloze", "both", "questions"]
 Mode = Literal["off", "on", "hybrid"]
 Asked = Literal["question", "cloze"]

@@ -16,7 +16,7 @@ from foundry.selfstudy.passages import cloze, evenly, recite
 from foundry.selfstudy.references import references
 from services.trainer.data.conversation import Conversation
 
-# As the product's references have it.
+# Of one kind alone; the product's references have recitations of this length too.
 _RECITED_TOKENS, _CLOZE_CUTS = 40, 4
 
 

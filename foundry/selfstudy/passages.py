@@ -120,6 +120,7 @@ def quotes(document: str, tokenizer: PreTrainedTokenizerBase, num_cues: int, see
         length = num_tokens(sentence, tokenizer)
         cues = [cue for cue in _cues(sentence, times) if document.count(cue) == 1]
         for cue in draw.sample(cues, min(num_cues, len(cues))):
+            # Their order is drawn too: data sets of this format are.
             for wording in draw.sample(_QUOTE, len(_QUOTE)):
                 yield Exercise(wording.format(cue), sentence, number, length)
 

@@ -13,11 +13,13 @@ from foundry.store.spec import DocumentPrompts, RunRequest, RunSpec, SelfStudyPr
 # Of the document: at a quarter most of what the model can say with the document before it is kept.
 COMPRESSION = 4.0
 _MIN_TOKENS = 16
+# Times the recipe's, of shorter cartridges than `COMPRESSION` has.
+_HIGHEST_RATE = 2.0
 # A short document is not worth more questions, and a small model does not find more.
 _TOKENS_FOR_A_QUESTION = 8
 _COMMON = {
     "mode": "hybrid",
-    "learning_rate": 0.007,
+    "learning_rate": 0.014,
     "schedule": "cosine",
     "general_share": 0.03,
     "max_grad_norm": 1.0,
@@ -38,7 +40,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     # The best that was measured for its cost on a GPU.
     "standard": {
         "off_policy_share": 0.95,
-        "families": ("recite", "quote", "blank", "question"),
+        "families": ("recite", "quote", "blank", "evidence", "question"),
         "hard_label_weight": 0.5,
         "batch_size": 32,
         "max_new_tokens": 48,
@@ -47,7 +49,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
     "thorough": {
         "off_policy_share": 0.9,
-        "families": ("recite", "quote", "blank", "question", "summary"),
+        "families": ("recite", "quote", "blank", "evidence", "question", "summary"),
         "hard_label_weight": 0.5,
         "batch_size": 32,
         "max_new_tokens": 64,
@@ -84,9 +86,9 @@ def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:
             **values,
         }
     if "learning_rate" not in asked and num_context_tokens is not None:
-        # What holds more of the document is nearer to it, and too large steps lead away.
+        # What holds more of the document is nearer to it from the start, and too large steps lead away.
         ratio = max(1.0, num_context_tokens / values["num_tokens"])
-        share = min(1.0, (ratio / COMPRESSION) ** 2)
+        share = min(_HIGHEST_RATE, ratio / COMPRESSION)
         values["learning_rate"] = round(values["learning_rate"] * share, 4)
     if "prompts" not in asked and num_context_tokens is not None:
         prompts: SelfStudyPrompts = values["prompts"]

@@ -34,9 +34,9 @@ DOCUMENTS = tuple(documents())
 SEEDS = (0, 1, 2)
 # The usual one first.
 COMPRESSIONS = (4, 8, 2, 16)
-FAMILIES = ("recite", "quote", "blank", "question")
-# The recipe's rate, and where it is another one: what holds more has less to learn.
-RATE, RATES = 0.007, {2: 0.0018}
+FAMILIES = ("recite", "quote", "blank", "evidence", "question")
+# The recipe's: what holds more has less to learn.
+RATES = {2: 0.007, 4: 0.014, 8: 0.028, 16: 0.028}
 # Untrained, in place of what `compact` has.
 COMPACT_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -70,9 +70,7 @@ def _cell(label: str, **values: Any) -> Cell:
 
 
 CURVES = [
-    _cell(
-        f"n/{compression}", compression=compression, answer_tokens=250_000, learning_rate=RATES.get(compression, RATE)
-    )
+    _cell(f"n/{compression}", compression=compression, answer_tokens=250_000, learning_rate=RATES[compression])
     for compression in COMPRESSIONS
 ]
 STARTS_AND_MODES = [
@@ -110,10 +108,10 @@ CHANGES = [
         {"hard_label_weight": 0.0},
         {"hard_label_weight": 0.25},
         {"hard_label_weight": 1.0},
-        {"learning_rate": 0.003},
-        {"learning_rate": 0.014},
-        {"batch_size": 16, "learning_rate": 0.005},
-        {"batch_size": 64, "learning_rate": 0.01},
+        {"learning_rate": 0.007},
+        {"learning_rate": 0.028},
+        {"batch_size": 16, "learning_rate": 0.01},
+        {"batch_size": 64, "learning_rate": 0.02},
         {"general_share": 0.0},
         {"general_share": 0.1},
         {"general_share": 0.3},

@@ -46,7 +46,7 @@ class Job:
     mode: Mode = "hybrid"
     # Of the answer tokens of `hybrid`.
     off_policy_share: float = 0.95
-    families: tuple[str, ...] = ("recite", "quote", "blank", "question")
+    families: tuple[str, ...] = ("recite", "quote", "blank", "evidence", "question")
     # What the cartridge answers on-policy.
     asked: Asked = "question"
     num_questions: int = 256
@@ -56,7 +56,7 @@ class Job:
 
     objective: ObjectiveKind = "forward_kl"
     hard_label_weight: float = 0.5
-    learning_rate: float = 0.007
+    learning_rate: float = 0.014
     schedule: str = "cosine"
     warmup_steps: int = 5
     max_grad_norm: float = 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from benchmarks.study.cache import Cache
@@ -18,8 +19,14 @@ from benchmarks.study.teacher import BARE, DOCUMENT, Teacher
 from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.general import GENERAL_PROMPTS
-from foundry.selfstudy.passages import VERBATIM, Exercise, evenly, exercises
-from foundry.selfstudy.questions import Questioner, StudyQuestion
+from foundry.selfstudy.passages import VERBATIM, Exercise, evenly, exercises, pieces
+from foundry.selfstudy.questions import (
+    EVIDENCE_TOKENS,
+    MAX_EVIDENCE_QUESTION_TOKENS,
+    TOKENS_FOR_EVIDENCE,
+    Questioner,
+    StudyQuestion,
+)
 from foundry.selfstudy.wording import jumbled, normalised
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
@@ -29,7 +36,7 @@ _PASSAGE_TOKENS = 96
 _MAX_QUESTION_TOKENS = 128
 # A short document is not worth more questions (`foundry.recipes`).
 _TOKENS_FOR_A_QUESTION = 8
-_QUESTIONS_TOGETHER = 64
+_QUESTIONS_TOGETHER = 128
 # The same of all jobs, so that they can be compared: every sixth.
 _GENERAL_HELDOUT = slice(None, None, 6)
 
@@ -95,27 +102,44 @@ class Writer:
 
     def family(self, family: str, job: Job) -> Written:
         """All of a family, in the document's order, none of it held out."""
+        if family == "evidence":
+            return self._evidence(job)
         asked = self._asked(family, job)
         return Written(asked, [0.0] * len(asked)) if family in VERBATIM else self._answered(asked, job)
 
     def questions(self, job: Job) -> Written:
         """What the model asks itself about the document."""
         wanted = min(job.num_questions, max(4, len(self._teacher.context_ids) // _TOKENS_FOR_A_QUESTION))
+        return self._asking_itself("question", wanted, job, _PASSAGE_TOKENS, _MAX_QUESTION_TOKENS)
 
+    def _evidence(self, job: Job) -> Written:
+        """Questions about a sentence or two each, and these as their answers."""
+        wanted = len(self._teacher.context_ids) // TOKENS_FOR_EVIDENCE
+        asked = self._asking_itself("evidence", wanted, job, EVIDENCE_TOKENS, MAX_EVIDENCE_QUESTION_TOKENS)
+        passages = pieces(self._teacher.document.text, self._teacher.lm.tokenizer, EVIDENCE_TOKENS)
+        return Written(
+            [self._in_its_words(each, passages[each.passage], job.max_new_tokens) for each in asked.conversations],
+            asked.seconds,
+        )
+
+    def _asking_itself(
+        self, family: str, wanted: int, job: Job, passage_tokens: int, max_question_tokens: int
+    ) -> Written:
         def write() -> list[object]:
-            return [asdict(each) for each in asyncio.run(self._self_study(wanted, job.seed))]
+            found = asyncio.run(self._self_study(family, wanted, job.seed, passage_tokens, max_question_tokens))
+            return [asdict(each) for each in found]
 
-        made = self._cache.get("questions", [*self._key(job), wanted], write)
+        made = self._cache.get("questions" if family == "question" else family, [*self._key(job), wanted], write)
         found = [StudyQuestion(**row) for row in made.content]
         conversations = [
             Conversation(
-                *("question", each.kind, each.prompt, each.passage, each.passage_tokens),
+                *(family, each.kind, each.prompt, each.passage, each.passage_tokens),
                 self._teacher.turn(each.prompt),
                 DOCUMENT,
             )
             for each in found
         ]
-        return Written(conversations, [made.seconds / len(found)] * len(found))
+        return Written(conversations, [made.seconds / max(1, len(found))] * len(found))
 
     def _asked(self, family: str, job: Job) -> list[Conversation]:
         if family == "question":
@@ -151,9 +175,10 @@ class Writer:
             self._teacher.turn(exercise.prompt),
             DOCUMENT,
         )
-        if family not in VERBATIM:
-            return asked
-        ids = self._teacher.lm.tokenizer(exercise.answer, add_special_tokens=False)["input_ids"][:max_new_tokens]
+        return self._in_its_words(asked, exercise.answer, max_new_tokens) if family in VERBATIM else asked
+
+    def _in_its_words(self, asked: Conversation, answer: str, max_new_tokens: int) -> Conversation:
+        ids = self._teacher.lm.tokenizer(answer, add_special_tokens=False)["input_ids"][:max_new_tokens]
         return replace(asked, author="document", answer_ids=ids, truncated=len(ids) == max_new_tokens)
 
     def _answered(self, asked: Sequence[Conversation], job: Job) -> Written:
@@ -171,30 +196,33 @@ class Writer:
         total = sum(len(each.answer_ids) for each in conversations)
         return Written(conversations, [made.seconds * len(each.answer_ids) / total for each in conversations])
 
-    async def _self_study(self, wanted: int, seed: int) -> list[StudyQuestion]:
+    async def _self_study(
+        self, family: str, wanted: int, seed: int, passage_tokens: int, max_question_tokens: int
+    ) -> list[StudyQuestion]:
         """As many different ones, none held out, or what the model finds in enough tries."""
         teacher = self._teacher
         questioner = Questioner(
             *(teacher.document.text, teacher.template, teacher.lm.tokenizer),
             num_questions=wanted,
-            passage_tokens=_PASSAGE_TOKENS,
-            seed=derive_seed(seed, "question", 0),
+            passage_tokens=passage_tokens,
+            seed=derive_seed(seed, family, 0),
         )
+        answer = partial(self._ask, max_question_tokens)
         found: dict[str, StudyQuestion] = {}
         tries = 0
         while len(found) < wanted and tries < questioner.max_tries:
             some = range(tries, tries + wanted - len(found))
-            for each in await questioner.ask(some, self._ask):
+            for each in await questioner.ask(some, answer):
                 if normalised(each.prompt) not in self._held:
                     found.setdefault(jumbled(each.prompt), each)
             tries = some.stop
         return list(found.values())
 
-    async def _ask(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    async def _ask(self, max_new_tokens: int, prompts: Sequence[Prompt]) -> list[Answer]:
         """The model without a document; its prompts are longer than all others, so they have places of their own."""
         decoder = Decoder(
             self._teacher.lm,
             max_sequences=min(len(prompts), _QUESTIONS_TOGETHER),
-            max_sequence_tokens=max(len(prompt.ids) for prompt in prompts) + _MAX_QUESTION_TOKENS,
+            max_sequence_tokens=max(len(prompt.ids) for prompt in prompts) + max_new_tokens,
         )
-        return decoder.answer(prompts, None, max_new_tokens=_MAX_QUESTION_TOKENS, temperature=0.8, stop=("\n",))
+        return decoder.answer(prompts, None, max_new_tokens=max_new_tokens, temperature=0.8, stop=("\n",))

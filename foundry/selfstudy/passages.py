@@ -27,7 +27,7 @@ _LONGEST_WORD = 24
 _LONGEST_SENTENCE_TOKENS = 128
 _PIECES_TOKENS = (22, 28, 34, 40, 46, 52)
 # Families whose answers are the document's own words; those of all others are the model's.
-VERBATIM = ("recite", "quote", "blank")
+VERBATIM = ("recite", "quote", "blank", "evidence")
 # Of each sentence.
 _CLOZE_CUTS = 16
 _CUES = 8

@@ -17,6 +17,12 @@ from foundry.rpc.answers import Answer, Prompt
 from foundry.seeds import derive_seed
 from foundry.selfstudy.passages import num_tokens, pieces
 
+# Passages of one sentence or two: what is asked about one is answered by all of it, the document's own words.
+EVIDENCE_TOKENS = 24
+# Of the document, for each question of this kind: each passage is asked for about four times.
+TOKENS_FOR_EVIDENCE = 6
+MAX_EVIDENCE_QUESTION_TOKENS = 48
+
 # What the base model is shown first: a text that has nothing to do with any document, and questions about it. Small
 # models write questions by example far better than by instruction.
 EXAMPLE_TEXT = (
@@ -74,12 +80,12 @@ class Questioner:
         passage_tokens: int,
         seed: int,
     ) -> None:
-        self._passages = pieces(document, tokenizer, passage_tokens)
-        self._lengths = [num_tokens(passage, tokenizer) for passage in self._passages]
+        self.passages = pieces(document, tokenizer, passage_tokens)
+        self._lengths = [num_tokens(passage, tokenizer) for passage in self.passages]
         self._ends = list(accumulate(self._lengths))
         self._template, self._num_questions, self._seed = template, num_questions, seed
         # A small model repeats itself; a hopeless one must not be asked for ever.
-        self.max_tries = 2 * num_questions + len(self._passages)
+        self.max_tries = 2 * num_questions + len(self.passages)
 
     async def ask(self, tries: range, answer: Answerer) -> list[StudyQuestion]:
         """What the base model writes at these tries, of which some may come to nothing; `answer` has it answer."""
@@ -99,7 +105,7 @@ class Questioner:
 
     def _request(self, number: int, place: int, seed: Seed) -> Prompt:
         # All share the examples.
-        messages = [{"role": "user", "content": f"Text: {self._passages[place]}\n\n{seed.request}"}]
+        messages = [{"role": "user", "content": f"Text: {self.passages[place]}\n\n{seed.request}"}]
         return Prompt(self._template.prompt([*_examples(), *messages]), derive_seed(self._seed, "selfstudy", number))
 
 

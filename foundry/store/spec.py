@@ -61,7 +61,7 @@ def _unicode(value: str) -> str:
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
-Family = Literal["recite", "quote", "blank", "cloze", "question", "summary"]
+Family = Literal["recite", "quote", "blank", "evidence", "cloze", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
@@ -167,8 +167,9 @@ class RunSpec(Checked):
 
     families: Families = ("recite", "quote", "cloze")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
-    sentences by words of theirs (`quote`), with a blank to be filled (`blank`), or completed (`cloze`), the answers to
-    `prompts` (`question`), and summaries of its parts (`summary`)."""
+    sentences by words of theirs (`quote`), with a blank to be filled (`blank`), as answers to what the model asks about
+    them (`evidence`), or completed (`cloze`), the answers to `prompts` (`question`), and summaries of its parts
+    (`summary`)."""
 
     general_share: Number = Field(default=0.0, ge=0, le=0.5)
     """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the
@@ -198,8 +199,9 @@ class RunSpec(Checked):
     """Tokens that `topk` matches one by one."""
 
     hard_label_weight: Number = Field(default=0.0, ge=0, le=1)
-    """Of the loss on the document's own words (`recite`, `quote`, `blank`): how much is their likelihood, beside the
-    objective. A cartridge may so come to say what the document says where the model with the document is not sure."""
+    """Of the loss on the document's own words (`recite`, `quote`, `blank`, `evidence`): how much is their likelihood,
+    beside the objective. A cartridge may so come to say what the document says where the model with the document is
+    not sure."""
 
     learning_rate: Number = Field(default=0.01, gt=0, le=10)
     """Learning rate of the optimiser, where it is highest."""

@@ -17,7 +17,8 @@ from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.rpc.answers import Answer, Prompt
 from foundry.rpc.rollout import RolloutClient
-from foundry.selfstudy.passages import num_tokens
+from foundry.selfstudy.passages import num_tokens, pieces
+from foundry.selfstudy.questions import EVIDENCE_TOKENS
 from foundry.selfstudy.wording import normalised
 from foundry.store import DatasetStore, DatasetSummary, DocumentPrompts, Objects, RunSpec, SelfStudyPrompts
 from services.trainer.attempt import Attempt
@@ -38,7 +39,7 @@ EVERYTHING: dict[str, Any] = {
     "batch_size": 16,
     "max_new_tokens": 12,
     "prompts": SelfStudyPrompts(num_prompts=40),
-    "families": ("recite", "cloze", "question", "summary"),
+    "families": ("recite", "cloze", "evidence", "question", "summary"),
     "general_share": 0.1,
 }
 
@@ -169,22 +170,24 @@ async def test_what_is_in_it(place: Place) -> None:
     written = await place.write()
     assert len(written.asked) == 40
     families = Counter(each.family for each in written.written)
-    # A quarter of 10 steps of 16 each, where the document gives so many.
-    assert families["cloze"] == families["question"] == 40
-    assert 0 < families["recite"] <= 40
-    assert 0 < families["summary"] <= 40
+    # A fifth of 10 steps of 16 each, where the document gives so many.
+    assert families["cloze"] == families["evidence"] == families["question"] == 32
+    assert 0 < families["recite"] <= 32
+    assert 0 < families["summary"] <= 32
     assert (len(written.general), len(written.general_heldout)) == (32, 8)
     context, bare = ids_digest(place.template.context(DOCUMENT)), ids_digest(place.template.bare())
     for each in written.written:
         assert each.context == context
-        assert each.author == ("document" if each.family == "recite" else "model")
-        assert len(each.logprobs) == (0 if each.family == "recite" else len(each.answer_ids)) <= 12
+        own_words = each.family in ("recite", "evidence")
+        assert each.author == ("document" if own_words else "model")
+        assert len(each.logprobs) == (0 if own_words else len(each.answer_ids)) <= 12
         assert each.passage_tokens > 0
     assert {each.context for each in (*written.general, *written.general_heldout)} == {bare}
     assert all(each.answer_ids and each.author == "model" for each in written.heldout)
     assert not any(each.answer_ids or each.author for each in written.asked)
-    said = place.lm.tokenizer.decode(list(next(each.answer_ids for each in written.written if each.family == "recite")))
-    assert str(said).strip()[:20] in DOCUMENT
+    for family in ("recite", "evidence"):
+        said = place.lm.tokenizer.decode(list(next(each.answer_ids for each in written.written if each.family == family)))
+        assert str(said).strip()[:20] in DOCUMENT
 
 
 async def test_what_the_model_has_no_room_for_is_not_written(place: Place) -> None:
@@ -214,7 +217,7 @@ async def test_counts_and_coverage_are_said(place: Place) -> None:
         "families": summary.families,
     }
     total = num_tokens(DOCUMENT, place.lm.tokenizer)
-    for family in ("recite", "cloze", "summary"):
+    for family in ("recite", "cloze", "evidence", "summary"):
         rows = [each for each in written.written if each.family == family]
         assert summary.families[family]["conversations"] == len(rows)
         assert summary.families[family]["answer_tokens"] == sum(len(each.answer_ids) for each in rows)
@@ -237,7 +240,7 @@ async def test_a_writer_killed_anywhere_is_taken_up(lm: FrozenLM, place: Place, 
                 await killed.write(draw.randint(1, max(1, num_calls - kill_at - 1)))
         assert await killed.write() == whole
     for same in (whole.asked, [*whole.general, *whole.general_heldout], [*whole.written, *whole.heldout]):
-        prompts = Counter(each.prompt for each in same if each.family in ("question", "summary", "general", "heldout"))
+        prompts = Counter(each.prompt for each in same if each.family in ("evidence", "question", "summary", "general", "heldout"))
         assert max(prompts.values()) == 1
 
 
@@ -302,6 +305,19 @@ async def test_what_is_held_out_is_asked_in_no_wording(lm: FrozenLM, tmp_path: P
         wordings=["What is the price of the grain of KIND 3?", *others],
     )
     assert {each.prompt for each in written.asked} <= set(others)
+    # Of what an answer stands beside there are as many as come, none of them held out.
+    evidence = {each.prompt for each in written.written if each.family == "evidence"}
+    assert evidence
+    assert evidence <= set(others)
+
+
+async def test_evidence_is_the_passage_that_was_asked_about(place: Place) -> None:
+    written = await place.write(families=["evidence"], num_steps=40, max_new_tokens=64)
+    passages = pieces(DOCUMENT, place.lm.tokenizer, EVIDENCE_TOKENS)
+    assert {each.passage for each in written.written} == set(range(len(passages)))
+    for each in written.written:
+        said = place.lm.tokenizer.decode(list(each.answer_ids))
+        assert passages[each.passage].startswith(str(said).strip())
 
 
 async def test_near_duplicates_are_dropped(place: Place) -> None:

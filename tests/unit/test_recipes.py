@@ -50,8 +50,8 @@ def test_what_is_asked_for_stays() -> None:
 
 
 def test_what_holds_more_takes_smaller_steps() -> None:
-    rates = {ratio: choose(request(compression=ratio), 2000).learning_rate for ratio in (1, 2, 4, 8)}
-    assert rates == {1: 0.0004, 2: 0.0018, 4: 0.007, 8: 0.007}
+    rates = {ratio: choose(request(compression=ratio), 2000).learning_rate for ratio in (1, 2, 4, 8, 16)}
+    assert rates == {1: 0.0035, 2: 0.007, 4: 0.014, 8: 0.028, 16: 0.028}
     assert choose(request(compression=2, learning_rate=0.03), 2000).learning_rate == 0.03
     # Longer than the document, which is refused for that and for nothing else.
     assert choose(request(num_tokens=2**20), 2000).learning_rate == rates[1]

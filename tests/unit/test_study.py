@@ -97,8 +97,8 @@ def test_a_job_learns(out: Path, job: Job) -> None:
 
 def test_what_is_trained_on_follows_the_mode(out: Path) -> None:
     off, hybrid = (result(out, job)["marks"][-1] for job in (OFF, HYBRID))
-    assert set(off["tokens_by_family"]) == {"recite", "quote", "blank", "question", "general"}
-    assert {"recite", "quote", "blank", "question", "own question"} <= set(hybrid["tokens_by_family"])
+    assert set(off["tokens_by_family"]) == {"recite", "quote", "blank", "evidence", "question", "general"}
+    assert {"recite", "quote", "blank", "evidence", "question", "own question"} <= set(hybrid["tokens_by_family"])
     own = sum(tokens for family, tokens in hybrid["tokens_by_family"].items() if family.startswith("own "))
     assert own == pytest.approx(0.5 * HYBRID.answer_tokens, abs=2 * HYBRID.batch_size * HYBRID.max_new_tokens)
     assert set(off["seconds"]) == {"start", "writing", "scoring", "update"}

@@ -87,7 +87,7 @@ class Prompts:
             )
             for context, share in zip(self._contexts, shares, strict=True)
             for exercise, answer_ids in evenly(self._different(family, context.text), share)
-            if self._fits(context, turn_ids := self.turn(exercise.prompt))
+            if self.fits(context, turn_ids := self.turn(exercise.prompt))
         ]
 
     def general(self, enough: int) -> tuple[list[Asked], list[Asked]]:
@@ -108,14 +108,15 @@ class Prompts:
     def turn(self, prompt: str) -> list[int]:
         return self._template.turn([{"role": "user", "content": prompt}])
 
-    def _fits(self, context: Context, turn_ids: Sequence[int]) -> bool:
+    def fits(self, context: Context, turn_ids: Sequence[int]) -> bool:
+        """Whether the model has room for the turn and an answer behind the document."""
         return len(context.ids) + len(turn_ids) + self._spec.max_new_tokens <= self._max_tokens
 
     def _different(self, family: str, document: str) -> list[tuple[Exercise, Sequence[int]]]:
         """With their answers, of which two that are cut at the same token may be one."""
         found: dict[tuple[str, tuple[int, ...]], Exercise] = {}
         for exercise in self._free(family, document):
-            answer_ids = self._answer_ids(exercise.answer) if family in VERBATIM else []
+            answer_ids = self.answer_ids(exercise.answer) if family in VERBATIM else []
             found.setdefault((exercise.prompt, tuple(answer_ids)), exercise)
         return [(exercise, answer_ids) for (_, answer_ids), exercise in found.items()]
 
@@ -123,7 +124,8 @@ class Prompts:
         made = exercises(family, document, self._tokenizer, seed=self._spec.seed, passage_tokens=self._passage_tokens)
         return [exercise for exercise in made if normalised(exercise.prompt) not in self.held]
 
-    def _answer_ids(self, text: str) -> list[int]:
+    def answer_ids(self, text: str) -> list[int]:
+        """The document's own words as an answer, as long as a run's may be."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids[: self._spec.max_new_tokens]
 

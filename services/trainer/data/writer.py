@@ -116,6 +116,8 @@ class DatasetWriter:
         for family in spec.families:
             if family == "question":
                 asked = evenly([self._prompts.again(each, family) for each in to_ask], enough)
+            elif family == "evidence":
+                asked = await self._self_study.evidence(enough, spec.seed)
             else:
                 asked = await asyncio.to_thread(self._prompts.exercises, family, enough)
             answer = self._answers.of_the_document if family in VERBATIM else self._answers.of_the_model

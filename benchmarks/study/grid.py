@@ -112,15 +112,27 @@ CHANGES = [
         {"learning_rate": 0.028},
         {"batch_size": 16, "learning_rate": 0.01},
         {"batch_size": 64, "learning_rate": 0.02},
-        {"general_share": 0.0},
-        {"general_share": 0.1},
-        {"general_share": 0.3},
         {"max_grad_norm": 0.0},
         {"matching_steps": 0},
         {"matching_steps": 0, "restore_mass": False, "refit": False},
         {"objective": "reverse_kl"},
         {"objective": "nll"},
     )
+]
+# How near the model behind a cartridge can come to itself, up to where hardly anything else is trained on.
+GENERAL = [
+    *(
+        _cell(f"{share} of the prompts", mode="off", answer_tokens=100_000, general_share=share)
+        for share in (0.03, 0.1, 0.3)
+    ),
+    _cell(
+        "0.95 of the prompts, no hard labels",
+        mode="off",
+        answer_tokens=100_000,
+        general_share=0.95,
+        hard_label_weight=0.0,
+        families=("recite", "quote", "blank", "question"),
+    ),
 ]
 INITIALISERS = [
     *(
@@ -142,6 +154,7 @@ GROUPS = {
     "initialisers": INITIALISERS,
     "families": FAMILY_ABLATION,
     "changes": CHANGES,
+    "general": GENERAL,
     "same prompts": SAME_PROMPTS,
 }
 _SMOKE: dict[str, Any] = {

@@ -16,7 +16,16 @@ import numpy as np
 
 from benchmarks.study import plots
 from benchmarks.study.document import FINAL
-from benchmarks.study.grid import CHANGES, CURVES, FAMILY_ABLATION, INITIALISERS, SAME_PROMPTS, STARTS_AND_MODES, Cell
+from benchmarks.study.grid import (
+    CHANGES,
+    CURVES,
+    FAMILY_ABLATION,
+    GENERAL,
+    INITIALISERS,
+    SAME_PROMPTS,
+    STARTS_AND_MODES,
+    Cell,
+)
 from benchmarks.study.intervals import Interval, interval
 from benchmarks.study.results import Axis, Quantity, Result, Study, flags, measurements, paired
 
@@ -54,7 +63,7 @@ def page(study: Study, figures: Path) -> str:
     """The page as Markdown; its figures go into the directory `figures`, beside which the page will stand."""
     figures.mkdir(parents=True, exist_ok=True)
     parts = [_head(study), _documents(study)]
-    for make in (_curves, _final, _starts, _modes, _same_prompts, _families, _changes, _initialisers):
+    for make in (_curves, _final, _starts, _modes, _same_prompts, _families, _changes, _general, _initialisers):
         parts += _section(make, study, figures)
     return "\n".join(parts)
 
@@ -189,6 +198,18 @@ def _changes(study: Study, figures: Path) -> str:
         "`compact`, p = n/4, mode `off`, 100k answer tokens, with one thing changed. The recipe has half hard labels: "
         "how likely the document's own words are counts as much as the teacher's belief in them. More of it brings "
         "more right answers and a student that is surer than its teacher, which KL counts against it.\n\n",
+    )
+
+
+def _general(study: Study, figures: Path) -> str:
+    return _tabled(
+        study,
+        GENERAL,
+        "## The model elsewhere\n\n"
+        "`compact`, p = n/4, mode `off`, 100k answer tokens, of which some are answers to general prompts, by the model "
+        "without any document. Before training, a cartridge moves the model on such prompts about as much as its "
+        "document does. The last row is a bound, not a cartridge to use: trained on hardly anything else it has "
+        "forgotten the document, and still moves the model.\n\n",
     )
 
 

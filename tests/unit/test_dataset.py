@@ -186,7 +186,9 @@ async def test_what_is_in_it(place: Place) -> None:
     assert all(each.answer_ids and each.author == "model" for each in written.heldout)
     assert not any(each.answer_ids or each.author for each in written.asked)
     for family in ("recite", "evidence"):
-        said = place.lm.tokenizer.decode(list(next(each.answer_ids for each in written.written if each.family == family)))
+        said = place.lm.tokenizer.decode(
+            list(next(each.answer_ids for each in written.written if each.family == family))
+        )
         assert str(said).strip()[:20] in DOCUMENT
 
 
@@ -240,7 +242,9 @@ async def test_a_writer_killed_anywhere_is_taken_up(lm: FrozenLM, place: Place, 
                 await killed.write(draw.randint(1, max(1, num_calls - kill_at - 1)))
         assert await killed.write() == whole
     for same in (whole.asked, [*whole.general, *whole.general_heldout], [*whole.written, *whole.heldout]):
-        prompts = Counter(each.prompt for each in same if each.family in ("evidence", "question", "summary", "general", "heldout"))
+        prompts = Counter(
+            each.prompt for each in same if each.family in ("evidence", "question", "summary", "general", "heldout")
+        )
         assert max(prompts.values()) == 1
 
 

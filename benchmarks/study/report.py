@@ -206,7 +206,7 @@ def _general(study: Study, figures: Path) -> str:
         study,
         GENERAL,
         "## The model elsewhere\n\n"
-        "`compact`, p = n/4, mode `off`, 100k answer tokens, of which some are answers to general prompts, by the model "
+        "`compact`, p = n/4, mode `off`, 100k answer tokens, some of them of answers to general prompts, by the model "
         "without any document. Before training, a cartridge moves the model on such prompts about as much as its "
         "document does. The last row is a bound, not a cartridge to use: trained on hardly anything else it has "
         "forgotten the document, and still moves the model.\n\n",

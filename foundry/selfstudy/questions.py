@@ -79,11 +79,14 @@ class Questioner:
         num_questions: int,
         passage_tokens: int,
         seed: int,
+        max_request_tokens: int | None = None,
     ) -> None:
+        """Requests of more than `max_request_tokens` are not made."""
         self.passages = pieces(document, tokenizer, passage_tokens)
         self._lengths = [num_tokens(passage, tokenizer) for passage in self.passages]
         self._ends = list(accumulate(self._lengths))
         self._template, self._num_questions, self._seed = template, num_questions, seed
+        self._max_request_tokens = max_request_tokens
         # A small model repeats itself; a hopeless one must not be asked for ever.
         self.max_tries = 2 * num_questions + len(self.passages)
 
@@ -91,10 +94,12 @@ class Questioner:
         """What the base model writes at these tries, of which some may come to nothing; `answer` has it answer."""
         places = [self._place(each) for each in tries]
         seeds = [SEEDS[(each + each // self._num_questions) % len(SEEDS)] for each in tries]
-        answers = await answer([self._request(*each) for each in zip(tries, places, seeds, strict=True)])
+        requests = [self._request(*each) for each in zip(tries, places, seeds, strict=True)]
+        made = [each for each in zip(requests, places, seeds, strict=True) if self._may_be_made(each[0])]
+        answers = await answer([request for request, _, _ in made]) if made else []
         return [
             StudyQuestion(question, seed.kind, place, self._lengths[place])
-            for written, place, seed in zip(answers, places, seeds, strict=True)
+            for written, (_, place, seed) in zip(answers, made, strict=True)
             if (question := _clean(written.text))
         ]
 
@@ -102,6 +107,9 @@ class Questioner:
         """Numbers are spread evenly over the tokens, so that neighbours share a passage, whose KV is reused."""
         token = (number % self._num_questions + 0.5) / self._num_questions * self._ends[-1]
         return bisect_right(self._ends[:-1], token)
+
+    def _may_be_made(self, request: Prompt) -> bool:
+        return self._max_request_tokens is None or len(request.ids) <= self._max_request_tokens
 
     def _request(self, number: int, place: int, seed: Seed) -> Prompt:
         # All share the examples.

@@ -196,6 +196,29 @@ async def test_self_study_asks_about_every_passage_by_its_length(
     assert all(first.kind != second.kind for first, second in zip(questions, again, strict=True))
 
 
+async def test_requests_that_the_model_has_no_room_for_are_not_made(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    document = (
+        "The grain is cheap. " + "The harbour, which is open again, is " + "very " * 40 + "old. The ferry is late."
+    )
+    every = Echo(tokenizer)
+    asked = await questioner(document, template, tokenizer).ask(range(40), every)
+    lengths = sorted(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in every.prompts)
+    limited = Echo(tokenizer)
+    asks = Questioner(
+        document, template, tokenizer, num_questions=40, passage_tokens=60, seed=3, max_request_tokens=lengths[-1] - 1
+    )
+    found = await asks.ask(range(40), limited)
+    assert 0 < len(limited.prompts) == len(found) < 40
+    assert found == [each for each in asked if each in found]
+    nothing = Questioner(
+        document, template, tokenizer, num_questions=40, passage_tokens=60, seed=3, max_request_tokens=8
+    )
+    assert await nothing.ask(range(40), limited) == []
+    assert len(limited.prompts) == len(found)
+
+
 @pytest.mark.parametrize("text", ["", "  \n", "Why?", '**"'])
 async def test_what_is_no_question_is_left_out(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, text: str

@@ -55,7 +55,7 @@ class Prompts:
         """`max_tokens` are the model's, for a context, a turn and its answer together."""
         self._spec, self._template, self._tokenizer = spec, template, tokenizer
         self._contexts, self._bare = contexts, bare
-        self._passage_tokens, self._max_tokens = passage_tokens, max_tokens
+        self._passage_tokens, self.max_tokens = passage_tokens, max_tokens
         self.held: Collection[str] = ()
 
     def of_file(self, text: str, field: str) -> list[Asked]:
@@ -110,7 +110,7 @@ class Prompts:
 
     def fits(self, context: Context, turn_ids: Sequence[int]) -> bool:
         """Whether the model has room for the turn and an answer behind the document."""
-        return len(context.ids) + len(turn_ids) + self._spec.max_new_tokens <= self._max_tokens
+        return len(context.ids) + len(turn_ids) + self._spec.max_new_tokens <= self.max_tokens
 
     def _different(self, family: str, document: str) -> list[tuple[Exercise, Sequence[int]]]:
         """With their answers, of which two that are cut at the same token may be one."""

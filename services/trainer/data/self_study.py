@@ -60,17 +60,23 @@ class SelfStudy:
 
     async def evidence(self, most: int, seed: int) -> list[Asked]:
         """Questions about a sentence or two each, and these as their answers: as many as the documents are worth and
-        the model finds, at most `most`."""
+        the model has room for and finds, at most `most`."""
         worth = sum(len(context.ids) for context in self._contexts) // TOKENS_FOR_EVIDENCE
         wanted = SelfStudyPrompts(num_prompts=max(1, min(most, worth)), max_prompt_tokens=MAX_EVIDENCE_QUESTION_TOKENS)
+        room = self._prompts.max_tokens - MAX_EVIDENCE_QUESTION_TOKENS
         return [
             replace(asked, answer_ids=self._prompts.answer_ids(passage))
-            for asked, passage in await self._ask(wanted, "evidence", seed, EVIDENCE_TOKENS)
+            for asked, passage in await self._ask(wanted, "evidence", seed, EVIDENCE_TOKENS, room)
             if self._prompts.fits(asked.context, asked.turn_ids)
         ]
 
     async def _ask(
-        self, wanted: SelfStudyPrompts, family: str, seed: int, passage_tokens: int
+        self,
+        wanted: SelfStudyPrompts,
+        family: str,
+        seed: int,
+        passage_tokens: int,
+        max_request_tokens: int | None = None,
     ) -> list[tuple[Asked, str]]:
         """Questions and the passages they are about; no two of the same words."""
         shares = share_tokens(wanted.num_prompts, [len(context.ids) for context in self._contexts])
@@ -86,6 +92,7 @@ class SelfStudy:
                     num_questions=share,
                     passage_tokens=passage_tokens,
                     seed=derive_seed(seed, family, place),
+                    max_request_tokens=max_request_tokens,
                 )
                 await self._ask_about(context, place, questioner, len(found) + share, wanted, family, found)
         await self._shards.tell("self-study", len(found), wanted.num_prompts)

@@ -73,8 +73,10 @@ CURVES = [
     _cell(f"n/{compression}", compression=compression, answer_tokens=250_000, learning_rate=RATES[compression])
     for compression in COMPRESSIONS
 ]
+# Half of what else is compared: the policy's own answers take longest of all.
+_MODE_TOKENS = 50_000
 STARTS_AND_MODES = [
-    _cell(f"{start}, {mode}", start=start, mode=mode, answer_tokens=100_000)
+    _cell(f"{start}, {mode}", start=start, mode=mode, answer_tokens=_MODE_TOKENS)
     for start, mode in product(("compact", "first_tokens", "random"), ("hybrid", "off", "on"))
 ]
 # The same prompts, whoever answers. What a mode does not read keeps its usual value: jobs that do the same are equal.
@@ -82,8 +84,8 @@ SAME_PROMPTS = [
     cell
     for family in ("question", "cloze")
     for cell in (
-        _cell(f"{family}, off", mode="off", families=(family,), answer_tokens=100_000),
-        _cell(f"{family}, on", mode="on", asked=family, answer_tokens=100_000),
+        _cell(f"{family}, off", mode="off", families=(family,), answer_tokens=_MODE_TOKENS),
+        _cell(f"{family}, on", mode="on", asked=family, answer_tokens=_MODE_TOKENS),
     )
 ]
 FAMILY_ABLATION = [

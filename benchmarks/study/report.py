@@ -35,6 +35,7 @@ PAGE = ROOT / "docs" / "results.md"
 
 _WIDTH = 120
 _TOKENS = (33_000, 66_000, 100_000)
+_MODE_TOKENS = (16_000, 33_000, 50_000)
 _HEAD = """\
 # How a cartridge learns: results
 
@@ -140,7 +141,7 @@ def _starts(study: Study, figures: Path) -> str:
     plots.curves(figures / "starts.svg", "answer_tokens", hybrid or found)
     return (
         "## Start and mode\n\n"
-        "p = n/4, 100k answer tokens. `compact` keeps the document's tokens that are attended to most, with their "
+        "p = n/4, 50k answer tokens. `compact` keeps the document's tokens that are attended to most, with their "
         "values refitted; `first_tokens` its first ones; `random` ones drawn at random.\n\n"
         f"![Starts along answer tokens]({figures.name}/starts.svg)\n\n"
         "At the end:\n\n"
@@ -165,7 +166,7 @@ def _modes(study: Study, figures: Path) -> str:
         "From the same `compact` starts at p = n/4. `off`: answers of the model with the document, and the document "
         "recited; `on`: the cartridge's own answers to the model's questions; `hybrid`: 95 % `off`, then `on`. "
         "The data differ with the mode as they do in the product; the next section has the same prompts for both. "
-        "Each run's learning rate falls to 0 at its own 100k tokens, so a run is not at its best before.\n\n"
+        "Each run's learning rate falls to 0 at its own 50k tokens, so a run is not at its best before.\n\n"
         f"![Modes along answer tokens]({figures.name}/modes.svg)\n\n"
         f"![Modes along seconds]({figures.name}/modes-seconds.svg)\n\n" + _compared(found)
     )
@@ -176,7 +177,7 @@ def _same_prompts(study: Study, figures: Path) -> str:
         study,
         SAME_PROMPTS,
         "## The same prompts, whoever answers\n\n"
-        "`compact`, p = n/4, 100k answer tokens: the model's own questions, or the document's sentences to be "
+        "`compact`, p = n/4, 50k answer tokens: the model's own questions, or the document's sentences to be "
         "completed.\n\n",
     )
 
@@ -280,7 +281,7 @@ def _compared(found: dict[str, dict[str, list[Result]]]) -> str:
     # Beyond the shortest there is nothing to compare.
     shortest = min(_mean(by_document, lambda result: result.along("seconds")[-1]) for by_document in modes.values())
     places: list[tuple[Axis, float, str]] = [
-        *(("answer_tokens", at, f"{_tokens(at)} tokens") for at in _TOKENS),
+        *(("answer_tokens", at, f"{_tokens(at)} tokens") for at in _MODE_TOKENS),
         *(("seconds", shortest * third / 3, f"{shortest * third / 3:.0f} seconds") for third in (1, 2, 3)),
     ]
     first, *others = modes

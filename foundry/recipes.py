@@ -30,9 +30,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "off_policy_share": 0.97,
         "reference_tokens": 6144,
         "matching_steps": 100,
-        "families": ("recite", "quote", "blank"),
+        "families": ("recite", "quote", "blank", "evidence"),
         "batch_size": 16,
-        "learning_rate": 0.005,
+        "learning_rate": 0.007,
+        "hard_label_weight": 0.15,
         "max_new_tokens": 40,
         "prompts": SelfStudyPrompts(num_prompts=32, max_prompt_tokens=48),
         "warmup_steps": 2,
@@ -58,7 +59,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (18.0, 20, 130), "standard": (150.0, 80, 2000), "thorough": (300.0, 160, 4000)}
+_STEPS = {"quick": (24.0, 20, 160), "standard": (150.0, 80, 2000), "thorough": (300.0, 160, 4000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

@@ -59,7 +59,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # Steps for each thousand tokens of the document, at least and at most.
-_STEPS = {"quick": (24.0, 20, 160), "standard": (150.0, 80, 2000), "thorough": (300.0, 160, 4000)}
+_STEPS = {"quick": (20.0, 20, 140), "standard": (150.0, 80, 2000), "thorough": (300.0, 160, 4000)}
 
 
 def choose(request: RunRequest, num_context_tokens: int | None) -> RunSpec:

@@ -115,7 +115,9 @@ def _curves(study: Study, figures: Path) -> str:
     return (
         "## Length and training\n\n"
         "`compact` starts, `hybrid` training: 95 in 100 answer tokens written, then the cartridge's own. With the "
-        f"whole document before it the model answers {100 * _whole_document(study):.0f} % of all questions.\n\n"
+        f"whole document before it the model answers {100 * _whole_document(study):.0f} % of all questions. From n/4 "
+        "up the KL to that model rises while more answers come right: a cartridge becomes surer of the document than "
+        "its teacher is (hard labels, below).\n\n"
         f"![KL and right answers along answer tokens]({figures.name}/lengths.svg)\n\n"
         f"![The same along seconds]({figures.name}/lengths-seconds.svg)\n\n"
         + _table(["p", "answer tokens", *_FIGURES], rows)

@@ -100,6 +100,7 @@ def _dry(request: RunRequest) -> dict[str, Any]:
     spec = choose(request, num_tokens)
     for line in describe(spec, request.recipe, num_tokens):
         note(line)
+    note("counted here, without the document's template: the run may have a token and a step more")
     return spec.model_dump(mode="json")
 
 

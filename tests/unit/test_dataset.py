@@ -192,12 +192,15 @@ async def test_what_is_in_it(place: Place) -> None:
         assert str(said).strip()[:20] in DOCUMENT
 
 
-async def test_what_the_model_has_no_room_for_is_not_written(place: Place) -> None:
-    turns = sorted(len(each.turn_ids) for each in (await place.write(families=["blank"], num_steps=40)).written)
+@pytest.mark.parametrize("family", ["blank", "evidence"])
+async def test_what_the_model_has_no_room_for_is_not_written(place: Place, family: str) -> None:
+    wordings = [f"What is the price{' of a sack' * (number % 3)} of kind {number}?" for number in range(2000)]
+    asked: dict[str, Any] = {"wordings": wordings, "families": [family], "num_steps": 40}
+    turns = sorted(len(each.turn_ids) for each in (await place.write(**asked)).written)
     longest = turns[len(turns) // 2]
     assert longest < turns[-1]
     room = place.lm.spec.max_tokens - len(place.template.context(DOCUMENT))
-    written = (await place.write(families=["blank"], num_steps=40, max_new_tokens=room - longest)).written
+    written = (await place.write(**asked, max_new_tokens=room - longest)).written
     assert len(written) == sum(turn <= longest for turn in turns)
     assert max(len(each.turn_ids) for each in written) == longest
 

@@ -123,6 +123,8 @@ CHANGES = [
 ]
 # How near the model behind a cartridge can come to itself, up to where hardly anything else is trained on.
 GENERAL = [
+    # All of the document's KV, which nothing has trained.
+    _cell("the whole document", start="first_tokens", compression=1),
     *(
         _cell(f"{share} of the prompts", mode="off", answer_tokens=100_000, general_share=share)
         for share in (0.03, 0.1, 0.3)

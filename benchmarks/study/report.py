@@ -57,7 +57,9 @@ here. Recipes were chosen with an eye to the questions about these documents.
 - Figures are means over documents of means over seeds; in brackets the 95 % interval of a bootstrap over questions and
   seeds. With so few seeds that part of it is rough, and documents are not drawn anew.
 """
-_SHARED = "Up to {workers} jobs shared one device: compare seconds with each other, not with a job that runs alone."
+_SHARED = (
+    "Up to {workers} jobs ran beside each other on the devices of one machine: compare seconds with each other only."
+)
 
 
 def page(study: Study, figures: Path) -> str:
@@ -210,8 +212,8 @@ def _general(study: Study, figures: Path) -> str:
         GENERAL,
         "## The model elsewhere\n\n"
         "`compact`, p = n/4, mode `off`, 100k answer tokens, some of them of answers to general prompts, by the model "
-        "without any document. Before training, a cartridge moves the model on such prompts about as much as its "
-        "document does. The last row is a bound, not a cartridge to use: trained on hardly anything else it has "
+        "without any document. How far a cartridge moves the model on such prompts before training stands in the first "
+        "table. The last row is a bound, not a cartridge to use: trained on hardly anything else it has "
         "forgotten the document, and still moves the model.\n\n",
     )
 

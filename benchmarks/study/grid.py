@@ -79,6 +79,15 @@ STARTS_AND_MODES = [
     _cell(f"{start}, {mode}", start=start, mode=mode, answer_tokens=_MODE_TOKENS)
     for start, mode in product(("compact", "first_tokens", "random"), ("hybrid", "off", "on"))
 ]
+STARTS_AND_MODES_ELSEWHERE = [
+    Cell(
+        f"{cell.label}, n/{compression}",
+        replace(cell.job, compression=compression, learning_rate=RATES[compression]),
+    )
+    for compression in sorted(COMPRESSIONS)
+    if compression != COMPRESSIONS[0]
+    for cell in STARTS_AND_MODES
+]
 # The same prompts, whoever answers. What a mode does not read keeps its usual value: jobs that do the same are equal.
 SAME_PROMPTS = [
     cell
@@ -160,6 +169,7 @@ GROUPS = {
     "changes": CHANGES,
     "general": GENERAL,
     "same prompts": SAME_PROMPTS,
+    "starts and modes elsewhere": STARTS_AND_MODES_ELSEWHERE,
 }
 _SMOKE: dict[str, Any] = {
     "answer_tokens": 200,

@@ -223,7 +223,7 @@ def digest_of(header: CartridgeHeader, parts: Iterable[Buffer]) -> str:
 def check_digest(digest: str, *, field: str = "digest") -> str:
     """Raises InvalidArgument unless `digest` is spelt as a digest."""
     if not _DIGEST.fullmatch(digest):
-        raise InvalidArgument(f"{digest!r} is not a digest: expected 'blake3:' and 64 hex digits", field=field)
+        raise InvalidArgument(f"{digest[:100]!r} is not a digest: expected 'blake3:' and 64 hex digits", field=field)
     return digest
 
 

@@ -9,6 +9,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     ModelWrapValidatorHandler,
     PlainSerializer,
     ValidationError,
@@ -19,6 +20,9 @@ from pydantic_core import ErrorDetails
 
 from foundry.errors import InvalidArgument
 
+# More than any object of ours has.
+_MAX_KEYS = 256
+
 
 class Strict(BaseModel):
     """Frozen; takes no unknown key, no value of another type, no NaN. A part of a `Checked`, or built by ourselves."""
@@ -26,6 +30,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_keys(cls, values: Any) -> Any:
+        # Pydantic makes an error of each unknown one.
+        if isinstance(values, dict) and len(values) > _MAX_KEYS:
+            raise InvalidArgument(f"an object has {len(values)} keys, at most {_MAX_KEYS} are read")
+        return values
+
+
+class FirstError(FailFast):
+    """Of a list's errors pydantic makes the first one only. Stands right behind the list; hashable, as unions want."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 class Checked(Strict):
@@ -44,10 +63,13 @@ class Checked(Strict):
 
 
 def invalid_argument(error: ErrorDetails, *, tags: Collection[str] = ()) -> InvalidArgument:
-    """One of pydantic's errors as ours; its field is written with dots, as in `prompts.num_prompts`."""
+    """One of pydantic's errors as ours; its field is written with dots, as in `prompts.num_prompts`.
+
+    It says what is wanted, never what came: that may be large or nobody else's business.
+    """
     path, message = error["loc"], error["msg"].removeprefix("Value error, ")
     if not path:
-        return InvalidArgument(f"expected a JSON object, not {error['input']!r:.100}")
+        return InvalidArgument("expected a JSON object")
     field = ".".join(str(part) for place, part in enumerate(path) if not (place and part in tags))
     if error["type"].startswith("union_tag"):
         field += "." + error["ctx"]["discriminator"].strip("'")
@@ -60,7 +82,7 @@ def invalid_argument(error: ErrorDetails, *, tags: Collection[str] = ()) -> Inva
     if message.startswith("Input should be "):
         # Pydantic's own words for an object name the class.
         wanted = "an object" if error["type"].startswith("model_") else message.removeprefix("Input should be ")
-        return InvalidArgument(f"{field} is {error['input']!r:.100}, must be {wanted}", field=field)
+        return InvalidArgument(f"{field} must be {wanted}", field=field)
     return InvalidArgument(f"{field}: {message[:1].lower()}{message[1:]}", field=field)
 
 

@@ -69,7 +69,7 @@ def check_name(name: str, *, field: str = "name") -> str:
     """Raises InvalidArgument unless `name` is `part` or `tenant/part`."""
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
-            f"{name!r} is not a cartridge name: expected lower-case letters, digits and '._-', starting with a "
+            f"{name[:100]!r} is not a cartridge name: expected lower-case letters, digits and '._-', starting with a "
             "letter or digit, at most 63 characters, optionally with 'tenant/' before it",
             field=field,
         )
@@ -82,7 +82,7 @@ def check_tag(tag: str, *, field: str = "tag") -> str:
         raise InvalidArgument("'latest' follows the versions by itself and can't be set as a tag", field=field)
     if not _TAG.fullmatch(tag) or tag.isdigit():
         raise InvalidArgument(
-            f"{tag!r} is not a tag: expected lower-case letters, digits and '._-', at most 63 characters, "
+            f"{tag[:100]!r} is not a tag: expected lower-case letters, digits and '._-', at most 63 characters, "
             "not digits only",
             field=field,
         )
@@ -100,6 +100,6 @@ def check_run(run: str, *, field: str = "run") -> str:
     """Raises InvalidArgument unless `run` is spelt as the id of a run or importer."""
     if not _RUN.fullmatch(run):
         raise InvalidArgument(
-            f"{run!r} is not a run id: expected letters, digits and '._-', at most 128 characters", field=field
+            f"{run[:100]!r} is not a run id: expected letters, digits and '._-', at most 128 characters", field=field
         )
     return run

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from foundry.errors import CartridgeTooLong, InvalidArgument
 from foundry.identity import ObjectiveKind, check_digest, content_digest
 from foundry.store.names import check_name
-from foundry.validation import Checked, Number, Strict, checked
+from foundry.validation import Checked, FirstError, Number, Strict, checked
 
 # Quantities that Kubernetes takes too; zero is none.
 _CPU = re.compile(r"(?=.*[1-9])\d{1,4}(\.\d{1,3})?|(?=.*[1-9])\d{1,7}m")
@@ -27,13 +27,13 @@ MAX_DOCUMENTS = 64
 
 def _cpu(value: str) -> str:
     if value and not _CPU.fullmatch(value):
-        raise ValueError(f"{value!r} is not a quantity such as '4' or '500m'")
+        raise ValueError(f"{value[:100]!r} is not a quantity such as '4' or '500m'")
     return value
 
 
 def _memory(value: str) -> str:
     if value and not _MEMORY.fullmatch(value):
-        raise ValueError(f"{value!r} is not a quantity such as '16Gi' or '512Mi'")
+        raise ValueError(f"{value[:100]!r} is not a quantity such as '16Gi' or '512Mi'")
     return value
 
 
@@ -43,7 +43,9 @@ def _stored(value: str) -> str:
 
 def _several(value: Any) -> Any:
     """JSON has no tuples, and an option on the command line is one word."""
-    return tuple(value.split(",") if isinstance(value, str) else value) if isinstance(value, list | str) else value
+    if isinstance(value, str):
+        return tuple(value.split(",", MAX_DOCUMENTS))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _each_once(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -64,9 +66,15 @@ Mode = Literal["on", "off", "hybrid"]
 Family = Literal["recite", "quote", "blank", "evidence", "cloze", "question", "summary"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
-Families = Annotated[tuple[Family, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)]
+Families = Annotated[
+    tuple[Family, ...], FirstError(), BeforeValidator(_several), AfterValidator(_each_once), Field(min_length=1)
+]
 Digests = Annotated[
-    tuple[Digest, ...], BeforeValidator(_several), AfterValidator(_each_once), Field(max_length=MAX_DOCUMENTS - 1)
+    tuple[Digest, ...],
+    FirstError(),
+    BeforeValidator(_several),
+    AfterValidator(_each_once),
+    Field(max_length=MAX_DOCUMENTS - 1),
 ]
 Text = Annotated[str, AfterValidator(_unicode)]
 

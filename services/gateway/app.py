@@ -43,8 +43,8 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         lifespan=_lifespan(settings),
         telemetry=TRACING,
     )
-    # JSON escapes may double a document.
-    document_bytes = 2 * settings.store.max_document_bytes + 64 * 1024
+    # JSON escapes make more of a document; as text/plain it may be as large as the store takes.
+    document_bytes = settings.store.max_document_bytes * 3 // 2 + 64 * 1024
     # The last one added sees a request first.
     app.add_middleware(
         BodyLimit,

@@ -21,11 +21,22 @@ from services.gateway import metrics
 
 log = structlog.get_logger(__name__)
 
+# Characters. What is said comes first, what was sent after it.
+_MAX_MESSAGE = 1000
+
 
 class RequestTooLarge(InvalidArgument):
     """The body is larger than the gateway takes."""
 
     http_status = 413
+
+
+class Refused(HTTPException):
+    """A typed error while a body is read: FastAPI passes on only this type from there."""
+
+    def __init__(self, error: FoundryError) -> None:
+        super().__init__(error.http_status, error.message)
+        self.error = error
 
 
 class DocumentTooLarge(DocumentTooLong):
@@ -75,8 +86,8 @@ def response_of(error: FoundryError) -> JSONResponse:
 
 
 def _writable(text: str) -> str:
-    """Messages quote what was sent, which may hold half a surrogate pair."""
-    return text.encode(errors="replace").decode()
+    """Messages name what was sent, which may hold half a surrogate pair and be long."""
+    return text[:_MAX_MESSAGE].encode(errors="replace").decode()
 
 
 def _type_of(status: int) -> str:
@@ -95,8 +106,6 @@ async def _on_foundry_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return response_of(InvalidArgument(f"the body is not JSON: {first['ctx']['error']}"))
     _, *path = first["loc"]
     if not path:
         return response_of(InvalidArgument(f"the body must be a JSON object sent as application/json: {first['msg']}"))
@@ -106,12 +115,12 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """What Starlette raises itself: no such route, wrong method, a body that can't be read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error, Refused):
+        return response_of(error.error)
     if error.status_code == 404:
         return response_of(NotFound(f"there is no {request.method} {request.url.path}"))
     if error.status_code == 405:
         return response_of(MethodNotAllowed(f"{request.url.path} does not take {request.method}"))
-    if error.status_code == 413:
-        return response_of(RequestTooLarge(error.detail))
     return response_of(InvalidArgument(error.detail))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway import errors
 from services.gateway.balancer import RolloutBalancer, RolloutServer, ServedModel
+from services.gateway.main import listen
 from services.gateway.openai import chat
 from services.gateway.openai.fan_in import FanIn
 from services.gateway.openai.generation import Generation
@@ -408,3 +410,10 @@ def test_any_json_is_either_refused_or_can_be_sent(data: st.DataObject, kind: ty
         return
     for index in range(len(prompts)):
         generation._request(index).SerializeToString()
+
+
+def test_connections_send_at_once() -> None:
+    with listen("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

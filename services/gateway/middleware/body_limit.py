@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.errors import RequestTooLarge, response_of
+from services.gateway.errors import Refused, RequestTooLarge, response_of
 
 
 class BodyLimit:
@@ -22,10 +21,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit = self._limits.get(scope["path"].rstrip("/"), self._max_bytes)
-        message = f"the request body is larger than {limit} bytes"
+        too_large = RequestTooLarge(f"the request body is larger than {limit} bytes")
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:
-            await response_of(RequestTooLarge(message))(scope, receive, send)
+            await response_of(too_large)(scope, receive, send)
             return
         received = 0
 
@@ -34,8 +33,7 @@ class BodyLimit:
             part = await receive()
             received += len(part.get("body", b""))
             if received > limit:
-                # FastAPI passes on only this type from reading a body; the handler gives it our shape.
-                raise HTTPException(413, message)
+                raise Refused(too_large)
             return part
 
         await self._app(scope, limited, send)

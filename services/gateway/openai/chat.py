@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
+from services.gateway.bodies import BoundedRoute
 from services.gateway.openai import answers
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
@@ -16,7 +17,7 @@ from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import finite
 from services.gateway.state import GatewayDep
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)

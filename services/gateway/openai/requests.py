@@ -6,11 +6,13 @@ dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from foundry.errors import InvalidArgument
+from foundry.validation import FirstError, Strict
 
 # Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
 IGNORED = frozenset(
@@ -62,12 +64,15 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 DEFAULT_MAX_TOKENS = 256
 MAX_TOP_LOGPROBS = 20
+# Of one request: each takes much longer to check than to send.
+MAX_MESSAGES = MAX_PROMPTS = 2048
+MAX_REFERENCE_CHARACTERS = 512
+_PROMPTS = "expected a string, a list of strings, a list of token ids or a list of such lists"
 
 
-class _Request(BaseModel):
-    """Refuses unknown keys and values of another type; null stands for unset."""
+class _Request(Strict):
+    """Null stands for unset."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
     ignored: ClassVar[frozenset[str]] = frozenset()
 
@@ -78,7 +83,8 @@ class _Request(BaseModel):
             return values
         for name, value in values.items():
             if name in cls.neutral and value is not None and value not in cls.neutral[name]:
-                raise InvalidArgument(f"{name} is not supported with the value {value!r:.100}", field=name)
+                taken = ", ".join(json.dumps(each) for each in (None, *cls.neutral[name]))
+                raise InvalidArgument(f"{name} is not supported: only {taken} can be taken", field=name)
         return {name: value for name, value in values.items() if name not in cls.neutral and name not in cls.ignored}
 
 
@@ -98,9 +104,14 @@ def _text(value: Any) -> Any:
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """OpenAI's four spellings of a prompt, as a list of texts or of token ids."""
-    prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
-    if not (isinstance(prompts, list) and prompts and all(isinstance(each, str) or _is_ids(each) for each in prompts)):
-        raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
+    # Ids are looked at once: there may be many.
+    if not isinstance(value, str | list) or value == []:
+        raise ValueError(_PROMPTS)
+    prompts = [value] if isinstance(value, str) or type(value[0]) is int else value
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts, at most {MAX_PROMPTS} can be taken")
+    if not all(isinstance(each, str) or _is_ids(each) for each in prompts):
+        raise ValueError(_PROMPTS)
     if not all(prompts):
         raise ValueError("a prompt is empty: it needs at least one token")
     return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -117,6 +128,7 @@ def _unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+ModelReference = Annotated[Text, Field(max_length=MAX_REFERENCE_CHARACTERS)]
 
 
 class StreamOptions(_Request):
@@ -131,10 +143,10 @@ class SamplingRequest(_Request):
 
     ignored: ClassVar[frozenset[str]] = IGNORED
 
-    model: Text
+    model: ModelReference
     """The base model or a cartridge: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`."""
 
-    cartridges: Annotated[list[Text], Field(min_length=1, max_length=16)] | None = None
+    cartridges: Annotated[list[ModelReference], FirstError(), Field(min_length=1, max_length=16)] | None = None
     """Extension: cartridge references that stand before the conversation in this order; `model` is the base model."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -152,6 +164,7 @@ class SamplingRequest(_Request):
     stop: (
         Annotated[
             list[Annotated[Text, Field(min_length=1)]],
+            FirstError(),
             BeforeValidator(_strings, json_schema_input_type=str | list[str]),
             Field(max_length=16),
         ]
@@ -200,7 +213,7 @@ class Message(_Request):
 class ChatRequest(SamplingRequest):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FirstError(), Field(min_length=1, max_length=MAX_MESSAGES)]
 
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """OpenAI's newer name of `max_tokens`; it wins."""

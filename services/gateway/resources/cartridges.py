@@ -12,27 +12,24 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from fastapi import Path as InPath
-from pydantic import BaseModel, ConfigDict
 
 from foundry.errors import CartridgeNotFound
 from foundry.store import Manifest, Reference, check_name, lineage
+from foundry.validation import Checked
+from services.gateway.bodies import BoundedRoute
 from services.gateway.resources.listing import for_each
 from services.gateway.state import Gateway, GatewayDep
 
-router = APIRouter(tags=["cartridges"])
+router = APIRouter(tags=["cartridges"], route_class=BoundedRoute)
 Json = dict[str, Any]
 Name = Annotated[str, InPath(description="`name` or `tenant/name`.")]
 
 
-class TagRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TagRequest(Checked):
     version: int
 
 
-class RollbackRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class RollbackRequest(Checked):
     to: str
     """Which version: its number, a tag or a digest; the name may stand before it."""
 

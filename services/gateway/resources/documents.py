@@ -6,22 +6,21 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument
 from foundry.store import DocumentInfo
+from foundry.validation import Checked
+from services.gateway.bodies import BoundedRoute
 from services.gateway.errors import DocumentTooLarge
 from services.gateway.state import Gateway, GatewayDep
 
-router = APIRouter(tags=["documents"])
+router = APIRouter(tags=["documents"], route_class=BoundedRoute)
 Title = Annotated[str, Field(max_length=300)]
 
 
-class DocumentRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class DocumentRequest(Checked):
     text: str
     title: Title = ""
 
@@ -59,17 +58,11 @@ async def put_document(
     request: Request, gateway: GatewayDep, title: Annotated[Title, Query(description="Of a text/plain body.")] = ""
 ) -> DocumentCard:
     """Keep a text: JSON {text, title?}, or the text itself as text/plain. The same text again is the same document."""
-    content = await request.body()
     if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
-        try:
-            asked = DocumentRequest.model_validate_json(content)
-        except ValidationError as error:
-            raise RequestValidationError(
-                [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-            ) from error
+        asked = DocumentRequest.model_validate(await request.json())
         return await put(gateway, asked.text, asked.title)
     if request.headers.get("content-type", "").startswith("text/plain"):
-        return await put(gateway, content, title)
+        return await put(gateway, await request.body(), title)
     raise InvalidArgument("send a document as application/json or as text/plain")
 
 

@@ -28,11 +28,12 @@ from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
 from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from services.gateway.balancer import ServedModel
+from services.gateway.bodies import BoundedRoute
 from services.gateway.resources import documents
 from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)
-router = APIRouter(tags=["runs"])
+router = APIRouter(tags=["runs"], route_class=BoundedRoute)
 
 _TEACHER_TIMEOUT_SECONDS = 60.0
 

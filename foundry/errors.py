@@ -108,6 +108,14 @@ class RunOver(Conflict):
     reason = "RUN_OVER"
 
 
+class PermissionDenied(FoundryError):
+    """The caller may not do that."""
+
+    reason = "PERMISSION_DENIED"
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class IdentityMismatch(FoundryError):
     """Two parties mean different models, templates or bytes."""
 

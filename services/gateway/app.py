@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
@@ -18,6 +20,7 @@ from services.gateway.balancer import RolloutBalancer
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_metrics import RequestMetrics
+from services.gateway.middleware.web_pages import WebPages, hosts_of
 from services.gateway.openai import chat, completions, models
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, health, runs
@@ -37,7 +40,9 @@ _ROUTERS = (
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
-    app = FastAPI(
+    # FastAPI's own documentation has browsers fetch scripts of somebody else's.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="Cartridge Foundry",
         version=version("cartridge-foundry"),
         lifespan=_lifespan(settings),
@@ -51,6 +56,12 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         max_bytes=settings.max_request_bytes,
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    hosts = hosts_of(settings.listen) if settings.allowed_hosts is None else settings.allowed_hosts
+    app.add_middleware(WebPages, hosts=hosts, origins=settings.allowed_origins)
     app.add_middleware(RequestMetrics)
     app.add_middleware(RequestContext)
     errors.install(app)

@@ -53,6 +53,15 @@ class GatewaySettings(ServiceSettings):
     listen: str = "127.0.0.1:8000"
     """host:port to serve HTTP on; port 0 takes a free one."""
 
+    allowed_hosts: list[str] | None = None
+    """Names by which clients may call the gateway (`Host`, without port; health and metrics by any): a web page can't
+    make a name of its own mean it. An empty list: any. Unset: `localhost` and such where it listens on loopback, any
+    elsewhere."""
+
+    allowed_origins: list[str] = Field(default=[])
+    """Origins of web pages, such as `https://app.example.com`, that may call the gateway from a browser, besides its
+    own. Everybody else's are refused."""
+
     rollout_addresses: list[str] = Field(default=["127.0.0.1:7001"], min_length=1)
     """host:port of the rollout servers. A name with several addresses (a headless Service) stands for all of them."""
 

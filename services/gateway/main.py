@@ -11,6 +11,7 @@ import uvicorn
 from foundry import telemetry
 from foundry.errors import PortTaken
 from services.gateway.app import build_app
+from services.gateway.connections import connections, raise_descriptor_limit
 from services.gateway.settings import GatewaySettings
 
 log = structlog.get_logger(__name__)
@@ -33,9 +34,11 @@ def listen(address: str) -> socket.socket:
 def main() -> None:
     settings = GatewaySettings.parse()
     telemetry.start("gateway", settings)
+    raise_descriptor_limit(settings.max_connections)
     listener = listen(settings.listen)
     config = uvicorn.Config(
         build_app(settings),
+        http=connections(settings.max_connections, settings.read_timeout_seconds),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -15,6 +15,12 @@ REQUEST_SECONDS = Histogram(
 ERRORS = Counter(
     "foundry_gateway_errors_total", "Requests that ended with an error, by its type (`foundry.errors`).", ["reason"]
 )
+CONNECTIONS = Gauge("foundry_gateway_connections", "Open connections of clients.")
+REFUSED_CONNECTIONS = Counter(
+    "foundry_gateway_refused_connections_total",
+    "Connections that were closed: at most max_connections are kept (`full`), or the request took too long (`slow`).",
+    ["reason"],
+)
 IN_FLIGHT = Gauge("foundry_gateway_completions_in_flight", "Completion requests being answered.")
 MAX_IN_FLIGHT = Gauge("foundry_gateway_max_completions_in_flight", "Most of them; more are refused with 429.")
 FIRST_TOKEN_SECONDS = Histogram(
@@ -38,6 +44,8 @@ JOBS = Counter(
 
 for _outcome in ("created", "existed", "deleted", "failed", "refused", "error"):
     JOBS.labels(_outcome)
+for _reason in ("full", "slow"):
+    REFUSED_CONNECTIONS.labels(_reason)
 for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
     ERRORS.labels(_reason)
 

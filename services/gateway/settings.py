@@ -94,6 +94,12 @@ class GatewaySettings(ServiceSettings):
     max_request_bytes: int = Field(default=3 * 1024**2, ge=1024, le=3 * 1024**2)
     """Largest request body, documents apart (those: `store.max_document_bytes`). A prompt must fit a gRPC message."""
 
+    max_connections: int = Field(default=2048, ge=1)
+    """Connections of clients at one time; more are refused with 503."""
+
+    read_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long a client may take to send a request, all of it."""
+
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
 

@@ -1,0 +1,94 @@
+"""Connections to the gateway: only so many, and each has only so long to send a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from http import HTTPStatus
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from foundry.errors import FoundryError, InvalidArgument, Unavailable
+from services.gateway import metrics
+from services.gateway.errors import error_body
+
+# Of the process, besides clients' connections: Redis, object storage, gRPC, files.
+_OTHER_DESCRIPTORS = 512
+
+
+class RequestTooSlow(InvalidArgument):
+    """The request did not come in the time that there is for one."""
+
+    http_status = 408
+
+
+def connections(max_connections: int, read_timeout_seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol with these bounds; uvicorn itself has one for idle connections after an answer only."""
+    full = _answer(Unavailable(f"the gateway has {max_connections} connections: try again", retry_after_seconds=1.0))
+    slow = _answer(RequestTooSlow(f"the request was not sent within {read_timeout_seconds:g} s"))
+
+    class Connection(H11Protocol):
+        _reading: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            metrics.CONNECTIONS.inc()
+            if len(self.connections) > max_connections:
+                self._refuse(full, "full")
+            else:
+                self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            metrics.CONNECTIONS.dec()
+            self._unwatch()
+
+        def _watch(self) -> None:
+            """Until the request in hand has been sent, which an answer may be waiting for."""
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self._unwatch()
+            elif self._reading is None:
+                self._reading = self.loop.call_later(read_timeout_seconds, self._refuse, slow, "slow")
+
+        def _unwatch(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
+
+        def _refuse(self, answer: bytes, reason: str) -> None:
+            metrics.REFUSED_CONNECTIONS.labels(reason).inc()
+            # Of an answer that has begun, nothing else may be sent.
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(answer)
+            self.transport.close()
+
+    return Connection
+
+
+def raise_descriptor_limit(max_connections: int) -> None:
+    """Have the system allow what `max_connections` take. Raises InvalidArgument if it never will."""
+    wanted = max_connections + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise InvalidArgument(
+            f"max_connections {max_connections} takes {wanted} file descriptors, the system allows {hard} at most: "
+            "raise that (ulimit -Hn) or lower max_connections",
+            field="max_connections",
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _answer(error: FoundryError) -> bytes:
+    body = json.dumps(error_body(error)).encode()
+    status = HTTPStatus(error.http_status)
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    if error.retry_after_seconds is not None:
+        head += f"retry-after: {error.retry_after_seconds:.0f}\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from foundry.errors import FoundryError, PortTaken
+from foundry.errors import FoundryError, InvalidArgument, PortTaken
 from foundry.rpc import metrics
 from foundry.rpc.context import bind_request, entered
 from foundry.rpc.limits import SERVER_OPTIONS
@@ -67,7 +68,11 @@ class Server:
 
 
 class _TypedErrors(grpc.aio.ServerInterceptor):
-    """Turns a FoundryError into its status, counts and times every call."""
+    """Turns a FoundryError into its status, counts and times every call of ours.
+
+    gRPC would end a call whose message can't be parsed as a fault of the server, with a traceback. So it hands out
+    bytes, which are parsed here, where errors are typed.
+    """
 
     async def intercept_service(
         self,
@@ -75,21 +80,39 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(details)
-        method = details.method.rsplit("/", 1)[-1]
-        if handler is None or not details.method.startswith("/foundry."):
-            return handler
-        # No call of ours streams requests.
-        if handler.response_streaming:
-            make, behaviour = grpc.unary_stream_rpc_method_handler, _stream(handler.unary_stream, method)
+        if handler is None:
+            return None
+        method, ours = details.method.rsplit("/", 1)[-1], details.method.startswith("/foundry.")
+        parse = _parser(handler.request_deserializer)
+        make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
+        if handler.request_streaming:
+            # Reflection: no call of ours streams requests.
+            make = grpc.stream_stream_rpc_method_handler
+            behaviour = _parsed_stream(handler.stream_stream, method, parse)
+        elif handler.response_streaming:
+            make = grpc.unary_stream_rpc_method_handler
+            behaviour = (_stream if ours else _parsed)(handler.unary_stream, method, parse)
         else:
-            make, behaviour = grpc.unary_unary_rpc_method_handler, _unary(handler.unary_unary, method)
-        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+            make = grpc.unary_unary_rpc_method_handler
+            behaviour = (_unary if ours else _parsed)(handler.unary_unary, method, parse)
+        return make(behaviour, response_serializer=handler.response_serializer)
 
 
-def _unary(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+def _parser(deserialize: Any) -> Callable[[bytes], Any]:
+    def parse(content: bytes) -> Any:
+        try:
+            return deserialize(content)
+        except DecodeError:
+            raise InvalidArgument("the request is not the protobuf message that the method takes") from None
+
+    return parse
+
+
+def _unary(behaviour: Any, method: str, parse: Callable[[bytes], Any]) -> Any:
+    async def call(content: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             with entered(method, context.invocation_metadata()), _observed(method):
+                request = parse(content)
                 bind_request(request)
                 return await behaviour(request, context)
         except FoundryError as error:
@@ -98,13 +121,37 @@ def _unary(behaviour: Any, method: str) -> Any:
     return call
 
 
-def _stream(behaviour: Any, method: str) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+def _stream(behaviour: Any, method: str, parse: Callable[[bytes], Any]) -> Any:
+    async def call(content: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             with entered(method, context.invocation_metadata()), _observed(method):
+                request = parse(content)
                 bind_request(request)
                 async for answer in behaviour(request, context):
                     yield answer
+        except FoundryError as error:
+            await _abort(context, method, error)
+
+    return call
+
+
+def _parsed(behaviour: Any, method: str, parse: Callable[[bytes], Any]) -> Any:
+    """Of a coroutine that is not ours, whether it returns its answer or writes several."""
+
+    async def call(content: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(parse(content), context)
+        except FoundryError as error:
+            await _abort(context, method, error)
+
+    return call
+
+
+def _parsed_stream(behaviour: Any, method: str, parse: Callable[[bytes], Any]) -> Any:
+    async def call(contents: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for answer in behaviour((parse(content) async for content in contents), context):
+                yield answer
         except FoundryError as error:
             await _abort(context, method, error)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
 from foundry.identity import content_digest
 from foundry.model.pinning import clock_prefix
+from foundry.roles import ROLES
 
 Messages = Sequence[Mapping[str, str]]
 # Two unlike documents: what their contexts share at the end is the template's closing.
@@ -74,11 +75,11 @@ class ChatTemplate:
     def turn(self, messages: Messages) -> list[int]:
         """Token ids that follow the context for a conversation, up to where the answer begins.
 
-        They do not depend on the document. Raises InvalidArgument for messages that the template refuses and
-        TemplateUnsupported if the longer rendering does not start with the shorter, token by token.
+        They do not depend on the document. Raises InvalidArgument for messages that the template refuses and for a role
+        that is none of ROLES, TemplateUnsupported if the longer rendering does not start with the shorter, token by
+        token.
         """
-        if not messages:
-            raise InvalidArgument("messages is empty", field="messages")
+        _check(messages)
         context = self._render([_system(_PROBES[0])], generation_prompt=False)
         whole = self._render([_system(_PROBES[0]), *messages], generation_prompt=True)
         if whole[: len(context)] != context:
@@ -90,9 +91,8 @@ class ChatTemplate:
         return whole[len(context) :]
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Token ids of a plain conversation, with no cartridge before it."""
-        if not messages:
-            raise InvalidArgument("messages is empty", field="messages")
+        """Token ids of a plain conversation, with no cartridge before it. Raises InvalidArgument as `turn`."""
+        _check(messages)
         return self._render(messages, generation_prompt=True)
 
     def bare(self) -> list[int]:
@@ -137,3 +137,14 @@ class ChatTemplate:
 
 def _system(document: str) -> dict[str, str]:
     return {"role": "system", "content": document}
+
+
+def _check(messages: Messages) -> None:
+    if not messages:
+        raise InvalidArgument("messages is empty", field="messages")
+    for index, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise InvalidArgument(
+                f"messages[{index}].role is {message['role']!r:.100}, must be one of {', '.join(ROLES)}",
+                field=f"messages[{index}].role",
+            )

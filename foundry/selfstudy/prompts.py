@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foundry.errors import InvalidArgument
+from foundry.roles import ROLES
 
 MAX_PROMPTS = 100_000
 
@@ -58,11 +59,12 @@ def _messages(row: Any, where: str, field: str) -> list[dict[str, str]]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     well_formed = isinstance(prompt, list) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
+        isinstance(message, Mapping) and message.get("role") in ROLES and isinstance(message.get("content"), str)
         for message in prompt
     )
     if not well_formed or not prompt:
-        raise InvalidArgument(f'{where} has no "prompt" that is text or a list of role and content', field=field)
+        raise InvalidArgument(
+            f'{where} has no "prompt" that is text or a list of {{"role": "{"|".join(ROLES)}", "content": text}}',
+            field=field,
+        )
     return [{"role": message["role"], "content": message["content"]} for message in prompt]

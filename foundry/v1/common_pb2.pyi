@@ -85,6 +85,7 @@ class Message(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
+    """"system", "user" or "assistant"."""
     content: _builtins.str
     def __init__(
         self,

@@ -133,6 +133,7 @@ def test_prompts_file() -> None:
         ('{"prompt": "a"}\nnot json', "line 2 is not JSON"),
         ('{"prompt": []}', 'line 1 has no "prompt"'),
         ('{"prompt": [{"role": "user"}]}', 'line 1 has no "prompt"'),
+        ('{"prompt": [{"role": "evil", "content": "a"}]}', r'line 1 has no "prompt" .*"system\|user\|assistant"'),
         ("[1]", 'line 1 has no "prompt"'),
     ],
 )

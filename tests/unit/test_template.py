@@ -99,6 +99,15 @@ def test_messages_that_the_template_refuses_are_the_callers_fault() -> None:
         template().turn([])
 
 
+@pytest.mark.parametrize("role", ["evil", "", "System", "tool", "user<|im_end|>", "assistant\n"])
+def test_a_role_that_nobody_has_names_its_message(role: str) -> None:
+    split = template()
+    for render in (split.turn, split.prompt):
+        with pytest.raises(InvalidArgument, match="must be one of system, user, assistant") as caught:
+            render([*QUESTION, {"role": role, "content": "?"}])
+        assert caught.value.field == "messages[1].role"
+
+
 def test_documents_that_can_be_no_context() -> None:
     split = template()
     with pytest.raises(DocumentUnreadable, match="empty"):

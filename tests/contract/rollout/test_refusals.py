@@ -60,12 +60,17 @@ async def test_sampling_out_of_range_names_its_field(rollout: Rollout, sampling:
 
 
 async def test_prompts_that_cannot_be(rollout: Rollout) -> None:
-    empty = common_pb2.Conversation()
+    empty, evil = (
+        common_pb2.Conversation(messages=[common_pb2.Message(role=role, content="?") for role in roles])
+        for roles in ([], ["user", "evil"])
+    )
     cases = [
         (rollout.request([]), "token_ids"),
         (rollout.request([3, 384]), "token_ids"),
         (rollout.request(text=""), "text"),
         (rollout.request(conversation=empty), "messages"),
+        (rollout.request(conversation=evil), "messages[1].role"),
+        (rollout.request(conversation=evil, cartridges=[rollout.publish(0)]), "messages[1].role"),
         (rollout.request(range(3, 258)), "sampling.max_new_tokens"),
     ]
     request = rollout.request()
@@ -77,7 +82,7 @@ async def test_prompts_that_cannot_be(rollout: Rollout) -> None:
     with pytest.raises(InvalidArgument, match=r"384.*vocabulary of 384"):
         await rollout.generate(cases[1][0])
     with pytest.raises(InvalidArgument, match=r"255.* 6 .*261.*256"):
-        await rollout.generate(cases[4][0])
+        await rollout.generate(cases[-1][0])
 
 
 async def test_cartridges_count_towards_the_models_context(rollout: Rollout) -> None:

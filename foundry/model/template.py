@@ -7,6 +7,8 @@ so the student reads `cartridge + turn`, the teacher `context + turn`.
 
 The same document has the same context on every machine and every day: nothing but the messages, the tokenizer and the
 clock of the settings decides what is rendered.
+
+Control tokens are those that the template writes. Where a document or a message spells one, it is text.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -21,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
 from foundry.identity import content_digest
+from foundry.model.literal import LiteralTokenizer, spelled
 from foundry.model.pinning import clock_prefix
 from foundry.roles import ROLES
 
@@ -48,6 +52,8 @@ class ChatTemplate:
         self._text = dates + text
         # The tokenizer itself is in the model's fingerprint; this names how it is used.
         self.digest = content_digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode() + dates.encode())
+        self._control = self._control_tokens()
+        self._spelled = spelled(self._control)
         self.closing = self._closing()
         self.turn([{"role": "user", "content": "?"}])
 
@@ -95,6 +101,13 @@ class ChatTemplate:
         _check(messages)
         return self._render(messages, generation_prompt=True)
 
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text that stands in an answer, without template."""
+        if self._spelled.search(text):
+            return self._literal.ids([text], lambda hidden: hidden[0])
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def bare(self) -> list[int]:
         """Token ids that stand before the turn of a plain conversation: a template's own system message, or nothing.
 
@@ -117,22 +130,44 @@ class ChatTemplate:
             raise TemplateUnsupported("the chat template ignores the system message, where the document would stand")
         return first[len(first) - shared :]
 
+    def _control_tokens(self) -> dict[str, int]:
+        """Ids by spelling: special tokens, which decoding leaves out, and others that stand around messages."""
+        probe = [_system(_PROBES[0]), {"role": "user", "content": _PROBES[1]}]
+        around = set(self._applied(probe, generation_prompt=True, tokenize=True))
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: number for number, token in added if token.special or number in around}
+
+    @cached_property
+    def _literal(self) -> LiteralTokenizer:
+        # Only when it is needed: to copy a large tokenizer takes a second.
+        return LiteralTokenizer(self._tokenizer, self._control)
+
     def _render(self, messages: Messages, *, generation_prompt: bool) -> list[int]:
+        texts = [message["content"] for message in messages]
+        if not any(map(self._spelled.search, texts)):
+            return list(self._applied(messages, generation_prompt=generation_prompt, tokenize=True))
+
+        def render(hidden: Sequence[str]) -> str:
+            rewritten = [{**message, "content": text} for message, text in zip(messages, hidden, strict=True)]
+            return str(self._applied(rewritten, generation_prompt=generation_prompt, tokenize=False))
+
+        return self._literal.ids(texts, render)
+
+    def _applied(self, messages: Messages, *, generation_prompt: bool, tokenize: bool) -> Any:
         try:
-            rendered: Any = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None,
                 documents=None,
                 chat_template=self._text,
                 add_generation_prompt=generation_prompt,
-                tokenize=True,
+                tokenize=tokenize,
                 return_dict=False,
             )
         except TemplateError as error:
             raise InvalidArgument(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
-        return list(rendered)
 
 
 def _system(document: str) -> dict[str, str]:

@@ -32,13 +32,13 @@ def references(
         room = max_tokens - sum(map(len, found))
         # No more than could fit, since rendering a turn takes far longer than thinking of it.
         candidates = evenly(list(exercises), room // _LEAST_TOKENS)
-        found += _thinned([_ids(exercise, template, tokenizer) for exercise in candidates], room)
+        found += _thinned([_ids(exercise, template) for exercise in candidates], room)
     return found
 
 
-def _ids(exercise: Exercise, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ids(exercise: Exercise, template: ChatTemplate) -> list[int]:
     turn = template.turn([{"role": "user", "content": exercise.prompt}])
-    return [*turn, *tokenizer(exercise.answer, add_special_tokens=False)["input_ids"]]
+    return [*turn, *template.text(exercise.answer)]
 
 
 def _thinned(sequences: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:

@@ -144,7 +144,7 @@ class GenerateRequest(_message.Message):
     model_fingerprint: _builtins.str
     """Required: the fingerprint of the model that the caller means."""
     text: _builtins.str
-    """Tokenised without a template."""
+    """Tokenised without a template: whoever writes it writes the control tokens too."""
     skip_prefix_cache: _builtins.bool
     """Compute every prompt token anew, so that equal requests give equal bits."""
     @_builtins.property
@@ -153,7 +153,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def conversation(self) -> _common_pb2.Conversation:
-        """Rendered with the model's chat template; behind a cartridge only the turn is rendered."""
+        """Rendered with the model's chat template; behind a cartridge only the turn is rendered.
+        A control token that a message spells is text.
+        """
 
     @_builtins.property
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.CartridgeId]: ...

@@ -28,7 +28,7 @@ class PutContextRequest(_message.Message):
     WITHOUT_DOCUMENT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
-    """Rendered as the system message of the model's chat template."""
+    """Rendered as the system message of the model's chat template. A control token that it spells is text."""
     without_document: _builtins.bool
     """The model as it is without a document, which is then empty."""
     def __init__(

@@ -246,7 +246,7 @@ class CompletionRequest(SamplingRequest):
         list[str | list[int]],
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
-    """Text is tokenised without a chat template; ids are used as they are."""
+    """Text is tokenised without a chat template, and may spell control tokens; ids are used as they are."""
 
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Report the logprob of every token and so many alternatives."""

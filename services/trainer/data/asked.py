@@ -126,8 +126,7 @@ class Prompts:
 
     def answer_ids(self, text: str) -> list[int]:
         """The document's own words as an answer, as long as a run's may be."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids[: self._spec.max_new_tokens]
+        return self._template.text(text)[: self._spec.max_new_tokens]
 
     def _context_of(self, line: Line, field: str) -> Context:
         """Of several documents a line must say which it is about."""

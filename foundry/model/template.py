@@ -180,6 +180,6 @@ def _check(messages: Messages) -> None:
     for index, message in enumerate(messages):
         if message["role"] not in ROLES:
             raise InvalidArgument(
-                f"messages[{index}].role is {message['role']!r:.100}, must be one of {', '.join(ROLES)}",
+                f"messages[{index}].role is {message['role'][:100]!r}, must be one of {', '.join(ROLES)}",
                 field=f"messages[{index}].role",
             )

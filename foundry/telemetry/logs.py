@@ -14,6 +14,7 @@ from opentelemetry import trace
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from foundry.errors import FoundryError
+from foundry.telemetry.log_limit import LogLimit
 from foundry.telemetry.settings import LogFormat
 
 log = structlog.get_logger(__name__)
@@ -50,6 +51,7 @@ def configure_logs(service: str, level: str, log_format: LogFormat = "json") -> 
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_last(log_format)],
         )
     )
+    handler.addFilter(LogLimit())
     logging.root.handlers = [handler]
     logging.root.setLevel(level.upper())
     _take_over_libraries()

@@ -12,6 +12,7 @@ import pytest
 
 from foundry.errors import ExtraMissing
 from foundry.settings import ServiceSettings
+from foundry.telemetry.log_limit import MAX_LINES, WINDOW_SECONDS
 from foundry.telemetry.traces import configure_traces, current_traceparent, links_to
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -151,3 +152,35 @@ def test_nothing_is_traced_unless_configured() -> None:
     assert links_to("") == links_to("damaged") == []
     assert len(links_to(TRACEPARENT)) == 1
     assert logging.getLogger("opentelemetry").handlers == []
+
+
+def test_what_repeats_itself_is_left_out_and_counted() -> None:
+    program = f"""
+import logging, structlog, time
+log = structlog.get_logger('ours')
+clock = {{'now': 1000.0}}
+make = logging.getLogRecordFactory()
+def made(*arguments, **more):
+    record = make(*arguments, **more)
+    record.created = clock['now']
+    return record
+logging.setLogRecordFactory(made)
+def flood():
+    for number in range({MAX_LINES + 50}):
+        log.warning('again', number=number)
+        logging.getLogger('theirs').error('number %d', number)
+        log.info('heard', number=number)
+    log.warning('another')
+flood()
+clock['now'] += {WINDOW_SECONDS}
+flood()
+"""
+    status, lines = run_json(program)
+    assert status == 0
+    for event, count in {"again": 2 * MAX_LINES, "heard": 2 * (MAX_LINES + 50), "another": 2}.items():
+        assert [line["event"] for line in lines].count(event) == count
+    theirs = [line for line in lines if line["logger"] == "theirs"]
+    ours = [line for line in lines if line["event"] == "again"]
+    for some in (theirs, ours):
+        assert len(some) == 2 * MAX_LINES
+        assert [line.get("left_out") for line in some] == [None] * MAX_LINES + [50] + [None] * (MAX_LINES - 1)

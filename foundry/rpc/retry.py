@@ -15,6 +15,7 @@ from foundry.errors import (
     DeadlineExceeded,
     FoundryError,
     ResourceExhausted,
+    StoreFull,
     StoreRefused,
     Unavailable,
 )
@@ -23,7 +24,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 # Cancelled is what a server that is being stopped answers; the call itself was never cancelled here.
-_PASSING = (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled, AlignmentError)
+# A full storage is emptied, by a sweep or by whoever is told.
+_PASSING = (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled, AlignmentError, StoreFull)
 
 
 def passes(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from foundry.errors import (
     FoundryError,
     InvalidArgument,
     PolicyMismatch,
+    StoreFull,
     StoreRefused,
     StoreUnavailable,
     Unavailable,
@@ -30,7 +31,9 @@ class Flaky:
         return "done"
 
 
-@pytest.mark.parametrize("error", [Unavailable("away"), StoreUnavailable("away"), AlignmentError("other ids")])
+@pytest.mark.parametrize(
+    "error", [Unavailable("away"), StoreUnavailable("away"), StoreFull("no room"), AlignmentError("other ids")]
+)
 async def test_what_may_pass_is_tried_again(error: FoundryError) -> None:
     retry, flaky = Retry(60, max_wait_seconds=0.001), Flaky(error, 3)
     assert await retry.call("teacher", flaky) == "done"

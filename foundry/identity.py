@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from foundry.errors import DigestMismatch, InvalidArgument, ShapeMismatch
+from foundry.untrusted import parse_json, parse_object
 
 FORMAT = "foundry-cartridge/1"
 # Of a model in memory.
@@ -25,6 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Far above what any model has: damaged headers must not make us reserve the machine.
 MAX_LAYERS = 4096
+_MAX_DIMENSION = 2**31 - 1
 MAX_PROLOGUE_BYTES = 2**22
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
@@ -51,13 +53,20 @@ class CartridgeHeader:
     format: str = FORMAT
 
     def __post_init__(self) -> None:
+        # Headers are read from files and records that may be damaged.
+        for each in fields(self):
+            kind = Mapping if each.name == "rope" else int if each.type == "int" else str
+            if isinstance(value := getattr(self, each.name), bool) or not isinstance(value, kind):
+                raise InvalidArgument(f"cartridge {each.name} is {value!r:.100}", field=each.name)
         if self.format != FORMAT:
             raise InvalidArgument(f"cartridge format {self.format!r} is not {FORMAT!r}", field="format")
         if self.dtype not in DTYPE_BYTES:
             raise InvalidArgument(f"cartridge dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}", field="dtype")
         for name in ("num_layers", "num_kv_heads", "head_dim", "num_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"cartridge {name} is {getattr(self, name)}, must be at least 1", field=name)
+            if not 1 <= getattr(self, name) <= _MAX_DIMENSION:
+                raise InvalidArgument(
+                    f"cartridge {name} is {getattr(self, name)}, must be within 1..{_MAX_DIMENSION}", field=name
+                )
         if self.num_layers > MAX_LAYERS:
             raise InvalidArgument(
                 f"cartridge num_layers is {self.num_layers}, at most {MAX_LAYERS}", field="num_layers"
@@ -105,7 +114,10 @@ class CartridgeHeader:
         return struct.pack("<Q", len(text)) + text
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CartridgeHeader:
+    def from_dict(cls, values: Any) -> CartridgeHeader:
+        """Raises InvalidArgument."""
+        if not isinstance(values, Mapping):
+            raise InvalidArgument(f"cartridge header is {values!r:.100}, must be an object")
         known = {field.name for field in fields(cls)}
         if unknown := set(values) - known:
             raise InvalidArgument(f"cartridge header has unknown fields {sorted(unknown)}")
@@ -168,12 +180,9 @@ def read_safetensors_header(content: Buffer) -> dict[str, Any]:
     if length > len(content):
         raise InvalidArgument("the file is cut short: its safetensors header is incomplete")
     try:
-        entries = json.loads(bytes(memoryview(content)[8:length]))
-    except ValueError as error:
-        raise InvalidArgument(f"the file's safetensors header is no JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise InvalidArgument("the file's safetensors header is no JSON object")
-    return entries
+        return parse_object(bytes(memoryview(content)[8:length]))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"the file's safetensors header: {error.message}") from error
 
 
 def read_prologue(content: Buffer) -> tuple[CartridgeHeader, int]:
@@ -183,9 +192,12 @@ def read_prologue(content: Buffer) -> tuple[CartridgeHeader, int]:
     """
     entries = read_safetensors_header(content)
     try:
-        header = CartridgeHeader.from_dict(json.loads(entries["__metadata__"]["foundry"]))
-    except (ValueError, KeyError, TypeError) as error:
+        written = entries["__metadata__"]["foundry"]
+    except (KeyError, TypeError) as error:
         raise InvalidArgument(f"cartridge file has no foundry header: {error!r}") from error
+    if not isinstance(written, str):
+        raise InvalidArgument(f"cartridge file has no foundry header: {written!r:.100}")
+    header = CartridgeHeader.from_dict(parse_json(written))
     length = prologue_bytes(content)
     if bytes(memoryview(content)[:length]) != header.file_prologue():
         raise InvalidArgument("cartridge file lists its tensors in another order or shape than its header says")

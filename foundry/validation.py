@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -103,5 +104,14 @@ def _as_given(value: Any, handler: Callable[[Any], float]) -> Any:
     return value
 
 
+def _utc(value: str) -> str:
+    # A time without a zone has no offset, and can't be compared with one that has.
+    if datetime.fromisoformat(value).utcoffset() != timedelta(0):
+        raise ValueError(f"{value!r} is not a time in UTC")
+    return value
+
+
+# RFC 3339, UTC.
+Time = Annotated[str, AfterValidator(_utc)]
 # A float that stays an integer where one was written, so that its JSON, of which there are digests, does too.
 Number = Annotated[float, WrapValidator(_as_given), PlainSerializer(lambda number: number, return_type=int | float)]

@@ -36,12 +36,15 @@ from foundry.store.rollback import rollback
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.tags import TagRecord
+from foundry.store.unreadable import skipped
 from foundry.store.upkeep import rebuild
 from foundry.store.upkeep.gc import Collected, Collector, Retention
 from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
 from foundry.store.upkeep.usage import Usage, take_usage
-from foundry.store.upkeep.verify import Verified, Verifier
+from foundry.store.upkeep.verified import Verified
+from foundry.store.upkeep.verify import Verifier
+from foundry.store.upkeep.verify_records import RecordVerifier
 from foundry.tasks import end
 
 log = structlog.get_logger(__name__)
@@ -199,8 +202,10 @@ class CartridgeStore:
             return set()
 
     async def names(self) -> list[str]:
-        """All cartridge names; without Redis only those with a durable version."""
-        return await _or_durable(self._pointers.names(), self._durable.names)
+        """All cartridge names; without Redis' set of them only those with a durable version."""
+        with skipped("pointer", key("names")):
+            return await _or_durable(self._pointers.names(), self._durable.names)
+        return await self._durable.names()
 
     async def tags(self, name: str) -> dict[str, int]:
         """Tag to version, without `latest`."""
@@ -373,8 +378,10 @@ class CartridgeStore:
 
     def verify(self) -> AsyncIterator[Verified]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
+        checkpoints = Checkpoints(self.objects)
+        records = RecordVerifier(self.objects, self.documents, self.datasets, self.runs, checkpoints, self._marks)
         grace_seconds = self.settings.sweep_grace_seconds
-        return Verifier(self._pointers, self._durable, self._hot, grace_seconds=grace_seconds).verify()
+        return Verifier(self._pointers, self._durable, self._hot, records, grace_seconds=grace_seconds).verify()
 
 
 async def _or_durable(pointers: Awaitable[T], durable: Callable[[], Awaitable[T]]) -> T:

@@ -7,23 +7,29 @@ was killed while it wrote goes on behind the last shard that stands.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
+from foundry.store.spec import Digest
+from foundry.validation import Checked, Number
 
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetSummary:
+class DatasetSummary(Checked):
     """What a whole data set holds: the digest of its content, and counts and coverage by family."""
 
-    digest: str
-    families: Mapping[str, Mapping[str, float]]
+    digest: Digest
+    families: Mapping[str, Mapping[str, Number]]
+
+
+class _Shard(Checked):
+    family: str
+    number: int
+    rows: list[Json]
 
 
 class DatasetStore:
@@ -32,13 +38,17 @@ class DatasetStore:
 
     async def shard(self, dataset: str, family: str, number: int) -> list[Json] | None:
         """The rows of a shard; None if it is not written yet. Raises DigestMismatch if it is damaged."""
-        key = layout.dataset_shard(dataset, family, number)
+
+        def parse(content: bytes) -> list[Json]:
+            shard = _Shard.model_validate(unseal(content))
+            if (shard.family, shard.number) != (family, number):
+                raise InvalidArgument(f"it is shard {shard.number} of {shard.family}")
+            return shard.rows
+
         try:
-            record = await self._record(key)
+            return await self._objects.record(layout.dataset_shard(dataset, family, number), parse)
         except NotFound:
             return None
-        rows: list[Json] = record["rows"]
-        return rows
 
     async def append(self, dataset: str, family: str, number: int, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
         """Write a shard, unless another has written it; returns what stands then."""
@@ -52,7 +62,7 @@ class DatasetStore:
     async def finish(self, dataset: str, summary: DatasetSummary) -> DatasetSummary:
         """Say that all shards are there. Raises DigestMismatch if another said so of other content."""
         key = layout.dataset_summary(dataset)
-        await self._objects.put_if_absent(key, seal(asdict(summary)).encode())
+        await self._objects.put_if_absent(key, seal(summary.model_dump()).encode())
         stands = await self.summary(dataset)
         if stands.digest != summary.digest:
             raise DigestMismatch(f"data set {dataset} holds {summary.digest}, its record says {stands.digest}")
@@ -60,10 +70,6 @@ class DatasetStore:
 
     async def summary(self, dataset: str) -> DatasetSummary:
         """Raises NotFound while the data set is not whole, DigestMismatch if its record is damaged."""
-        return DatasetSummary(**await self._record(layout.dataset_summary(dataset)))
-
-    async def _record(self, key: str) -> Json:
-        try:
-            return await self._objects.parsed(key, lambda content: unseal(content, key))
-        except InvalidArgument as error:
-            raise DigestMismatch(error.message) from error
+        return await self._objects.record(
+            layout.dataset_summary(dataset), lambda content: DatasetSummary.model_validate(unseal(content))
+        )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 
-import structlog
+from pydantic import Field
 
 from foundry.errors import (
     DigestMismatch,
@@ -20,18 +19,17 @@ from foundry.identity import content_digest
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
+from foundry.store.unreadable import reading
+from foundry.validation import Checked, Time
 
-log = structlog.get_logger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class DocumentInfo:
+class DocumentInfo(Checked):
     """`created_at` is RFC 3339, UTC, of the first time that these bytes were put."""
 
     digest: str
     title: str
-    num_bytes: int
-    created_at: str
+    num_bytes: int = Field(ge=0, le=2**53)
+    created_at: Time
 
 
 class DocumentStore:
@@ -54,8 +52,8 @@ class DocumentStore:
         # Also over a text that stands: it is the same, unless it is damaged, and then this repairs it.
         await self._objects.put(layout.document(digest), [content])
         created_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        info = DocumentInfo(digest, title, len(content), created_at)
-        record = seal(asdict(info)).encode()
+        info = DocumentInfo(digest=digest, title=title, num_bytes=len(content), created_at=created_at)
+        record = seal(info.model_dump()).encode()
         if not await self._objects.put_if_absent(layout.document_info(digest), record):
             try:
                 await self.info(digest)
@@ -65,19 +63,21 @@ class DocumentStore:
 
     async def get(self, digest: str) -> str:
         """Raises DocumentNotFound, DigestMismatch."""
+        key = layout.document(digest)
         try:
-            content = bytes(await self._objects.get(layout.document(digest)))
+            with reading(key):
+                content = bytes(await self._objects.get(key, max_bytes=self._max_document_bytes))
+                if (found := content_digest(content)) != digest:
+                    raise DigestMismatch(f"document bytes hash to {found}, expected {digest}")
+                return content.decode()
         except NotFound as error:
             raise DocumentNotFound(f"there is no document {digest}", field="document") from error
-        if (found := content_digest(content)) != digest:
-            raise DigestMismatch(f"document bytes hash to {found}, expected {digest}")
-        return content.decode()
 
     async def info(self, digest: str) -> DocumentInfo:
         """Raises DocumentNotFound, DigestMismatch if the record is damaged: putting the document again mends it."""
         key = layout.document_info(digest)
         try:
-            return _info(key, await self._objects.get(key))
+            return await self._objects.record(key, partial(_info, key))
         except NotFound as error:
             raise DocumentNotFound(f"there is no document {digest}", field="document") from error
 
@@ -91,22 +91,16 @@ class DocumentStore:
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:
         """All documents whose record is whole, oldest first."""
-        keys = [key for key in await self._objects.keys_here(layout.DOCUMENTS) if key.endswith(".json")]
-        contents = await asyncio.gather(*(self._objects.get(key) for key in keys))
-        infos = []
-        for key, content in zip(keys, contents, strict=True):
-            try:
-                infos.append(_info(key, content))
-            except DigestMismatch as error:
-                log.error("document_unreadable", key=key, error=error.message)
-        return sorted(infos, key=lambda info: (info.created_at, info.digest))
+        keys = [key for key in await self._objects.keys_here(layout.DOCUMENTS) if layout.DOCUMENT.fullmatch(key)]
+        infos = await self._objects.records("document", keys, _info)
+        return sorted(infos.values(), key=lambda info: (info.created_at, info.digest))
 
 
-def _info(key: str, content: memoryview) -> DocumentInfo:
-    try:
-        return DocumentInfo(**unseal(bytes(content), key))
-    except InvalidArgument as error:
-        raise DigestMismatch(error.message) from error
+def _info(key: str, content: bytes) -> DocumentInfo:
+    info = DocumentInfo.model_validate(unseal(content))
+    if layout.document_info(info.digest) != key:
+        raise InvalidArgument(f"it is the record of {info.digest}")
+    return info
 
 
 def readable(document: str | bytes) -> bytes:

@@ -69,7 +69,7 @@ class Fetcher:
             failure = error
             metrics.MISMATCHES.labels("hot").inc()
             log.error("hot_bytes_corrupt", digest=digest, error=error.message)
-            with suppress(StoreUnavailable):
+            with suppress(StoreUnavailable, DigestMismatch):
                 await self._pointers.drop_bytes(digest)
         try:
             blob = await self._blobs.get(digest)

@@ -12,7 +12,10 @@ from foundry.identity import CartridgeHeader
 from foundry.store.names import MAX_VERSION, CartridgeId, check_name, check_run
 from foundry.store.sealed import seal, unseal
 from foundry.store.spec import Digest
-from foundry.validation import Checked, Number, checked
+from foundry.validation import Checked, Number, Time, checked
+
+# Counts pass through Lua, as versions do.
+MAX_COUNT = MAX_VERSION
 
 
 class ManifestDraft(Checked):
@@ -24,10 +27,10 @@ class ManifestDraft(Checked):
     run: Annotated[str, checked(check_run)]
     """Who publishes. Importers use a run of their own, such as `import-8a1f`."""
 
-    attempt: int = Field(ge=0)
+    attempt: int = Field(ge=0, le=MAX_COUNT)
     """The run's attempt: the fencing token."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=MAX_COUNT)
     """Optimiser steps before this version."""
 
     parent: Digest | None = None
@@ -42,7 +45,7 @@ class ManifestDraft(Checked):
     objective: str = ""
     """The loss it was trained with."""
 
-    tokens_seen: int = Field(default=0, ge=0)
+    tokens_seen: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Tokens of answers that it was trained on."""
 
     metrics: Mapping[str, Number] = {}
@@ -53,8 +56,6 @@ def _header(value: Any, read: Any) -> CartridgeHeader:
     # Not pydantic's reading of a dataclass: a header checks itself.
     if isinstance(value, CartridgeHeader):
         return value
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
     return CartridgeHeader.from_dict(value)
 
 
@@ -70,7 +71,7 @@ class Manifest(ManifestDraft):
     version: int = Field(ge=1, le=MAX_VERSION)
     """Its number."""
 
-    created_at: str
+    created_at: Time
     """RFC 3339, UTC."""
 
     @classmethod
@@ -89,7 +90,7 @@ class Manifest(ManifestDraft):
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Raises InvalidArgument on unknown or missing keys, wrong types, and on anything that is not a manifest."""
-        values = unseal(text, "manifest")
+        values = unseal(text)
         if wrong := (set(values) ^ set(cls.model_fields)):
             raise InvalidArgument(f"manifest has unknown fields or lacks some: {sorted(wrong)}", field=min(wrong))
         return cls(**values)

@@ -21,6 +21,12 @@ FETCHED = Counter("foundry_store_versions_fetched", "Versions read, by where the
 MISMATCHES = Counter(
     "foundry_store_digest_mismatches", "Copies that were refused because their bytes are not what they claim.", ["tier"]
 )
+UNREADABLE = Counter(
+    "foundry_store_unreadable_records",
+    "Records in Redis or object storage that a list or a sweep passed over because they can't be read; "
+    "`foundry store verify` names them.",
+    ["kind"],
+)
 LEASES = Gauge("foundry_store_leases", "Leases on versions that this process holds.")
 REDIS_UP = Gauge("foundry_store_redis_up", "Whether Redis answered the last command: 1 or 0.")
 REDIS_SECONDS = Histogram(
@@ -45,6 +51,8 @@ for _tier in ("hot", "durable"):
     MISMATCHES.labels(_tier)
     for _direction in ("sent", "received"):
         BYTES.labels(_direction, _tier)
+for _kind in ("cartridge", "document", "manifest", "mark", "pointer", "run", "tag"):
+    UNREADABLE.labels(_kind)
 for _durable in ("true", "false"):
     PUBLISHED.labels(_durable)
 for _reason in ("STORE_UNAVAILABLE", "STORE_REFUSED", "STORE_FULL"):

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
+from foundry.untrusted import parse_count
 
 LATEST = "latest"
 # 2**53: versions pass through Lua, whose numbers are doubles.
 MAX_VERSION = 2**53 - 1
 
 _PART = r"[a-z0-9][a-z0-9._-]{0,62}"
-_NAME = re.compile(rf"{_PART}(?:/{_PART})?")
+NAME = rf"{_PART}(?:/{_PART})?"
+_NAME = re.compile(NAME)
 _TAG = re.compile(_PART)
-_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RUN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_RUN = re.compile(RUN)
 _VERSION = re.compile(r"[0-9]{1,16}")
 
 
@@ -94,6 +97,11 @@ def check_version(version: int, *, field: str = "version") -> int:
     if not 1 <= version <= MAX_VERSION:
         raise InvalidArgument(f"{version} is not a version: expected 1..{MAX_VERSION}", field=field)
     return version
+
+
+def parse_version(text: str) -> int:
+    """Raises InvalidArgument."""
+    return check_version(parse_count(text))
 
 
 def check_run(run: str, *, field: str = "run") -> str:

@@ -13,17 +13,19 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from foundry.errors import Fenced, InvalidArgument, RunNotFound, RunOver
+from foundry.errors import DigestMismatch, Fenced, InvalidArgument, RunNotFound, RunOver
 from foundry.identity import Buffer
 from foundry.store.names import check_run
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import Objects
 from foundry.store.objects.runs import FinalState, RunArchive
 from foundry.store.record import ClaimedRun, Desired, RunState, desired_of
-from foundry.store.redis.connection import Connection, Reply
+from foundry.store.redis.connection import RESTORE, Connection, Reply
 from foundry.store.redis.keys import key
 from foundry.store.settings import StoreSettings
 from foundry.store.spec import RunSpec
+from foundry.store.unreadable import reading, skipped
+from foundry.untrusted import parse_object
 
 MAX_EVENT_BYTES = 64 * 2**10
 # Between two looks at a run that another worker holds or that is paused.
@@ -61,6 +63,8 @@ class RunQueue:
             reply = await self._run("runs/claim_run", run_id, worker, to_ms(lease_seconds), self._events_length)
             if reply[0] == "over":
                 raise RunOver(f"run {run_id} has {reply[1]} already", field="run_id")
+            if reply[0] == "damaged":
+                raise DigestMismatch(f"{key('run', run_id)} in Redis is damaged: {RESTORE}")
             return reply
 
         return await self._claimed(
@@ -91,7 +95,7 @@ class RunQueue:
 
     async def _begin(self, reply: Reply) -> ClaimedRun | None:
         """What was claimed; None if it has to be claimed again, or is now over."""
-        run_id, attempt, desired = reply[1], int(reply[2]), desired_of(reply[4])
+        run_id, attempt, desired = reply[1], int(reply[2]), _desired(reply[4])
         # Before the worker acts: an attempt that did anything must not be forgotten with Redis.
         if not await self._archive.begin_attempt(run_id, attempt):
             # Redis forgot that it gave this attempt out, perhaps to a worker that still acts on it: the next.
@@ -100,7 +104,14 @@ class RunQueue:
         elif desired is Desired.CANCEL:
             await self.finish(run_id, attempt, RunState.CANCELLED)
         else:
-            return ClaimedRun(run_id=run_id, attempt=attempt, spec=RunSpec.from_json(reply[3]), desired=desired)
+            try:
+                with reading(f"the spec of run {run_id} in Redis"):
+                    spec = RunSpec.from_json(reply[3])
+            except DigestMismatch as error:
+                # Whoever claimed it next would meet the same.
+                await self.finish(run_id, attempt, RunState.FAILED, error=f"{error.reason}: {error.message}")
+            else:
+                return ClaimedRun(run_id=run_id, attempt=attempt, spec=spec, desired=desired)
         return None
 
     async def heartbeat(
@@ -121,7 +132,7 @@ class RunQueue:
         reply = await self._held(
             "runs/heartbeat", run_id, attempt, to_ms(lease_seconds), state, waiting_for, self._events_length
         )
-        return desired_of(reply[1])
+        return _desired(reply[1])
 
     async def report(self, run_id: str, attempt: int, event: Mapping[str, Any]) -> str:
         """Append an event, at most 64 KiB as JSON, and return its id. Raises Fenced, InvalidArgument."""
@@ -166,9 +177,12 @@ class RunQueue:
             self._events_length,
         )
         events: list[tuple[str, dict[str, Any]]] = []
-        while page := await self._read_events(run_id, events[-1][0] if events else "0-0", block=False):
-            events += page
-        await self._archive.finish(run_id, FinalState(state, error, values, time.time_ns() // 10**6), events)
+        after = "0-0"
+        while page := await self._read_events(run_id, after, block=False):
+            after = page[-1][0]
+            events += [(event_id, each) for event_id, each in page if each is not None]
+        final = FinalState(state=state.value, error=error, result=values, finished_ms=time.time_ns() // 10**6)
+        await self._archive.finish(run_id, final, events)
 
     async def save_checkpoint(self, run_id: str, attempt: int, step: int, parts: Iterable[Buffer]) -> str:
         """Keep the trainer's state and return its digest; on an error the previous stands. Raises Fenced, StoreFull."""
@@ -183,9 +197,16 @@ class RunQueue:
         """Where the run was asked for, to link its steps' traces to; "" if nobody traced that."""
         return await self._archive.traceparent(check_run(run_id, field="run_id"))
 
-    async def _read_events(self, run_id: str, after: str, *, block: bool) -> list[tuple[str, dict[str, Any]]]:
-        entries = await self._connection.read_stream(key("run-events", run_id), after, block=block)
-        return [(event_id, json.loads(fields["event"])) for event_id, fields in entries]
+    async def _read_events(self, run_id: str, after: str, *, block: bool) -> list[tuple[str, dict[str, Any] | None]]:
+        """None in the place of one that can't be read."""
+        stream = key("run-events", run_id)
+        events: list[tuple[str, dict[str, Any] | None]] = []
+        for event_id, fields in await self._connection.read_stream(stream, after, block=block):
+            event = None
+            with skipped("run", f"{stream} {event_id}"), reading(f"event {event_id} of run {run_id}"):
+                event = parse_object(fields["event"])
+            events.append((event_id, event))
+        return events
 
     async def _held(self, script: str, run_id: str, attempt: int, *args: str | int) -> Reply:
         reply = await self._run(script, run_id, attempt, *args)
@@ -198,6 +219,11 @@ class RunQueue:
         if reply[0] == "missing":
             raise RunNotFound(f"there is no run {args[0]}", field="run_id")
         return reply
+
+
+def _desired(text: str) -> Desired:
+    with reading("what is wanted of a run in Redis"):
+        return desired_of(text)
 
 
 def to_ms(seconds: float) -> int:

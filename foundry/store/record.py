@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,8 +11,11 @@ from typing import Any
 from pydantic import Field
 
 from foundry.store.objects.runs import ArchivedRun
+from foundry.store.redis.keys import key
 from foundry.store.spec import RunSpec
-from foundry.validation import Strict
+from foundry.store.unreadable import reading
+from foundry.untrusted import parse_count, parse_json
+from foundry.validation import Checked
 
 
 class RunState(StrEnum):
@@ -56,7 +58,7 @@ class ActiveRuns:
     waiting: frozenset[str]
 
 
-class RunRecord(Strict):
+class RunRecord(Checked):
     """A run as it stands. Times are RFC 3339, UTC."""
 
     run_id: str = Field(serialization_alias="id")
@@ -100,21 +102,23 @@ class RunRecord(Strict):
 
 
 def record_of(run_id: str, fields: Mapping[str, str]) -> RunRecord:
-    return RunRecord(
-        run_id=run_id,
-        spec=RunSpec.from_json(fields["spec"]),
-        state=RunState(fields["state"]),
-        attempt=int(fields["attempt"]),
-        desired=desired_of(fields["desired"]),
-        worker=fields.get("worker", ""),
-        waiting_for=fields.get("waiting_for", ""),
-        created_at=_time(fields["created"]),
-        started_at=_time(fields["started"]) if "started" in fields else None,
-        finished_at=_time(fields["finished"]) if "finished" in fields else None,
-        error=json.loads(fields.get("error", "null")),
-        result=json.loads(fields.get("result", "null")),
-        last_event=json.loads(fields.get("last_event", "null")),
-    )
+    """What Redis holds of a run. Raises DigestMismatch if that is damaged."""
+    with reading(f"{key('run', run_id)} in Redis"):
+        return RunRecord(
+            run_id=run_id,
+            spec=RunSpec.from_json(fields["spec"]),
+            state=RunState(fields["state"]),
+            attempt=parse_count(fields["attempt"]),
+            desired=desired_of(fields["desired"]),
+            worker=fields.get("worker", ""),
+            waiting_for=fields.get("waiting_for", ""),
+            created_at=_time(parse_count(fields["created"])),
+            started_at=_time(parse_count(fields["started"])) if "started" in fields else None,
+            finished_at=_time(parse_count(fields["finished"])) if "finished" in fields else None,
+            error=parse_json(fields.get("error", "null")),
+            result=parse_json(fields.get("result", "null")),
+            last_event=parse_json(fields.get("last_event", "null")),
+        )
 
 
 def archived_record(run: ArchivedRun) -> RunRecord:
@@ -138,5 +142,5 @@ def desired_of(text: str) -> Desired:
     return Desired(text) if text else Desired.CONTINUE
 
 
-def _time(ms: str | int) -> str:
-    return datetime.fromtimestamp(int(ms) / 1000, UTC).isoformat(timespec="milliseconds")
+def _time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")

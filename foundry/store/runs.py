@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
-from foundry.errors import Conflict, FoundryError, RunNotFound, StoreUnavailable
+from foundry.errors import Conflict, DigestMismatch, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
 from foundry.store.names import check_run
 from foundry.store.queue import RunQueue, to_ms
 from foundry.store.record import (
@@ -18,9 +20,10 @@ from foundry.store.record import (
     archived_record,
     record_of,
 )
-from foundry.store.redis.connection import Reply
+from foundry.store.redis.connection import RESTORE, Reply
 from foundry.store.redis.keys import key
 from foundry.store.spec import RunSpec
+from foundry.store.unreadable import skipped
 from foundry.telemetry.traces import current_traceparent
 
 # Lower-case base32: no letter that reads like a digit.
@@ -60,6 +63,17 @@ class RunStore(RunQueue):
             raise RunNotFound(f"there is no run {run_id}", field="run_id")
         return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
+    async def ids(self) -> builtins.list[str]:
+        """Ids of all runs that Redis knows, newest first."""
+        return [str(run_id) for run_id in await self._connection.read("ZREVRANGE", key("runs"), 0, -1)]
+
+    async def listed(self, run_id: str) -> RunRecord:
+        """A run that Redis lists. Raises DigestMismatch if there is none of that id."""
+        try:
+            return await self.get(run_id)
+        except (RunNotFound, InvalidArgument) as error:
+            raise DigestMismatch(f"{key('runs')} in Redis is damaged: {error.message}. {RESTORE}") from error
+
     async def request_cancel(self, run_id: str) -> None:
         """The worker ends the run at its next heartbeat; a run that nobody works on ends now.
 
@@ -98,6 +112,8 @@ class RunStore(RunQueue):
             entries = await self._read_events(run_id, after, block=not over)
             for event_id, event in entries:
                 after = event_id
+                if event is None:
+                    continue
                 yield event_id, event
                 if event.get("type") == "finished":
                     return
@@ -119,6 +135,14 @@ class RunStore(RunQueue):
         """Say what a run in the queue waits for; without effect once a worker has it."""
         await self._run("runs/explain_queued", check_run(run_id, field="run_id"), waiting_for, self._events_length)
 
+    # For verify
+
+    async def check(self, run_id: str) -> int:
+        """Bytes that were hashed of what object storage has of a run. Raises RunNotFound, DigestMismatch."""
+        await self._archive.run(run_id)
+        await self._archive.events(run_id)
+        return 0
+
     # For rebuild
 
     async def restore(self, server_run: str) -> int:
@@ -126,31 +150,37 @@ class RunStore(RunQueue):
         runs = await self._archive.runs()
         for run in runs:
             final = run.final
-            await self._connection.run_restoring(
-                "runs/restore",
-                server_run,
-                run.run_id,
-                run.spec,
-                run.name,
-                run.created_ms,
-                run.attempt,
-                run.desired,
-                to_ms(self._settings.recovery_lease_seconds),
-                final.state if final else "",
-                json.dumps(final.error if final else None),
-                json.dumps(final.result if final else None),
-                final.finished_ms if final else "",
-            )
+            with skipped("run", key("run", run.run_id)):
+                await self._connection.run_restoring(
+                    "runs/restore",
+                    server_run,
+                    run.run_id,
+                    run.spec,
+                    run.name,
+                    run.created_ms,
+                    run.attempt,
+                    run.desired,
+                    to_ms(self._settings.recovery_lease_seconds),
+                    final.state if final else "",
+                    json.dumps(final.error if final else None),
+                    json.dumps(final.result if final else None),
+                    final.finished_ms if final else "",
+                )
         return sum(run.final is None for run in runs)
 
     # Last, because after it `list` means this method.
     async def list(self) -> list[RunRecord]:
-        """All runs, newest first. Without Redis, what object storage knows."""
-        try:
-            run_ids = await self._connection.read("ZREVRANGE", key("runs"), 0, -1)
-        except StoreUnavailable:
+        """All runs that can be read, newest first. Without Redis' list of them, what object storage knows."""
+        run_ids = None
+        with suppress(StoreUnavailable), skipped("run", key("runs")):
+            run_ids = await self.ids()
+        if run_ids is None:
             return [archived_record(run) for run in reversed(await self._archive.runs())]
-        return [await self.get(run_id) for run_id in run_ids]
+        records = []
+        for run_id in run_ids:
+            with skipped("run", key("run", run_id)):
+                records.append(await self.listed(run_id))
+        return records
 
 
 def _position(event_id: str) -> tuple[int, int]:

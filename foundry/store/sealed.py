@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from foundry.errors import InvalidArgument
 from foundry.identity import content_digest
+from foundry.untrusted import MAX_RECORD_BYTES, parse_object, write_json
 
 
 def seal(values: Mapping[str, Any]) -> str:
-    """`values` as JSON, with a `checksum`. No NaN: a reader in another language would refuse it."""
-    return _dump({**values, "checksum": _checksum(values)})
+    """`values` as JSON, with a `checksum`. Raises InvalidArgument for what could not be read again."""
+    text = _dump({**values, "checksum": _checksum(values)})
+    if len(text.encode()) > MAX_RECORD_BYTES:
+        raise InvalidArgument(f"a record can't have more than {MAX_RECORD_BYTES} bytes")
+    return text
 
 
-def unseal(text: str | bytes, what: str) -> dict[str, Any]:
-    """The values of a record; `what` names it in errors. Raises InvalidArgument unless it is as `seal` wrote it."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise InvalidArgument(f"{what} is damaged: it is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InvalidArgument(f"{what} is damaged: it is not a JSON object")
+def unseal(text: str | bytes) -> dict[str, Any]:
+    """The values of a record. Raises InvalidArgument unless it is as `seal` wrote it."""
+    values = parse_object(text)
     stated = values.pop("checksum", None)
     if stated != (found := _checksum(values)):
-        raise InvalidArgument(f"{what} is damaged: its checksum is {found}, it says {stated}")
+        raise InvalidArgument(f"its checksum is {found}, it says {str(stated)[:100]}")
     return values
 
 
@@ -35,6 +33,6 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 def _dump(values: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return write_json(values)
     except ValueError as error:
         raise InvalidArgument(f"a record can't hold what JSON has no word for: {error}") from error

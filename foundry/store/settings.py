@@ -115,7 +115,7 @@ class StoreSettings(BaseModel):
     """Largest cartridge that is read: what claims to be larger is damaged."""
 
     max_document_bytes: int = Field(default=16 * 2**20, ge=1)
-    """Largest document that is stored."""
+    """Largest document that is stored and read."""
 
     event_stream_length: int = Field(default=10_000, ge=1)
     """Events kept in Redis: of published versions, and of each run (approximate)."""

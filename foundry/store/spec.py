@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from foundry.errors import CartridgeTooLong, InvalidArgument
 from foundry.identity import ObjectiveKind, check_digest, content_digest
 from foundry.store.names import check_name
+from foundry.untrusted import parse_json
 from foundry.validation import Checked, FirstError, Number, Strict, checked
 
 # Quantities that Kubernetes takes too; zero is none.
@@ -284,10 +285,8 @@ class RunSpec(Checked):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise InvalidArgument(f"run is not JSON: {error}") from error
+        """Raises InvalidArgument."""
+        values = parse_json(text)
         # Runs from before there was a choice.
         old = {"init": "first_tokens", "mode": "on", "matching_steps": 0}
         return cls.model_validate(old | values if isinstance(values, dict) else values)

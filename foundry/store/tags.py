@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from foundry.errors import InvalidArgument
+from pydantic import Field
+
+from foundry.store.names import MAX_VERSION
 from foundry.store.sealed import seal, unseal
+from foundry.validation import Checked
 
 # Versions that a tag meant before and can go back to.
 MAX_TAG_HISTORY = 32
 
+_Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
-@dataclass(frozen=True, slots=True)
-class TagRecord:
+
+class TagRecord(Checked):
     """`history`: versions that it meant before, newest first, at most MAX_TAG_HISTORY. `moved_ms`: when, by Redis'
     clock; 0 where that is not known. It makes two records differ although a tag went back to what it meant."""
 
-    version: int
-    history: tuple[int, ...] = ()
-    moved_ms: int = 0
+    version: _Version
+    # JSON has no tuples.
+    history: tuple[_Version, ...] = Field(default=(), strict=False, max_length=MAX_TAG_HISTORY)
+    moved_ms: int = Field(default=0, ge=0, le=MAX_VERSION)
 
     def to_json(self) -> str:
-        return seal(asdict(self))
+        return seal(self.model_dump())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TagRecord:
         """Raises InvalidArgument."""
-        values = unseal(text, "tag")
-        try:
-            history = tuple(int(version) for version in values["history"])
-            return cls(int(values["version"]), history, int(values["moved_ms"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"the record of a tag is unreadable: {error!r}") from error
+        return cls.model_validate(unseal(text))

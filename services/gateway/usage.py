@@ -7,7 +7,7 @@ import asyncio
 import structlog
 from prometheus_client import Gauge
 
-from foundry.errors import StoreUnavailable
+from foundry.errors import FoundryError
 from foundry.store import CartridgeStore
 
 log = structlog.get_logger(__name__)
@@ -31,7 +31,7 @@ async def watch(store: CartridgeStore, period_seconds: float) -> None:
     while True:
         try:
             await _look(store)
-        except StoreUnavailable as error:
+        except FoundryError as error:
             log.warning("store not looked at", error=error.message)
         except Exception:
             # A fault of ours, which must not end the looks without a word.

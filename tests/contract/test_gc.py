@@ -308,8 +308,18 @@ async def test_checkpoints_of_runs_that_are_over_go(collecting: CartridgeStore) 
 async def test_what_a_dead_collector_left_is_forgotten(collecting: CartridgeStore, tmp_path: Path) -> None:
     await collecting._marks.put("dead", [cartridge(1).digest()])
     await gc(collecting)
-    assert await collecting._marks.digests() == [cartridge(1).digest()]
+    assert await collecting._marks.digests() == ({cartridge(1).digest()}, True)
     long_ago = (datetime.now(UTC) - timedelta(hours=1)).timestamp()
     os.utime(tmp_path / "objects/condemned/dead.json", (long_ago, long_ago))
     await gc(collecting)
-    assert await collecting._marks.digests() == []
+    assert await collecting._marks.digests() == (set(), True)
+
+
+async def test_a_mark_that_cannot_be_read_may_be_of_any_garbage(collecting: CartridgeStore) -> None:
+    needed, garbage = await publish(collecting, 0), cartridge(7)
+    await collecting._durable.blobs.put(garbage.digest(), garbage)
+    await collecting.objects.put("condemned/batch.json", [b"{"])
+    await collecting._connection.redis.flushall()
+    await collecting.rebuild()
+    assert await collecting._pointers.lease(needed.digest, "reader", 1)
+    assert not await collecting._pointers.lease(garbage.digest(), "reader", 1)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from foundry.store import CartridgeStore, Manifest, StoreSettings
+from foundry.errors import DigestMismatch
+from foundry.store import CartridgeStore, DatasetSummary, Manifest, StoreSettings, metrics
 from foundry.store.redis.hot_bytes import CHUNK_BYTES
-from foundry.store.upkeep.verify import Verified
-from tests.store_data import cartridge, draft
+from foundry.store.sealed import seal
+from foundry.store.upkeep.verified import Verified
+from foundry.untrusted import MAX_RECORD_BYTES
+from tests.store_data import cartridge, claim, draft, run_spec
 
 
 @pytest.fixture
@@ -158,3 +161,71 @@ async def test_commands_without_redis_say_so(filled: CartridgeStore, store_setti
         assert done.returncode == 1
         assert done.stdout == ""
         assert done.stderr.startswith("error: Redis can't be used"), done.stderr
+
+
+async def test_documents_data_sets_checkpoints_and_runs_are_hashed(filled: CartridgeStore) -> None:
+    document, objects = await filled.documents.put("a text"), filled.objects
+    dataset = "blake3:" + "ef" * 32
+    rows = [{"family": "prompts", "prompt": "Who?"}]
+    await filled.datasets.append(dataset, "asked", 0, rows)
+    summary = DatasetSummary(digest=document, families={"prompts": {"conversations": 1}})
+    await filled.datasets.finish(dataset, summary)
+    run_id = await filled.runs.create(run_spec("notes"))
+    await claim(filled.runs)
+    await filled.runs.save_checkpoint(run_id, 1, 1, [b"state"])
+    checked = [each async for each in filled.verify()]
+    assert {each.state for each in checked} == {"ok"}
+    assert {"document", "dataset", "run", "checkpoint"} <= {each.kind for each in checked}
+
+    stem, shard = f"runs/{run_id}/checkpoints/000001-0000000001", f"datasets/{dataset[7:]}/asked-000000.json"
+    text, record = f"documents/{document[7:]}.txt", f"documents/{document[7:]}.json"
+    for damaged, content, expected in (
+        (text, b"A text", ("corrupt", "document", record)),
+        (text, None, ("missing", "document", record)),
+        (shard, None, ("missing", "dataset", f"datasets/{dataset[7:]}/dataset.json")),
+        (shard, seal({"family": "asked", "number": 1, "rows": rows}).encode(), ("corrupt", "dataset", shard)),
+        (f"{stem}.safetensors", b"State", ("corrupt", "checkpoint", f"{stem}.json")),
+        (f"{stem}.safetensors", None, ("missing", "checkpoint", f"{stem}.json")),
+        (f"{stem}.json", b"[" * 100_000, ("corrupt", "checkpoint", f"{stem}.json")),
+        (f"runs/{run_id}/run.json", seal({"spec": "{}"}).encode(), ("corrupt", "run", f"runs/{run_id}/run.json")),
+    ):
+        before = bytes(await objects.get(damaged))
+        if content is None:
+            await objects.delete(damaged)
+        else:
+            await objects.put(damaged, [content])
+        assert expected in await wrong(filled), damaged
+        await objects.put(damaged, [before])
+    assert await wrong(filled) == []
+
+
+async def test_keys_of_another_type_are_found_and_replaced(filled: CartridgeStore) -> None:
+    redis, whole = filled._connection.redis, await filled.versions("report")
+    keys = ["foundry:names", "foundry:durable:report", "foundry:versions:report", "foundry:runs", "foundry:events"]
+    for key in keys:
+        await redis.delete(key)
+        await redis.set(key, "a string")
+    found = await wrong(filled)
+    assert {key for _, kind, key in found if kind == "pointer"} >= set(keys)
+    assert await filled.names() == ["report"]
+    with pytest.raises(DigestMismatch, match="rebuild --force"):
+        await filled.resolve("report")
+    await filled.rebuild(force=True)
+    assert await filled.versions("report") == whole[:2]
+    assert (await filled.resolve("report")).version == 2
+
+
+async def test_what_is_passed_over_is_counted(filled: CartridgeStore) -> None:
+    def counted() -> float:
+        return metrics.UNREADABLE.labels("manifest")._value.get()
+
+    before = counted()
+    await filled.objects.put("cartridges/report/0000000001.json", [b"[" * 100_000])
+    assert [each.version for each in await filled._durable.manifests("report")] == [2]
+    assert counted() == before + 1
+
+
+async def test_a_record_that_is_too_large_is_not_read(filled: CartridgeStore) -> None:
+    await filled.objects.put("cartridges/report/0000000001.json", [b" " * (MAX_RECORD_BYTES + 1)])
+    with pytest.raises(DigestMismatch, match="at most"):
+        await filled._durable.manifest("report", 1)

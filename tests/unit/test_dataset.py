@@ -269,7 +269,7 @@ async def test_of_two_writers_one_is_believed(lm: FrozenLM, place: Place) -> Non
     other = [row | {"answer_ids": [1]} for row in shard]
     assert await place.store.append(place.dataset, "cloze", 0, other) == shard
     with pytest.raises(DigestMismatch, match="its record says"):
-        await place.store.finish(place.dataset, DatasetSummary("blake3:" + "0" * 64, {}))
+        await place.store.finish(place.dataset, DatasetSummary(digest="blake3:" + "0" * 64, families={}))
     assert await place.write() == first
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {"foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"},
-    {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles"},
+    {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted"},
     {"foundry.errors"},
     {"foundry.v1"},
 )

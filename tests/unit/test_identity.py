@@ -126,9 +126,9 @@ def test_files_that_are_not_cartridges_are_refused() -> None:
         (b"\2\0\0", "cut short"),
         (struct.pack("<Q", 9) + b"{}", "incomplete"),
         (struct.pack("<Q", 2**40) + b"{}", "at most"),
-        (struct.pack("<Q", 2) + b"{]", "no JSON"),
-        (struct.pack("<Q", 2) + b"\xff\xff", "no JSON"),
-        (struct.pack("<Q", 2) + b"[]", "no JSON object"),
+        (struct.pack("<Q", 2) + b"{]", "not JSON"),
+        (struct.pack("<Q", 2) + b"\xff\xff", "not JSON"),
+        (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
     ],
 )
 def test_senseless_safetensors_headers_are_refused(content: bytes, why: str) -> None:

@@ -14,16 +14,27 @@ from datetime import datetime
 
 import structlog
 from blake3 import blake3
+from pydantic import Field
 
 from foundry.errors import DigestMismatch, NotFound
 from foundry.identity import Buffer, content_digest
 from foundry.store.objects import layout
 from foundry.store.objects.objects import ObjectInfo, Objects
+from foundry.store.spec import Digest
+from foundry.store.unreadable import reading
+from foundry.untrusted import parse_object
+from foundry.validation import Checked
 
 log = structlog.get_logger(__name__)
 
 # The newest, and the one before it in case the newest is damaged.
 _KEPT = 2
+_RANGE_BYTES = 2**23
+
+
+class _Checkpoint(Checked):
+    digest: Digest
+    num_bytes: int = Field(ge=0, le=2**53)
 
 
 class Checkpoints:
@@ -78,22 +89,38 @@ class Checkpoints:
             for entry in sorted(files[run], key=lambda entry: entry.key):
                 yield entry
 
+    async def check(self, stem: str) -> int:
+        """Bytes of a checkpoint, hashed range by range. Raises NotFound if it is gone, DigestMismatch."""
+        record, key = await self._record(stem), f"{stem}.safetensors"
+        if (size := (await self._objects.head(key)).size) != record.num_bytes:
+            raise DigestMismatch(f"{key} has {size} bytes, its record says {record.num_bytes}")
+        hasher = blake3(max_threads=blake3.AUTO)
+        for at in range(0, size, _RANGE_BYTES):
+            with reading(key):
+                part = await self._objects.get_range(key, at, min(at + _RANGE_BYTES, size))
+            await asyncio.to_thread(hasher.update, part)
+        if (found := f"blake3:{hasher.hexdigest()}") != record.digest:
+            raise DigestMismatch(f"{key} hashes to {found}, expected {record.digest}")
+        return size
+
     async def delete(self, entry: ObjectInfo) -> None:
         await self._objects.delete(entry.key)
 
     async def _read(self, stem: str) -> bytes:
-        record = bytes(await self._objects.get(f"{stem}.json"))
+        record = await self._record(stem)
         try:
-            expected = json.loads(record)["digest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DigestMismatch(f"the record of checkpoint {stem} is damaged: {error!r}") from error
-        try:
-            content = bytes(await self._objects.get(f"{stem}.safetensors"))
+            with reading(f"{stem}.safetensors"):
+                content = bytes(await self._objects.get(f"{stem}.safetensors", max_bytes=record.num_bytes))
         except NotFound as error:
             raise DigestMismatch(f"the bytes of checkpoint {stem} are gone") from error
-        if (found := await asyncio.to_thread(content_digest, content)) != expected:
-            raise DigestMismatch(f"checkpoint {stem} hashes to {found}, expected {expected}")
+        if (found := await asyncio.to_thread(content_digest, content)) != record.digest:
+            raise DigestMismatch(f"checkpoint {stem} hashes to {found}, expected {record.digest}")
         return content
+
+    async def _record(self, stem: str) -> _Checkpoint:
+        return await self._objects.record(
+            f"{stem}.json", lambda content: _Checkpoint.model_validate(parse_object(content))
+        )
 
     async def _prune(self, run_id: str, *, newest: str) -> None:
         keys = await self._objects.keys_here(layout.checkpoints(run_id))

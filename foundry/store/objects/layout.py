@@ -28,6 +28,7 @@ from __future__ import annotations
 import re
 
 from foundry.identity import check_digest
+from foundry.store.names import NAME, RUN
 
 BLOBS = "blobs"
 CARTRIDGES = "cartridges"
@@ -38,11 +39,16 @@ RUNS = "runs"
 MARKS = "condemned"
 
 BLOB = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
-MANIFEST = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/(?P<version>[0-9]+)\.json")
-TAG = re.compile(r"cartridges/(?P<name>[^/]+(?:/[^/]+)?)/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
-LIMIT = re.compile(r"counters/(?P<name>.+)/(?P<limit>[0-9]+)")
-RUN = re.compile(r"runs/(?P<run>[^/]+)/run\.json")
-CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,})-(?P<step>[0-9]{10,}))\.(json|safetensors)")
+# What is spelt otherwise is not ours: we never wrote it.
+MANIFEST = re.compile(rf"cartridges/(?P<name>{NAME})/(?P<version>[0-9]{{10,16}})\.json")
+TAG = re.compile(rf"cartridges/(?P<name>{NAME})/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
+LIMIT = re.compile(rf"counters/(?P<name>{NAME})/(?P<limit>[0-9]{{16}})")
+DOCUMENT = re.compile(r"documents/(?P<hex>[0-9a-f]{64})\.json")
+SHARD = re.compile(r"datasets/(?P<hex>[0-9a-f]{64})/(?P<family>[^/]+)-(?P<number>[0-9]{6,16})\.json")
+SUMMARY = re.compile(r"datasets/(?P<hex>[0-9a-f]{64})/dataset\.json")
+RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
+ATTEMPT = re.compile(r".*/attempts/(?P<attempt>[0-9]{6,16})")
+CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,16})-(?P<step>[0-9]{10,16}))\.(json|safetensors)")
 
 
 def blob(digest: str) -> str:

@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -34,6 +36,8 @@ from foundry.identity import Buffer
 from foundry.store.credentials import S3Access
 from foundry.store.objects.directory import LOCK, fsync, locked, make_directory
 from foundry.store.objects.refusals import NO_BUCKET, text_of, typed
+from foundry.store.unreadable import REFUSALS, reading, skipped
+from foundry.untrusted import MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 _ONE_REQUEST_BYTES = 5 * 2**20
 _LIST_PAGE = 1000
 _READS_OF_DAMAGED = 3
+# Each holds the bytes of one.
+_RECORDS_AT_ONCE = 16
 _LET_GO_SECONDS = 0.1
 
 T = TypeVar("T")
@@ -77,6 +83,7 @@ class Objects:
         self._url = url
         # Set for file://, where durability needs an fsync and compare-and-set a lock that obstore does not do.
         self._root = root
+        self._records = asyncio.Semaphore(_RECORDS_AT_ONCE)
 
     @classmethod
     def open(cls, url: str, *, retry_seconds: float, s3: S3Access | None = None) -> Objects:
@@ -159,26 +166,38 @@ class Objects:
 
     # Reading
 
-    async def get(self, key: str) -> memoryview:
-        """Raises NotFound."""
-        with self._typed_errors(key):
-            return memoryview(await (await obstore.get_async(self._store, key)).bytes_async())
-
-    async def parsed(self, key: str, parse: Callable[[bytes], T]) -> T:
-        """What `parse` makes of a small object. Raises NotFound, and InvalidArgument as `parse` does.
-
-        What it refuses is read again: the damage may have been on the way.
-        """
-        for _ in range(_READS_OF_DAMAGED - 1):
-            with suppress(InvalidArgument):
-                return parse(bytes(await self.get(key)))
-        return parse(bytes(await self.get(key)))
-
-    async def get_with_etag(self, key: str) -> tuple[memoryview, ETag]:
-        """The object and what `put_if_match` needs to replace it. Raises NotFound."""
+    async def get(self, key: str, *, max_bytes: int | None = None) -> memoryview:
+        """Raises NotFound; InvalidArgument if it has more than `max_bytes`, of which none are read then."""
         with self._typed_errors(key):
             found = await obstore.get_async(self._store, key)
-            return memoryview(await found.bytes_async()), _etag(found.meta)
+            if max_bytes is not None and found.meta["size"] > max_bytes:
+                raise InvalidArgument(f"it has {found.meta['size']} bytes, at most {max_bytes} are read")
+            return memoryview(await found.bytes_async())
+
+    async def record(self, key: str, parse: Callable[[bytes], T], *, max_bytes: int = MAX_RECORD_BYTES) -> T:
+        """What `parse` makes of a small object. Raises NotFound; DigestMismatch, which names the key, if `parse`
+        refuses it or it is larger than `max_bytes`.
+
+        What is refused is read again: the damage may have been on the way.
+        """
+        async with self._records:
+            with reading(key):
+                for _ in range(_READS_OF_DAMAGED - 1):
+                    with suppress(*REFUSALS):
+                        return parse(bytes(await self.get(key, max_bytes=max_bytes)))
+                return parse(bytes(await self.get(key, max_bytes=max_bytes)))
+
+    async def records(self, kind: str, keys: Iterable[str], parse: Callable[[str, bytes], T]) -> dict[str, T]:
+        """What `parse` makes of the keys and their small objects, by key. Left out are those that are gone, and those
+        that can't be read, which are logged and counted as `kind`."""
+
+        async def read(key: str) -> Iterable[tuple[str, T]]:
+            with suppress(NotFound), skipped(kind, key):
+                return [(key, await self.record(key, partial(parse, key)))]
+            return []
+
+        found = await asyncio.gather(*map(read, keys))
+        return dict(chain.from_iterable(found))
 
     async def get_range(self, key: str, begin: int, end: int) -> memoryview:
         """Bytes `begin` up to, not including, `end`. Raises NotFound, and InvalidArgument unless all of them exist."""

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-import structlog
+from pydantic import Field
 
-from foundry.errors import DigestMismatch, InvalidArgument, NotFound, RunNotFound
+from foundry.errors import InvalidArgument, NotFound, RunNotFound
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
+from foundry.store.spec import RunSpec
+from foundry.store.unreadable import skipped
+from foundry.untrusted import parse_object
+from foundry.validation import Checked
 
-log = structlog.get_logger(__name__)
+# Those of 10,000 events of 64 KiB each.
+_MAX_EVENTS_BYTES = 2**30
+_EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
-_MAX_READS = 16
+# Until the year 9999, the last that times have.
+Milliseconds = Annotated[int, Field(ge=0, lt=253_402_300_800_000)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +41,27 @@ class ArchivedRun:
     final: FinalState | None
 
 
-@dataclass(frozen=True, slots=True)
-class FinalState:
-    state: str
+class FinalState(Checked):
+    state: str = Field(pattern=r"\A(succeeded|failed|cancelled)\z")
     error: str | None
     result: dict[str, Any] | None
-    finished_ms: int
+    finished_ms: Milliseconds
+
+
+class _Begun(Checked):
+    spec: str
+    name: str
+    created_ms: Milliseconds
+    traceparent: str = ""
+
+
+class _Desired(Checked):
+    desired: Literal["pause", "cancel", ""]
 
 
 class RunArchive:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        self._reads = asyncio.Semaphore(_MAX_READS)
 
     async def create(self, run_id: str, *, spec: str, name: str, created_ms: int, traceparent: str = "") -> None:
         values = {"spec": spec, "name": name, "created_ms": created_ms}
@@ -52,7 +70,7 @@ class RunArchive:
 
     async def traceparent(self, run_id: str) -> str:
         """Of the request that made the run; "" if it was not traced. Raises NotFound, DigestMismatch."""
-        return str((await self._record(layout.run_record(run_id, "run.json"))).get("traceparent", ""))
+        return (await self._objects.record(layout.run_record(run_id, "run.json"), _begun)).traceparent
 
     async def forget(self, run_id: str) -> None:
         """Undo `create`."""
@@ -68,24 +86,20 @@ class RunArchive:
     async def finish(self, run_id: str, final: FinalState, events: list[tuple[str, dict[str, Any]]]) -> None:
         lines = "".join(json.dumps({"id": event_id, "event": event}) + "\n" for event_id, event in events)
         await self._objects.put_if_absent(layout.run_record(run_id, "events.jsonl"), lines.encode())
-        await self._objects.put_if_absent(layout.run_record(run_id, "result.json"), seal(asdict(final)).encode())
+        await self._objects.put_if_absent(layout.run_record(run_id, "result.json"), seal(final.model_dump()).encode())
 
     async def events(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
         """What happened in a run that is over; nothing for any other. Raises DigestMismatch if it is damaged."""
-        try:
-            lines = bytes(await self._objects.get(layout.run_record(run_id, "events.jsonl"))).decode().splitlines()
-        except NotFound:
-            return []
-        try:
-            return [(entry["id"], entry["event"]) for entry in map(json.loads, lines)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DigestMismatch(f"the events of run {run_id} are damaged: {error!r}") from error
+        with suppress(NotFound):
+            key = layout.run_record(run_id, "events.jsonl")
+            return await self._objects.record(key, _events, max_bytes=_MAX_EVENTS_BYTES)
+        return []
 
     async def runs(self) -> list[ArchivedRun]:
         """All runs that can be read, oldest first: a damaged one must not take the others with it."""
         # One listing tells which of the small objects exist.
         keys = set(await self._objects.keys(layout.RUNS))
-        found = [match["run"] for key in keys if (match := layout.RUN.fullmatch(key))]
+        found = [match["run"] for key in keys if (match := layout.RUN_RECORD.fullmatch(key))]
         runs = await asyncio.gather(*(self._read_if_whole(run_id, keys) for run_id in found))
         return sorted((run for run in runs if run), key=lambda run: (run.created_ms, run.run_id))
 
@@ -97,35 +111,49 @@ class RunArchive:
         return await self._read(run_id, keys)
 
     async def _read_if_whole(self, run_id: str, keys: set[str]) -> ArchivedRun | None:
-        try:
+        # Gone is what was forgotten since it was listed.
+        with suppress(NotFound), skipped("run", layout.run(run_id)):
             return await self._read(run_id, keys)
-        except DigestMismatch as error:
-            log.error("run_unreadable", run=run_id, error=error.message)
-        except NotFound:
-            pass  # forgotten since it was listed
         return None
 
     async def _read(self, run_id: str, keys: set[str]) -> ArchivedRun:
-        begun = await self._record(layout.run_record(run_id, "run.json"))
+        begun = await self._objects.record(layout.run_record(run_id, "run.json"), _begun)
         desired, final = "", None
         if (key := layout.run_record(run_id, "desired.json")) in keys:
-            desired = (await self._record(key))["desired"]
+            wish = await self._objects.record(key, lambda content: _Desired.model_validate(unseal(content)))
+            desired = wish.desired
         if (key := layout.run_record(run_id, "result.json")) in keys:
-            final = FinalState(**await self._record(key))
-        attempts = [int(key.rpartition("/")[2]) for key in keys if key.startswith(layout.attempts(run_id))]
+            final = await self._objects.record(key, lambda content: FinalState.model_validate(unseal(content)))
+        attempts = [
+            int(match["attempt"])
+            for key in keys
+            if key.startswith(layout.attempts(run_id)) and (match := layout.ATTEMPT.fullmatch(key))
+        ]
         return ArchivedRun(
             run_id=run_id,
-            spec=begun["spec"],
-            name=begun["name"],
-            created_ms=begun["created_ms"],
+            spec=begun.spec,
+            name=begun.name,
+            created_ms=begun.created_ms,
             attempt=max(attempts, default=0),
             desired=desired,
             final=final,
         )
 
-    async def _record(self, key: str) -> dict[str, Any]:
-        async with self._reads:
-            try:
-                return await self._objects.parsed(key, lambda content: unseal(content, key))
-            except InvalidArgument as error:
-                raise DigestMismatch(error.message) from error
+
+def _begun(content: bytes) -> _Begun:
+    begun = _Begun.model_validate(unseal(content))
+    if (name := RunSpec.from_json(begun.spec).name) != begun.name:
+        raise InvalidArgument(f"it is of {begun.name}, its spec of {name}")
+    return begun
+
+
+def _events(content: bytes) -> list[tuple[str, dict[str, Any]]]:
+    return [_event(line) for line in content.splitlines()]
+
+
+def _event(line: bytes) -> tuple[str, dict[str, Any]]:
+    entry = parse_object(line)
+    event_id, event = entry["id"], entry["event"]
+    if not (isinstance(event_id, str) and _EVENT_ID.fullmatch(event_id) and isinstance(event, dict)):
+        raise InvalidArgument(f"no event: {entry!r:.100}")
+    return event_id, event

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-
-import structlog
+from functools import partial
 
 from foundry.errors import CartridgeNotFound, Conflict, Fenced, InvalidArgument, NotFound
 from foundry.store.manifest import Manifest
@@ -16,12 +14,10 @@ from foundry.store.objects import layout
 from foundry.store.objects.blobs import Blobs
 from foundry.store.objects.objects import ETag, ObjectInfo, Objects
 from foundry.store.tags import TagRecord
-
-log = structlog.get_logger(__name__)
+from foundry.store.unreadable import skipped
 
 # Numbers handed out per write of a limit: what a loss of Redis may skip.
 LIMIT_STEP = 100
-_MAX_READS = 16
 _TOMBSTONE = {"withdrawn": True}
 
 
@@ -29,7 +25,6 @@ class Durable:
     def __init__(self, objects: Objects, *, max_cartridge_bytes: int) -> None:
         self.blobs = Blobs(objects, max_cartridge_bytes=max_cartridge_bytes)
         self._objects = objects
-        self._reads = asyncio.Semaphore(_MAX_READS)
 
     # Manifests
 
@@ -62,7 +57,8 @@ class Durable:
 
     async def manifests(self, name: str) -> list[Manifest]:
         keys = await self._objects.keys_here(layout.versions(name))
-        return await self._read_manifests(key for key in keys if layout.MANIFEST.fullmatch(key))
+        found = await self._objects.records("manifest", filter(layout.MANIFEST.fullmatch, keys), _manifest_at)
+        return sorted((each for each in found.values() if each), key=lambda manifest: manifest.version)
 
     async def whole_versions(self, name: str) -> set[int]:
         """Numbers of manifests that can be read."""
@@ -75,11 +71,10 @@ class Durable:
                 yield match["name"], int(match["version"]), entry
 
     async def read_manifest(self, key: str) -> Manifest | None:
-        """None if it is a tombstone or was deleted. Raises InvalidArgument if it is neither that nor a manifest."""
-        async with self._reads:
-            with suppress(NotFound):
-                return await self._manifest(key)
-            return None
+        """None if it is a tombstone or was deleted. Raises DigestMismatch if it is neither that nor a manifest."""
+        with suppress(NotFound):
+            return await self._manifest(key)
+        return None
 
     async def delete_manifest(self, name: str, version: int) -> bool:
         """False if there was none."""
@@ -126,28 +121,31 @@ class Durable:
     async def tag(self, name: str, tag: str) -> tuple[TagRecord | None, ETag | None]:
         """The record and its ETag; an unreadable one is as none, but is written over. (None, None) if there is none."""
         key = layout.tag(name, tag)
-        async with self._reads:
-            try:
-                content, etag = await self._objects.get_with_etag(key)
-            except NotFound:
-                return None, None
-        try:
-            return TagRecord.from_json(bytes(content)), etag
-        except InvalidArgument as error:
-            log.error("tag_unreadable", key=key, error=error.message)
-            return None, etag
+        etag: ETag | None = None
+        with suppress(NotFound), skipped("tag", key):
+            # First: over what another writes after this look nothing is written.
+            etag = (await self._objects.head(key)).etag
+            return await self._objects.record(key, TagRecord.from_json), etag
+        return None, etag
 
     async def tag_record(self, name: str, tag: str) -> TagRecord | None:
-        return (await self.tag(name, tag))[0]
+        """None if there is none. Raises DigestMismatch if it can't be read."""
+        with suppress(NotFound):
+            return await self._objects.record(layout.tag(name, tag), TagRecord.from_json)
+        return None
 
     async def tags(self, name: str) -> dict[str, int]:
         return {tag: record.version for tag, record in (await self.tag_records(name)).items()}
 
     async def tag_records(self, name: str) -> dict[str, TagRecord]:
+        tags = {layout.tag(name, tag): tag for tag in await self.tag_names(name)}
+        found = await self._objects.records("tag", tags, lambda _, content: TagRecord.from_json(content))
+        return {tags[key]: record for key, record in found.items()}
+
+    async def tag_names(self, name: str) -> list[str]:
+        """Also of those whose record can't be read."""
         keys = await self._objects.keys_here(layout.tags(name))
-        found = [match["tag"] for key in keys if (match := layout.TAG.fullmatch(key)) and match["name"] == name]
-        records = await asyncio.gather(*(self.tag(name, tag) for tag in found))
-        return {tag: record for tag, (record, _) in zip(found, records, strict=True) if record is not None}
+        return [match["tag"] for key in keys if (match := layout.TAG.fullmatch(key)) and match["name"] == name]
 
     # Names
 
@@ -189,19 +187,7 @@ class Durable:
         return sorted(int(match["version"]) for key in keys if (match := layout.MANIFEST.fullmatch(key)))
 
     async def _manifest(self, key: str) -> Manifest | None:
-        return await self._objects.parsed(key, lambda content: _manifest_at(key, content))
-
-    async def _read_manifests(self, keys: Iterable[str]) -> list[Manifest]:
-        found = await asyncio.gather(*(self._read_manifest(key) for key in keys))
-        return sorted((manifest for manifest in found if manifest), key=lambda manifest: manifest.version)
-
-    async def _read_manifest(self, key: str) -> Manifest | None:
-        try:
-            return await self.read_manifest(key)
-        except InvalidArgument as error:
-            # One unreadable file must not take the other versions with it.
-            log.error("manifest_unreadable", key=key, error=str(error))
-            return None
+        return await self._objects.record(key, partial(_manifest_at, key))
 
 
 def _manifest_at(key: str, content: bytes) -> Manifest | None:

@@ -38,7 +38,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry as BlockingRetry
 
-from foundry.errors import FoundryError, StoreFull, StoreRefused, StoreUnavailable
+from foundry.errors import DigestMismatch, FoundryError, StoreFull, StoreRefused, StoreUnavailable
 from foundry.store import metrics
 from foundry.store.credentials import RedisAccess
 from foundry.store.redis import scripts
@@ -50,6 +50,9 @@ _CLASSES = {
     "tls": (connections.SSLConnection, blocking_connections.SSLConnection),
     "unix": (connections.UnixDomainSocketConnection, blocking_connections.UnixDomainSocketConnection),
 }
+
+# What to do where Redis holds what no script of ours wrote.
+RESTORE = "'foundry store verify' says what else is, 'foundry store rebuild --force' restores it"
 
 Reply = list[Any]
 E = TypeVar("E", bound=FoundryError)
@@ -114,25 +117,26 @@ class Connection:
         # Shorter than the socket's own patience.
         block_ms = max(1, int(self.timeout_seconds * 500)) if block else None
         redis = self._waiting if block else self.redis
-        with redis_errors():
+        with redis_errors(f"reading {key}"):
             streams: Any = await redis.xread({key: after}, count=1000, block=block_ms)
             metrics.REDIS.answered()
             return [
-                (entry_id.decode(), {name.decode(): value.decode() for name, value in fields.items()})
+                (entry_id.decode(), {_decoded(name): _decoded(value) for name, value in fields.items()})
                 for _, entries in streams
                 for entry_id, fields in entries
             ]
 
     async def wait_for_token(self, key: str, seconds: float) -> None:
         """Take one item off a list, or give up after `seconds`, at most half the socket's patience."""
-        with redis_errors():
+        with redis_errors(f"waiting for {key}"):
             # To Redis 0 means for ever.
             await self._waiting.blpop([key], timeout=max(0.01, min(seconds, self.timeout_seconds / 2)))
 
     async def _eval(self, script: str, args: tuple[str | int, ...], *, checked: bool) -> Reply:
         arguments = [*(str(arg).encode() for arg in args), os.urandom(8).hex().encode()]
         asked = _sha1(_text(arguments))
-        with redis_errors(), metrics.REDIS_SECONDS.time():
+        what = f"{script} {' '.join(map(str, args[:2]))}"[:200]
+        with redis_errors(what), metrics.REDIS_SECONDS.time():
             reply = await self._call(scripts.text(script, checked=checked), [*arguments, asked])
         metrics.REDIS.answered()
         # A reply of another shape is damaged too: whatever it was, its checksum isn't there.
@@ -155,9 +159,9 @@ class Connection:
 
 
 @contextmanager
-def redis_errors() -> Iterator[None]:
-    """Raises StoreUnavailable, StoreRefused or StoreFull for what Redis or the way to it refuses; a script that dies is
-    our bug. None of these texts holds a password."""
+def redis_errors(what: str = "connecting") -> Iterator[None]:
+    """Raises StoreUnavailable, StoreRefused or StoreFull for what Redis or the way to it refuses, DigestMismatch where
+    `what` was asked of Redis met a key that no script of ours wrote. None of these texts holds a password."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -185,8 +189,9 @@ def redis_errors() -> Iterator[None]:
         # What a script may not do has no type of its own.
         if "ACL failure in script" in str(error):
             raise _refused(error) from error
-        if "user_script" in str(error) and "compiling" not in str(error):
-            raise
+        if "WRONGTYPE" in str(error) or ("user_script" in str(error) and "compiling" not in str(error)):
+            # A script dies of nothing else, or of a fault of ours.
+            raise DigestMismatch(f"what Redis holds is damaged, {what} failed: {error}. {RESTORE}") from error
         # Commands and scripts that nobody sent so: they were damaged on the way.
         raise _counted(StoreUnavailable(f"Redis did not understand: {error}")) from error
 
@@ -218,7 +223,8 @@ def _text(item: Any) -> bytes:
 
 def _decoded(reply: Any) -> Any:
     if isinstance(reply, bytes):
-        return reply.decode()
+        # What is not UTF-8 is refused by whoever parses it, with its place.
+        return reply.decode(errors="surrogateescape")
     if isinstance(reply, list):
         return [_decoded(item) for item in reply]
     return reply

@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TypeVar
 
-from foundry.errors import DigestMismatch, InvalidArgument, NotFound, StoreUnavailable
+from foundry.errors import DigestMismatch, NotFound, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.store import metrics
 from foundry.store.incoming import Incoming
 from foundry.store.redis import transfer as bulk
 from foundry.store.redis.connection import Connection, redis_errors
 from foundry.store.redis.keys import key
+from foundry.store.unreadable import reading
+from foundry.untrusted import parse_object
 
 CHUNK_BYTES = 2 * 2**20
 # An upload must be committed by then; what is left of publishers that died takes memory no longer.
@@ -53,7 +55,7 @@ class HotBytes:
 
     async def header(self, digest: str) -> CartridgeHeader | None:
         """What the bytes are said to be; None if there are none. Raises DigestMismatch if senseless."""
-        with redis_errors():
+        with redis_errors(f"reading {key('bytes', digest)}"):
             text = await self._connection.redis.get(key("bytes", digest))
         if text is None:
             return None
@@ -90,10 +92,8 @@ class HotBytes:
 
 def header_of(digest: str, meta: str | bytes) -> CartridgeHeader:
     """What the value of `bytes:<digest>` says. Raises DigestMismatch if senseless."""
-    try:
-        return CartridgeHeader.from_dict(json.loads(meta)["header"])
-    except (ValueError, KeyError, TypeError, InvalidArgument) as error:
-        raise DigestMismatch(f"the hot copy of {digest} is corrupt: {error!r}") from error
+    with reading(f"the hot copy of {digest}"):
+        return CartridgeHeader.from_dict(parse_object(meta)["header"])
 
 
 def chunks(header: CartridgeHeader) -> list[tuple[int, int]]:

@@ -5,18 +5,22 @@ Every method is one atomic script. All raise StoreUnavailable when Redis can't b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
-from foundry.errors import CartridgeNotFound, Conflict, Fenced
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument
+from foundry.identity import check_digest
 from foundry.store.manifest import Manifest, ManifestDraft
-from foundry.store.names import LATEST, CartridgeId, Reference
+from foundry.store.names import LATEST, CartridgeId, Reference, check_name, parse_version
 from foundry.store.redis import hot_bytes as hot
-from foundry.store.redis.connection import Connection, Reply
+from foundry.store.redis.connection import RESTORE, Connection, Reply
 from foundry.store.redis.keys import key
 from foundry.store.tags import MAX_TAG_HISTORY, TagRecord
+from foundry.store.unreadable import reading, skipped
 from foundry.telemetry.traces import current_traceparent
+from foundry.untrusted import parse_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Pointers:
         _refuse_fenced(reply, name, run, attempt)
         if reply[0] == "conflict":
             raise Conflict(f"cartridge {name} is being trained by run {reply[1]}", field="name")
-        return [int(version) for version in reply[1]]
+        return [version for each in reply[1] for version in _version_if_whole(each, key("pending", name))]
 
     async def forget(self, name: str, version: int) -> None:
         """Drop the reservation and whatever points to a version whose manifest was withdrawn or deleted."""
@@ -95,8 +99,10 @@ class Pointers:
         if reply[0] == "marked":
             return None
         if reply[0] == "limit":
-            return LimitReached(int(reply[1]))
-        return Reservation(int(reply[1]), _manifest(reply[2]) if reply[0] == "committed" else None)
+            return LimitReached(_count(reply[1], key("name", draft.name)))
+        version = _version(reply[1], key("name", draft.name))
+        committed = _manifest(draft.name, version, reply[2]) if reply[0] == "committed" else None
+        return Reservation(version, committed)
 
     async def raise_limit(self, name: str, limit: int) -> None:
         await self._connection.run("pointers/raise_limit", name, limit)
@@ -139,30 +145,65 @@ class Pointers:
         reply = await self._connection.run("pointers/lookup", reference.name, kind, selector)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {reference}", field="model")
-        return CartridgeId(reference.name, int(reply[1]), reply[2])
+        if reply[0] == "dangling":
+            raise DigestMismatch(f"{reference} means version {reply[1]} in Redis, which is not there. {RESTORE}")
+        versions = key("versions", reference.name)
+        with reading(f"{versions} in Redis"):
+            return CartridgeId(reference.name, parse_version(reply[1]), check_digest(reply[2]))
 
     async def names(self) -> list[str]:
-        return sorted(await self._connection.read("SMEMBERS", key("names")))
+        found = []
+        for name in sorted(await self._connection.read("SMEMBERS", key("names"))):
+            with skipped("pointer", key("names")), reading(f"{key('names')} in Redis"):
+                found.append(check_name(name))
+        return found
 
     async def manifest(self, name: str, version: int) -> Manifest:
         value = await self._connection.read("HGET", key("versions", name), version)
         if value is None:
             raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
-        return _manifest(value)
+        return _manifest(name, version, value)
 
     async def manifests(self, name: str) -> list[Manifest]:
-        values = await self._connection.read("HVALS", key("versions", name))
-        return sorted((_manifest(value) for value in values), key=lambda manifest: manifest.version)
+        """Those that can be read."""
+        found = []
+        for version, value in await self._pairs(key("versions", name)):
+            with skipped("pointer", f"{key('versions', name)} {version}"):
+                found.append(_manifest(name, _version(version, key("versions", name)), value))
+        return sorted(found, key=lambda manifest: manifest.version)
+
+    async def check(self, name: str) -> None:
+        """Read all that Redis says of a name. Raises DigestMismatch if a part of it is damaged."""
+        pointers: list[str] = [LATEST]
+        for tag, _ in await self._pairs(key("tags", name)):
+            pointers.append(tag)
+        for version, value in await self._pairs(key("versions", name)):
+            _manifest(name, _version(version, key("versions", name)), value)
+        for pointer in pointers:
+            with suppress(CartridgeNotFound):
+                await self.lookup(Reference(name, pointer))
+
+    async def keys_of_wrong_type(self) -> AsyncIterator[str]:
+        cursor = "0"
+        while True:
+            _, cursor, keys = await self._connection.run("verify/types", cursor)
+            for each in keys:
+                yield each
+            if cursor == "0":
+                return
 
     async def durable(self, name: str) -> set[int]:
-        return {int(version) for version in await self._connection.read("SMEMBERS", key("durable", name))}
+        return await self._versions("SMEMBERS", key("durable", name))
 
     async def tags(self, name: str) -> dict[str, int]:
-        flat = await self._connection.read("HGETALL", key("tags", name))
-        return {tag: int(version) for tag, version in zip(flat[::2], flat[1::2], strict=True)}
+        found = {}
+        for tag, text in await self._pairs(key("tags", name)):
+            for version in _version_if_whole(text, key("tags", name)):
+                found[tag] = version
+        return found
 
     async def hot(self, name: str) -> set[int]:
-        return {int(version) for version in await self._connection.read("ZRANGE", key("hot", name), 0, -1)}
+        return await self._versions("ZRANGE", key("hot", name), 0, -1)
 
     async def mark_durable(self, name: str, version: int) -> bool:
         """False if the version is gone."""
@@ -173,7 +214,7 @@ class Pointers:
         reply = await self._connection.run("pointers/tag", name, tag, version, MAX_TAG_HISTORY)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
-        return int(reply[1]) if reply[1] else None
+        return _version(reply[1], key("tags", name)) if reply[1] else None
 
     async def rollback_tag(self, name: str, tag: str) -> tuple[int, int]:
         """What the tag means now and what it meant until now. Raises Conflict if there is no version to go back to."""
@@ -185,14 +226,15 @@ class Pointers:
                 f"{name}@{tag} can't go back: version {reply[1]} is the first it ever meant, of those that still exist",
                 field="tag",
             )
-        return int(reply[1]), int(reply[2])
+        return _version(reply[1], key("tags", name)), _version(reply[2], key("tags", name))
 
     async def tag_record(self, name: str, tag: str) -> TagRecord | None:
         reply = await self._connection.run("pointers/tag_record", name, tag)
         if reply[0] == "missing":
             return None
-        moved_ms, *history = (int(word) for word in reply[2].split())
-        return TagRecord(int(reply[1]), tuple(history), moved_ms)
+        with reading(f"{key('tag-history', name)} {tag} in Redis"):
+            moved_ms, *history = map(parse_count, reply[2].split())
+            return TagRecord(version=parse_version(reply[1]), history=tuple(history), moved_ms=moved_ms)
 
     async def untag(self, name: str, tag: str) -> None:
         if (await self._connection.run("pointers/untag", name, tag))[0] == "missing":
@@ -235,7 +277,11 @@ class Pointers:
         while True:
             cursor, keys = await self._connection.read("SCAN", cursor, "MATCH", key("refs", "*"), "COUNT", 1000)
             for each in keys:
-                yield each.removeprefix(key("refs", ""))
+                digest = None
+                with skipped("pointer", each), reading(f"{each} in Redis"):
+                    digest = check_digest(each.removeprefix(key("refs", "")))
+                if digest:
+                    yield digest
             if cursor == "0":
                 return
 
@@ -251,9 +297,20 @@ class Pointers:
         while True:
             for event_id, fields in await self._connection.read_stream(key("events"), after, block=True):
                 after = event_id
-                cartridge = CartridgeId(fields["name"], int(fields["version"]), fields["digest"])
-                traceparent = fields.get("traceparent", "")
-                yield Published(event_id, cartridge, fields["run"], int(fields["step"]), traceparent)
+                published = None
+                with skipped("pointer", f"{key('events')} {event_id}"), reading(f"{key('events')} in Redis"):
+                    published = _published(event_id, fields)
+                if published:
+                    yield published
+
+    async def _versions(self, command: str, at: str, *args: int) -> set[int]:
+        texts = await self._connection.read(command, at, *args)
+        return {version for text in texts for version in _version_if_whole(text, at)}
+
+    async def _pairs(self, at: str) -> Iterable[tuple[str, str]]:
+        """Of a hash."""
+        flat = await self._connection.read("HGETALL", at)
+        return zip(flat[::2], flat[1::2], strict=True)
 
 
 def versions_value(manifest: Manifest) -> str:
@@ -261,8 +318,37 @@ def versions_value(manifest: Manifest) -> str:
     return f"{manifest.digest} {manifest.to_json()}"
 
 
-def _manifest(value: str) -> Manifest:
-    return Manifest.from_json(value.split(" ", 1)[1])
+def _manifest(name: str, version: int, value: str) -> Manifest:
+    """Raises DigestMismatch."""
+    with reading(f"{key('versions', name)} {version} in Redis"):
+        digest, _, text = value.partition(" ")
+        manifest = Manifest.from_json(text)
+        if manifest.id != CartridgeId(name, version, digest):
+            raise InvalidArgument(f"it is the manifest of {manifest.id}, {manifest.digest}")
+        return manifest
+
+
+def _published(event_id: str, fields: Mapping[str, str]) -> Published:
+    name, version, digest = fields["name"], parse_version(fields["version"]), check_digest(fields["digest"])
+    cartridge = CartridgeId(check_name(name), version, digest)
+    return Published(event_id, cartridge, fields["run"], parse_count(fields["step"]), fields.get("traceparent", ""))
+
+
+def _version(text: str, at: str) -> int:
+    with reading(f"{at} in Redis"):
+        return parse_version(text)
+
+
+def _count(text: str, at: str) -> int:
+    with reading(f"{at} in Redis"):
+        return parse_count(text)
+
+
+def _version_if_whole(text: str, at: str) -> Iterable[int]:
+    """Nothing, where one among many is none."""
+    with skipped("pointer", at):
+        return (_version(text, at),)
+    return ()
 
 
 def _refuse_fenced(reply: Reply, name: str, run: str, attempt: int) -> None:

@@ -117,6 +117,8 @@ class _Link:
             raise StoreFull(f"Redis is full: {line[1:-2].decode(errors='replace')}")
         if line.startswith(b"-NOPERM"):
             raise StoreRefused(f"Redis refused {key}: check the user's ACL (docs/store.md): {line[1:-2].decode()}")
+        if line.startswith(b"-WRONGTYPE"):
+            raise DigestMismatch(f"{key} in Redis is damaged: it has another type")
         if not line.startswith(kind):
             raise StoreUnavailable(f"Redis refused {key}: {line[:200].decode(errors='replace').strip()}")
         return line[1:-2]

@@ -24,13 +24,14 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Literal, TypeVar
 
-from foundry.errors import DigestMismatch, InvalidArgument, StoreUnavailable
+from foundry.errors import DigestMismatch, StoreUnavailable
 from foundry.store.manifest import Manifest
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import ObjectInfo
 from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import Pointers
+from foundry.store.unreadable import skipped
 from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, GcMarks
 
 _PARALLEL = 16
@@ -110,8 +111,10 @@ class Collector:
     async def _collect_hot(self) -> AsyncIterator[Collected]:
         why = f"beyond the newest {self._retention.keep_hot} hot versions, and no longer leased"
         for name in await self._pointers.names():
-            reply = await self._connection.run("gc/trim", name, self._retention.keep_hot, int(self._dry_run))
-            for share in reply[1]:
+            shares: Sequence[Sequence[str | int]] = ()
+            with skipped("pointer", name):
+                shares = (await self._connection.run("gc/trim", name, self._retention.keep_hot, int(self._dry_run)))[1]
+            for share in shares:
                 for collected in self._hot(name, share, why):
                     yield collected
 
@@ -134,8 +137,14 @@ class Collector:
             self._read.add(entry.key)
         for name in sorted(entries):
             listed = entries.pop(name)
-            known = await self._pointers.durable(name)
             found = [each async for each in _in_parallel(self._read_version, listed) if each]
+            known: set[int] | None = None
+            with skipped("pointer", name):
+                known = await self._pointers.durable(name)
+            if known is None:
+                # Nobody can say what Redis still needs of the name.
+                self._needed.update(each.digest for each in found)
+                continue
             async for collected in self._collect_withdrawn(name, listed, found, known):
                 yield collected
             leftovers = [each for each in found if each.version not in known]
@@ -171,12 +180,11 @@ class Collector:
                     yield collected
 
     async def _read_version(self, entry: ObjectInfo) -> _Version | None:
-        try:
+        with skipped("manifest", entry.key):
             manifest = await self._durable.read_manifest(entry.key)
-        except InvalidArgument:
-            self._unreadable.append(entry.key)
-            return None
-        return _version_of(manifest, entry) if manifest else None
+            return _version_of(manifest, entry) if manifest else None
+        self._unreadable.append(entry.key)
+        return None
 
     def _beyond_retention(self, index: int, version: _Version) -> str | None:
         """Why the version may go; `index` counts down from the newest, 0, which is `latest` after a loss of Redis."""

@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from foundry.errors import NotFound, StoreUnavailable
+from foundry.errors import StoreUnavailable
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
+from foundry.store.spec import Digest
+from foundry.validation import Checked
 
 # How long a mark stands if its collector dies. A collector begins no deletion later than DELETING_SECONDS after it
 # marked the blob, and gives up waiting for one as long again after that: a request on its way then has the rest to
@@ -29,6 +31,10 @@ _POLL_SECONDS = 0.1
 Answer = TypeVar("Answer")
 
 
+class _Mark(Checked):
+    digests: list[Digest]
+
+
 class GcMarks:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -39,15 +45,17 @@ class GcMarks:
     async def delete(self, batch: str) -> None:
         await self._objects.delete(layout.mark(batch))
 
-    async def digests(self) -> list[str]:
-        """All that may be being deleted. Raises InvalidArgument if a record is damaged: delete it once no `gc` runs."""
-        found: set[str] = set()
-        for key in await self._objects.keys_here(layout.MARKS):
-            try:
-                found.update(unseal(bytes(await self._objects.get(key)), key)["digests"])
-            except NotFound:
-                continue  # that batch is done
-        return sorted(found)
+    async def digests(self) -> tuple[set[str], bool]:
+        """All that may be being deleted, and whether these are all: False if a record can't be read."""
+        keys = await self._objects.keys_here(layout.MARKS)
+        read = await self._objects.records("mark", keys, lambda _, content: _mark(content))
+        whole = all([key in read or not await self._objects.exists(key) for key in keys])
+        return {digest for mark in read.values() for digest in mark.digests}, whole
+
+    async def check(self, key: str) -> int:
+        """Bytes that were hashed. Raises NotFound, DigestMismatch."""
+        await self._objects.record(key, _mark)
+        return 0
 
     async def forget_dead(self) -> None:
         """Delete what collectors left that died: every mark of theirs has expired."""
@@ -55,6 +63,10 @@ class GcMarks:
         async for entry in self._objects.scan(layout.MARKS):
             if entry.last_modified < before:
                 await self._objects.delete(entry.key)
+
+
+def _mark(content: bytes) -> _Mark:
+    return _Mark.model_validate(unseal(content))
 
 
 async def while_marked(digest: str, ask: Callable[[], Awaitable[Answer | None]]) -> Answer:

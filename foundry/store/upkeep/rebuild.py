@@ -14,10 +14,12 @@ import structlog
 
 from foundry.store import metrics
 from foundry.store.manifest import Manifest
+from foundry.store.names import check_name
 from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import versions_value
 from foundry.store.runs import RunStore
+from foundry.store.unreadable import reading, skipped
 from foundry.store.upkeep.marks import MARK_SECONDS, GcMarks
 
 log = structlog.get_logger(__name__)
@@ -46,14 +48,15 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
     Raises StoreUnavailable if Redis or the object storage can't be reached.
     """
     while (begin := await connection.run_restoring("rebuild/begin"))[0] != "restored":
-        _, server_run, known = begin
+        server_run = begin[1]
+        known = await _swept_names(connection, server_run)
         # What is marked later is marked in the Redis that is being restored.
-        if digests := await marks.digests():
-            await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *digests)
+        condemned, all_known = await marks.digests()
         blobs = {digest async for digest, _ in durable.blobs.entries()}
         limits = await durable.limits()
         names = sorted({*known, *await durable.names(), *limits})
         num_versions = 0
+        needed: set[str] = set()
         for name in names:
             manifests = [each for each in await durable.manifests(name) if await _has_blob(each, durable, blobs)]
             tags = await durable.tag_records(name)
@@ -64,12 +67,37 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
             histories = {tag: " ".join(map(str, (record.moved_ms, *record.history))) for tag, record in tags.items()}
             await connection.run_restoring("rebuild/tag_history", server_run, name, json.dumps(histories))
             num_versions += len(manifests)
+            needed.update(manifest.digest for manifest in manifests)
+        if not all_known:
+            # A record that can't be read may have been of any blob that a collector takes for garbage.
+            condemned |= blobs - needed
+        if condemned:
+            await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *sorted(condemned))
         num_runs = await runs.restore(server_run)
         if (await connection.run_restoring("rebuild/finish", server_run))[0] == "ok":
             metrics.REBUILDS.inc()
             log.info("pointers_restored", num_names=len(names), num_versions=num_versions, num_unfinished_runs=num_runs)
             return Rebuilt(len(names), num_versions, num_runs)
     return None
+
+
+async def _swept_names(connection: Connection, server_run: str) -> set[str]:
+    """Names that Redis still knows, once keys of a wrong type are out of the way."""
+    names: set[str] = set()
+    cursor = "0"
+    while True:
+        reply = await connection.run_restoring("rebuild/sweep", server_run, cursor)
+        if reply[0] == "over":
+            # As every other step will find.
+            return names
+        _, cursor, gone, found = reply
+        for key in gone:
+            log.error("key_replaced", key=key, error="it was of another type than we give it")
+        for name in found:
+            with skipped("pointer", "foundry:name"), reading("a name in Redis"):
+                names.add(check_name(name))
+        if cursor == "0":
+            return names
 
 
 async def _has_blob(manifest: Manifest, durable: Durable, blobs: set[str]) -> bool:

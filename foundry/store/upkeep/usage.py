@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from foundry.errors import DigestMismatch
 from foundry.store.objects.versions import Durable
-from foundry.store.redis.connection import Connection
+from foundry.store.redis.connection import RESTORE, Connection
 from foundry.store.redis.hot_bytes import header_of
 from foundry.store.redis.pointers import Pointers
+from foundry.store.unreadable import skipped
 
 # Names in one step of Redis, which does nothing else meanwhile.
 _NAMES_AT_A_TIME = 100
@@ -37,11 +37,14 @@ async def take_usage(connection: Connection, pointers: Pointers, durable: Durabl
     hot_bytes: dict[str, int] = {}
     hot_versions = durable_versions = 0
     for begin in range(0, len(names), _NAMES_AT_A_TIME):
-        _, num_durable, num_hot, kept = await connection.run("usage/count", *names[begin : begin + _NAMES_AT_A_TIME])
+        some = names[begin : begin + _NAMES_AT_A_TIME]
+        _, num_durable, num_hot, kept, damaged = await connection.run("usage/count", *some)
         durable_versions, hot_versions = durable_versions + num_durable, hot_versions + num_hot
+        for name in damaged:
+            with skipped("pointer", name):
+                raise DigestMismatch(f"what Redis holds of {name} is damaged. {RESTORE}")
         for digest, meta in kept:
-            # What is damaged is met, and told, by whoever reads it.
-            with suppress(DigestMismatch):
+            with skipped("cartridge", digest):
                 hot_bytes[digest] = header_of(digest, meta).num_bytes
     _, used_bytes, max_bytes, queued, held = await connection.run("usage/server")
     return Usage(

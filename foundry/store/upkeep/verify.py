@@ -6,35 +6,23 @@ Memory: the digest and key of each version, and one range of a blob or one hot c
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
 
-from foundry.errors import DigestMismatch, InvalidArgument
+from foundry.errors import DigestMismatch
 from foundry.store.objects.objects import ObjectInfo
 from foundry.store.objects.versions import Durable
+from foundry.store.redis.connection import RESTORE
 from foundry.store.redis.hot_bytes import HotBytes
 from foundry.store.redis.pointers import Pointers
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """One thing that was looked at. `num_bytes` were hashed; `why` says what is wrong, and '' if nothing is.
-
-    missing: something names it, and it is not there. corrupt: it is not what its name says. orphaned: nothing names
-    it; `foundry gc` removes it.
-    """
-
-    state: Literal["ok", "missing", "corrupt", "orphaned"]
-    kind: Literal["manifest", "blob", "hot", "tag", "pointer"]
-    key: str
-    num_bytes: int
-    why: str
+from foundry.store.upkeep.verified import Verified
+from foundry.store.upkeep.verify_records import RecordVerifier
 
 
 class Verifier:
-    def __init__(self, pointers: Pointers, durable: Durable, hot: HotBytes, *, grace_seconds: float) -> None:
-        self._pointers, self._durable, self._hot = pointers, durable, hot
+    def __init__(
+        self, pointers: Pointers, durable: Durable, hot: HotBytes, records: RecordVerifier, *, grace_seconds: float
+    ) -> None:
+        self._pointers, self._durable, self._hot, self._records = pointers, durable, hot, records
         # What is younger may be half published.
         self._old = datetime.now(UTC) - timedelta(seconds=grace_seconds)
         # Digest -> a version that needs it, by the key of its manifest.
@@ -43,7 +31,16 @@ class Verifier:
 
     async def verify(self) -> AsyncIterator[Verified]:
         """Raises StoreUnavailable. What is published or collected meanwhile is not held against the store."""
-        for part in (self._manifests, self._blobs, self._orphans, self._tags_and_pointers, self._hot_bytes):
+        for part in (
+            self._manifests,
+            self._blobs,
+            self._orphans,
+            self._tags,
+            self._keys,
+            self._pointers_to_versions,
+            self._hot_bytes,
+            self._records.verify,
+        ):
             async for checked in part():
                 yield checked
 
@@ -52,7 +49,7 @@ class Verifier:
             self._versions.setdefault(name, set())
             try:
                 manifest = await self._durable.read_manifest(entry.key)
-            except InvalidArgument as error:
+            except DigestMismatch as error:
                 yield Verified("corrupt", "manifest", entry.key, entry.size, error.message)
                 continue
             if manifest is None:
@@ -78,15 +75,40 @@ class Verifier:
             if digest not in self._needed and self._is_old(entry):
                 yield Verified("orphaned", "blob", digest, 0, f"no manifest names its {entry.size} bytes")
 
-    async def _tags_and_pointers(self) -> AsyncIterator[Verified]:
+    async def _tags(self) -> AsyncIterator[Verified]:
         for name, versions in sorted(self._versions.items()):
-            for tag, version in sorted((await self._durable.tags(name)).items()):
-                if version in versions or await self._has_manifest(name, version):
-                    yield Verified("ok", "tag", f"{name}@{tag}", 0, "")
-                elif (await self._durable.tags(name)).get(tag) == version:
-                    yield Verified("missing", "tag", f"{name}@{tag}", 0, f"it means version {version}, which is gone")
-        for name in await self._pointers.names():
-            for version in sorted(await self._pointers.durable(name)):
+            for tag in await self._durable.tag_names(name):
+                try:
+                    record = await self._durable.tag_record(name, tag)
+                    if record is None:
+                        continue
+                    if record.version in versions or await self._has_manifest(name, record.version):
+                        yield Verified("ok", "tag", f"{name}@{tag}", 0, "")
+                    elif await self._durable.tag_record(name, tag) == record:
+                        why = f"it means version {record.version}, which is gone"
+                        yield Verified("missing", "tag", f"{name}@{tag}", 0, why)
+                except DigestMismatch as error:
+                    why = f"{error.message}: tag the version that it is to mean"
+                    yield Verified("corrupt", "tag", f"{name}@{tag}", 0, why)
+
+    async def _keys(self) -> AsyncIterator[Verified]:
+        async for key in self._pointers.keys_of_wrong_type():
+            yield Verified("corrupt", "pointer", key, 0, f"it is of another type in Redis than ours are. {RESTORE}")
+
+    async def _pointers_to_versions(self) -> AsyncIterator[Verified]:
+        try:
+            names = await self._pointers.names()
+        except DigestMismatch:
+            # Said of its key.
+            names = []
+        for name in sorted({*names, *self._versions}):
+            try:
+                await self._pointers.check(name)
+                durable = await self._pointers.durable(name)
+            except DigestMismatch as error:
+                yield Verified("corrupt", "pointer", name, 0, error.message)
+                continue
+            for version in sorted(durable):
                 key = f"{name}@{version}"
                 if version in self._versions.get(name, ()) or await self._has_manifest(name, version):
                     yield Verified("ok", "pointer", key, 0, "")
@@ -100,13 +122,13 @@ class Verifier:
         async for digest in self._pointers.hot_digests():
             try:
                 stored = await self._hot.get(digest)
+                if stored is not None:
+                    yield Verified("ok", "hot", digest, stored.header.num_bytes, "")
+                elif versions := await self._pointers.hot_versions(digest):
+                    why = f"Redis lacks a part of the bytes of {', '.join(versions)}"
+                    yield Verified("missing", "hot", digest, 0, why)
             except DigestMismatch as error:
                 yield Verified("corrupt", "hot", digest, 0, error.message)
-                continue
-            if stored is not None:
-                yield Verified("ok", "hot", digest, stored.header.num_bytes, "")
-            elif versions := await self._pointers.hot_versions(digest):
-                yield Verified("missing", "hot", digest, 0, f"Redis lacks a part of the bytes of {', '.join(versions)}")
 
     async def _has_manifest(self, name: str, version: int) -> bool:
         """Asked again: it may have been published since the listing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -34,7 +33,7 @@ class DocumentCard(BaseModel):
 
     @classmethod
     def of(cls, info: DocumentInfo) -> DocumentCard:
-        return cls(**asdict(info))
+        return cls(**dict(info))
 
 
 class DocumentList(BaseModel):

@@ -54,7 +54,7 @@ class Shards:
             counts["answer_tokens"] += len(row.answer_ids)
             counts["coverage"] += row.passage_tokens / document_tokens
         content = json.dumps([asdict(row) for row in self._rows]).encode()
-        summary = DatasetSummary(content_digest(content), families)
+        summary = DatasetSummary(digest=content_digest(content), families=families)
         summary = await self._attempt.finish_dataset(self._dataset, summary)
         await self._attempt.tell(
             {"type": "dataset", "dataset": self._dataset, "digest": summary.digest, "families": summary.families}

@@ -94,8 +94,8 @@ class _Tampered(Objects):
     async def put_if_absent(self, key: str, content: bytes) -> bool:
         return bool(await self._seam.put(key, lambda: Objects.put_if_absent(self, key, content)))
 
-    async def get(self, key: str) -> memoryview:
-        return memoryview(await self._seam.get(key, lambda: Objects.get(self, key)))
+    async def get(self, key: str, *, max_bytes: int | None = None) -> memoryview:
+        return memoryview(await self._seam.get(key, lambda: Objects.get(self, key, max_bytes=max_bytes)))
 
     async def get_range(self, key: str, begin: int, end: int) -> memoryview:
         return memoryview(await self._seam.get(key, lambda: Objects.get_range(self, key, begin, end)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from foundry.errors import CartridgeNotFound, Conflict, InvalidArgument
+from foundry.store import CartridgeStore
 from tests.contract.gateway_routes.site import Site
+from tests.store_data import cartridge
 
 
 def test_cartridges_are_listed_tagged_and_deleted(site: Site) -> None:
@@ -48,3 +50,28 @@ def test_wrong_references_name_their_parameter(site: Site) -> None:
         answer = site.http("GET", path)
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, "reference")
     assert site.http("PUT", "/v1/cartridges/a/tags/b", json={"version": "1"}).json()["error"]["param"] == "version"
+
+
+def test_a_damaged_name_takes_no_other_with_it(site: Site) -> None:
+    for name in ("damaged/type", "damaged/field", "whole"):
+        site.stack.publish(name, site.stack.cartridge(1))
+
+    async def damage(store: CartridgeStore) -> None:
+        redis = store._connection.redis
+        await redis.delete("foundry:versions:damaged/type")
+        await redis.set("foundry:versions:damaged/type", "a string")
+        await redis.hset("foundry:versions:damaged/field", "1", cartridge(0).digest() + " " + "[" * 100_000)
+
+    async def restore(store: CartridgeStore) -> None:
+        await store.rebuild(force=True)
+
+    site.stack.with_store(damage)
+    for path, key in (("/v1/models", "id"), ("/v1/cartridges", "name")):
+        listed = {item[key] for item in site.http("GET", path).json()["data"]}
+        assert "whole" in listed
+        assert not listed & {"damaged/type", "damaged/field"}
+    for name in ("damaged/type", "damaged/field"):
+        answer = site.http("GET", f"/v1/cartridges/{name}")
+        assert answer.json()["error"]["code"] == "DIGEST_MISMATCH", answer.text
+    site.stack.with_store(restore)
+    assert {"damaged/type", "damaged/field", "whole"} <= {item["name"] for item in site.client.cartridges.list()}

@@ -6,7 +6,7 @@
 local reserved, answers = {}, {}
 for _, name in ipairs(call('SMEMBERS', 'foundry:reserving')) do
   local pending = call('HVALS', key('pending', name))
-  for _, each in ipairs(pending) do reserved[string.match(each, '(%S+) %d$')] = true end
+  for _, each in ipairs(pending) do reserved[string.match(each, '(%S+) %d$') or ''] = true end
   if #pending == 0 and ARGV[1] ~= '0' then call('SREM', 'foundry:reserving', name) end
 end
 for i = 2, #ARGV do

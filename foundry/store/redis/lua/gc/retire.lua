@@ -11,7 +11,7 @@ local tag = tag_of(name, version)
 if tag then return {'kept', 'tag ' .. tag} end
 if leased(digest_of(value)) then return {'kept', 'leased'} end
 local owner = holder(name)
-if owner and cjson.decode(string.sub(value, 73)).run == owner then
+if owner and (origin_of(value) or owner) == owner then
   return {'kept', 'run ' .. owner .. ' holds the name'}
 end
 local share = hot_share(name, version, digest_of(value))

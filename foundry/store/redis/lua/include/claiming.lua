@@ -1,9 +1,12 @@
 -- What scripts that hand a run to a worker share.
 --@include runs
 
--- The reply to the worker that holds the run from now on; nil if it is to pause, which it then does.
+-- The reply to the worker that holds the run from now on; nil if it is to pause, which it then does, `damaged` if
+-- nobody can work on it.
 local function take(id, worker, lease_ms, length)
-  local now, desired = now_ms(), call('HGET', run_key(id), 'desired')
+  local known = redis.pcall('HMGET', run_key(id), 'attempt', 'spec', 'desired')
+  if known.err or not number(known[1]) or not known[2] then return {'damaged'} end
+  local now, desired = now_ms(), known[3]
   if desired == 'pause' then
     call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
     tell_state(id, 'paused', length)

@@ -2,4 +2,4 @@
 -- Redis hands scripts nothing else that tells one life of a server from the next.
 
 local server_run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-local restored = redis.call('GET', 'foundry:epoch') == server_run
+local restored = redis.pcall('GET', 'foundry:epoch') == server_run

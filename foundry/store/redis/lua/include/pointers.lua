@@ -4,10 +4,18 @@
 
 local function digest_of(value) return string.sub(value, 1, 71) end
 
+-- The run and step of its manifest; nil if it is damaged.
+local function origin_of(value)
+  local whole, manifest = pcall(cjson.decode, string.sub(value, 73))
+  if not whole or type(manifest) ~= 'table' then return nil end
+  if type(manifest.run) ~= 'string' or type(manifest.step) ~= 'number' then return nil end
+  return manifest.run, manifest.step
+end
+
 -- The answer to whoever may not write, or nil.
 local function fence(name, run, attempt)
   local newest = call('HGET', key('run', run), 'attempt')
-  if newest and tonumber(newest) > tonumber(attempt) then return {'fenced', run, newest} end
+  if (number(newest) or 0) > tonumber(attempt) then return {'fenced', run, newest} end
   local held = call('HMGET', key('name', name), 'owner_run', 'owner_attempt', 'released')
   if held[1] ~= run or held[2] ~= attempt or held[3] == '1' then
     return {'fenced', held[3] ~= '1' and held[1] or '', held[2] or ''}
@@ -18,7 +26,7 @@ end
 -- Who holds the name now, or nil.
 local function holder(name)
   local held = call('HMGET', key('name', name), 'owner_run', 'released', 'held_until')
-  local ended = (held[3] or '') ~= '' and tonumber(held[3]) <= now_ms()
+  local ended = (held[3] or '') ~= '' and (number(held[3]) or 0) <= now_ms()
   return held[2] ~= '1' and not ended and held[1] or nil
 end
 
@@ -28,13 +36,18 @@ local function leased(digest)
   return call('ZCARD', leases) > 0
 end
 
--- No cjson: a script must not fail on a record that is corrupt.
-local function count_chunks(meta) return tonumber(string.match(meta, '"chunks": (%d+)}$') or 0) end
+-- No cjson: a script must not fail on a record that is corrupt, nor count for hours.
+local function count_chunks(meta)
+  local count = string.match(meta, '"chunks": (%d+)}$')
+  return count and #count <= 6 and tonumber(count) or 0
+end
 
 local function keys_of_bytes(digest)
-  local meta = call('GET', key('bytes', digest))
+  local meta = redis.pcall('GET', key('bytes', digest))
   if not meta then return {} end
   local keys = {key('bytes', digest)}
+  -- Of another type: nothing says what chunks there are.
+  if type(meta) == 'table' then return keys end
   for i = 0, count_chunks(meta) - 1 do table.insert(keys, key('bytes', digest) .. ':' .. i) end
   return keys
 end
@@ -59,8 +72,9 @@ end
 local function forget_version(name, version, value)
   call('HDEL', key('versions', name), version)
   call('SREM', key('durable', name), version)
-  local manifest = cjson.decode(string.sub(value, 73))
-  local step = manifest.run .. ' ' .. string.format('%d', manifest.step)
+  local run, number_of_step = origin_of(value)
+  if not run then return end
+  local step = run .. ' ' .. string.format('%d', number_of_step)
   local seen = call('HGET', key('steps', name), step)
   if seen and string.match(seen, '^%d+') == version then call('HDEL', key('steps', name), step) end
 end

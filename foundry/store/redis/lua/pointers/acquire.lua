@@ -5,10 +5,10 @@
 
 local name, run, attempt = ARGV[1], ARGV[2], ARGV[3]
 local newest = call('HGET', key('run', run), 'attempt')
-if newest and tonumber(newest) > tonumber(attempt) then return {'fenced', run, newest} end
+if (number(newest) or 0) > tonumber(attempt) then return {'fenced', run, newest} end
 local state = key('name', name)
 local held = call('HMGET', state, 'owner_run', 'owner_attempt')
-if held[1] == run and tonumber(attempt) < tonumber(held[2]) then return {'fenced', run, held[2]} end
+if held[1] == run and tonumber(attempt) < (number(held[2]) or 0) then return {'fenced', run, held[2]} end
 local other = holder(name)
 if other and other ~= run then return {'conflict', other} end
 local held_until = ARGV[4] ~= '' and string.format('%d', now_ms() + ARGV[4]) or ''

@@ -18,7 +18,7 @@ for i = 1, #tags, 2 do
   end
 end
 local latest = 0
-for _, other in ipairs(call('HKEYS', key('versions', name))) do latest = math.max(latest, tonumber(other)) end
+for _, other in ipairs(call('HKEYS', key('versions', name))) do latest = math.max(latest, number(other) or 0) end
 if latest > 0 then
   call('HSET', key('name', name), 'latest', string.format('%d', latest))
 else

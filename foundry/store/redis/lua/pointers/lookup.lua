@@ -1,4 +1,4 @@
--- name, kind (latest | tag | version | digest), value -> ok, version, digest | missing
+-- name, kind (latest | tag | version | digest), value -> ok, version, digest | missing | dangling, version
 --@include pointers
 
 local name, kind, version = ARGV[1], ARGV[2], ARGV[3]
@@ -9,10 +9,15 @@ elseif kind == 'digest' then
   local wanted, best = version, nil
   local all = call('HGETALL', versions)
   for i = 1, #all, 2 do
-    if digest_of(all[i + 1]) == wanted and (not best or tonumber(all[i]) < tonumber(best)) then best = all[i] end
+    local version = number(all[i])
+    if version and digest_of(all[i + 1]) == wanted and (not best or version < number(best)) then best = all[i] end
   end
   version = best
 end
-local value = version and call('HGET', versions, version)
-if not value then return {'missing'} end
+if not version then return {'missing'} end
+local value = call('HGET', versions, version)
+if not value then
+  if kind == 'latest' or kind == 'tag' then return {'dangling', version} end
+  return {'missing'}
+end
 return {'ok', version, digest_of(value)}

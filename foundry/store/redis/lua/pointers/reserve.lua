@@ -9,7 +9,7 @@ if refused then return refused end
 local seen = call('HGET', key('steps', name), run .. ' ' .. step)
 if seen then
   local version, published = string.match(seen, '^(%d+) (.*)$')
-  local value = call('HGET', key('versions', name), version)
+  local value = version and call('HGET', key('versions', name), version)
   if published == digest and value then return {'committed', version, value} end
 end
 local pending = key('pending', name)

@@ -1,5 +1,4 @@
--- Names as far as Redis still knows them: an old snapshot may hold names that were deleted since.
--- -> ok, server run, names | restored
+-- -> ok, server run | restored
 
 if restored then return {'restored'} end
-return {'ok', server_run, redis.call('SMEMBERS', 'foundry:names')}
+return {'ok', server_run}

@@ -7,7 +7,8 @@ if restored or server_run ~= ARGV[1] then return {'over'} end
 local name, truth = ARGV[2], cjson.decode(ARGV[4])
 local state, versions, durable, tags = key('name', name), key('versions', name), key('durable', name), key('tags', name)
 for _, field in ipairs({'counter', 'limit'}) do
-  if tonumber(call('HGET', state, field) or 0) < tonumber(ARGV[3]) then call('HSET', state, field, ARGV[3]) end
+  local known = number(call('HGET', state, field))
+  if not known or known < tonumber(ARGV[3]) then call('HSET', state, field, ARGV[3]) end
 end
 -- Whoever reserved before has to reserve again.
 call('DEL', key('pending', name), tags)
@@ -19,6 +20,11 @@ for _, version in ipairs(call('SMEMBERS', durable)) do
   end
 end
 call('DEL', durable)
+-- What no publisher wrote would be met by every script that comes by.
+local all = call('HGETALL', versions)
+for i = 1, #all, 2 do
+  if not (number(all[i]) and origin_of(all[i + 1])) then call('HDEL', versions, all[i]) end
+end
 for version, value in pairs(truth.versions) do
   call('HSET', versions, version, value)
   call('SADD', durable, version)

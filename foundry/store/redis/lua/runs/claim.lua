@@ -15,5 +15,6 @@ while true do
     return {'none', next and ms(next - now) or '-1'}
   end
   local taken = take(id, ARGV[1], ARGV[2], ARGV[3])
-  if taken then return taken end
+  -- A damaged one must not keep others from those behind it.
+  if taken and taken[1] == 'ok' then return taken end
 end

@@ -7,7 +7,7 @@ if restored or server_run ~= ARGV[1] then return {'over'} end
 local _, id, spec, name, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
 local run = run_key(id)
 local known = call('HMGET', run, 'attempt', 'state')
-if tonumber(known[1] or 0) > tonumber(attempt) then attempt = known[1] end
+if (number(known[1]) or 0) > tonumber(attempt) then attempt = known[1] end
 call('HSET', run, 'spec', spec, 'name', name, 'created', created, 'attempt', attempt, 'desired', desired)
 call('ZADD', 'foundry:runs', created, id)
 local pointer = 'foundry:name:' .. name
@@ -24,7 +24,7 @@ elseif tonumber(attempt) > 0 then
   call('HSET', run, 'state', 'running')
   call('ZREM', 'foundry:runs:queue', id)
   call('ZADD', 'foundry:runs:leases', ms(now_ms() + tonumber(lease)), id)
-  if not owner[1] or (owner[1] == id and tonumber(owner[2]) < tonumber(attempt)) then
+  if not owner[1] or (owner[1] == id and (number(owner[2]) or 0) < tonumber(attempt)) then
     call('HSET', pointer, 'owner_run', id, 'owner_attempt', attempt, 'released', '0')
   end
 elseif desired == 'pause' then

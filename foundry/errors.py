@@ -241,6 +241,12 @@ class PortTaken(FoundryError):
     reason = "PORT_TAKEN"
 
 
+class HomeUnusable(FoundryError):
+    """The system refuses a file or directory of the local stack."""
+
+    reason = "HOME_UNUSABLE"
+
+
 def _subclasses(cls: type[FoundryError]) -> list[type[FoundryError]]:
     return [cls, *(leaf for child in cls.__subclasses__() for leaf in _subclasses(child))]
 

@@ -128,8 +128,9 @@ def _disk() -> Iterator[Finding]:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free / 1e9
         found = f"{free:.1f} GB free in {path}"
-        if not os.access(existing, os.W_OK):
-            yield Finding(what, "missing", f"{existing} is not writable", f"set {variable} to a directory of yours")
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            found = f"{existing} is no directory that can be written"
+            yield Finding(what, "missing", found, f"set {variable} to a directory of yours")
         elif free < _DISK_GB:
             yield Finding(what, "missing", found, f"free {_DISK_GB:.0f} GB, or set {variable} to another directory")
         else:

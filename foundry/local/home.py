@@ -11,6 +11,8 @@ valkey/           pointers, runs, events
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ import psutil
 from platformdirs import user_data_path
 from pydantic import BaseModel, ValidationError
 
+from foundry.errors import HomeUnusable
 from foundry.local.process import find
 
 State = Literal["starting", "ready", "stopping"]
@@ -64,19 +67,36 @@ class Home:
         self.objects = self.path / "objects"
         self.valkey = self.path / "valkey"
 
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within it, what the system refuses raises HomeUnusable."""
+        try:
+            yield
+        except OSError as error:
+            raise HomeUnusable(
+                f"cannot use {error.filename or self.path}: {error.strerror}; FOUNDRY_HOME must be a directory that "
+                "can be written"
+            ) from error
+
     def create(self) -> None:
-        for directory in (self.path, self.logs, self.objects, self.valkey):
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Raises HomeUnusable."""
+        with self.used():
+            for directory in (self.path, self.logs, self.objects, self.valkey):
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def log_file(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
     def read(self) -> StackState | None:
-        """What stack.json says, or None if there is none, or it is of another version or damaged."""
-        try:
-            return StackState.model_validate_json(self.state_file.read_bytes())
-        except (FileNotFoundError, ValidationError):
-            return None
+        """What stack.json says, or None if there is none, or it is of another version or damaged.
+
+        Raises HomeUnusable.
+        """
+        with self.used():
+            try:
+                return StackState.model_validate_json(self.state_file.read_bytes())
+            except (FileNotFoundError, NotADirectoryError, ValidationError):
+                return None
 
     def running(self) -> StackState | None:
         """The state of the stack whose supervisor is alive, whatever is left from one that died."""
@@ -84,11 +104,17 @@ class Home:
         return state if state is not None and state.process() else None
 
     def write(self, state: StackState) -> None:
-        """Readers see the old file or the new one."""
+        """Readers see the old file or the new one. Raises HomeUnusable."""
         temporary = self.state_file.with_suffix(".json.new")
-        temporary.touch(mode=0o600)
-        temporary.write_text(state.model_dump_json(indent=2))
-        temporary.rename(self.state_file)
+        with self.used():
+            temporary.touch(mode=0o600)
+            temporary.write_text(state.model_dump_json(indent=2))
+            temporary.rename(self.state_file)
+
+    def forget(self) -> None:
+        """No stack runs here any more. Raises HomeUnusable."""
+        with self.used():
+            self.state_file.unlink(missing_ok=True)
 
 
 def default_home() -> Path:

@@ -108,12 +108,14 @@ def _write_configuration(home: Home, address: str, password: str) -> Path:
         f"bind {host}",
         f"port {port}",
         f"requirepass {password}",
-        f'dir "{home.valkey}"',
+        # Quoted as in JSON, so that a directory may have any name.
+        f"dir {json.dumps(str(home.valkey), ensure_ascii=False)}",
         # Pointers survive a restart without a look through the object store.
         "appendonly yes",
         'save ""',
     ]
     path = home.path / "valkey.conf"
-    path.touch(mode=0o600)
-    path.write_text("\n".join(lines) + "\n")
+    with home.used():
+        path.touch(mode=0o600)
+        path.write_text("\n".join(lines) + "\n")
     return path

@@ -38,11 +38,14 @@ class Service:
     _process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Spawn the process. Raises OSError."""
-        with self.state.log.open("ab") as sink:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.command, env=self.environment, stdout=sink, stderr=sink, **child_options()
-            )
+        """Spawn the process. Raises Unavailable if the system refuses it, or its log."""
+        try:
+            with self.state.log.open("ab") as sink:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self.command, env=self.environment, stdout=sink, stderr=sink, **child_options()
+                )
+        except OSError as error:
+            raise Unavailable(f"{self.name} can't be started: {error}") from error
         self.state.pid = self._process.pid
         # It may have ended already.
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,8 +89,8 @@ class Service:
             await asyncio.sleep(delay_seconds)
             try:
                 await self.start()
-            except OSError as error:
-                log.error("cannot be started", name=self.name, error=str(error))
+            except Unavailable as error:
+                log.error("cannot be started", name=self.name, error=error.message)
                 continue
             self.state.restarts += 1
             log.info("restarted", name=self.name, pid=self.state.pid, restarts=self.state.restarts)

@@ -53,8 +53,9 @@ class LocalStack:
     def up(self, *, tied: bool = False) -> StackState:
         """Start the stack, unless it is running, and return when it is ready. It outlives this process unless `tied`.
 
-        Raises ExtraMissing, Conflict if it is running with another model or port, PortTaken, ModelNotFound, or
-        Unavailable with the end of the log of the service that did not start. Interrupted, it leaves no process behind.
+        Raises ExtraMissing, HomeUnusable, Conflict if it is running with another model or port, PortTaken,
+        ModelNotFound, or Unavailable with the end of the log of the service that did not start. Interrupted, it leaves
+        no process behind.
         """
         extras.require("local", extras.LOCAL)
         self.home.create()
@@ -93,11 +94,12 @@ class LocalStack:
 
     def _lock_up(self) -> AcquireReturnProxy[FileLock]:
         lock = FileLock(self.home.up_lock)
-        try:
-            return lock.acquire(blocking=False)
-        except Timeout:
-            self._say("Another 'foundry up' is at work; waiting for it ...")
-            return lock.acquire()
+        with self.home.used():
+            try:
+                return lock.acquire(blocking=False)
+            except Timeout:
+                self._say("Another 'foundry up' is at work; waiting for it ...")
+                return lock.acquire()
 
     def _clear(self, *, stop: bool) -> None:
         """Return when nothing of the stack in stack.json runs any more; with `stop` its supervisor is told to end."""
@@ -110,17 +112,19 @@ class LocalStack:
         for service in reversed(state.services.values()):
             if orphan := service.process():
                 end(orphan, _ORPHAN_SECONDS, tell=True)
-        self.home.state_file.unlink(missing_ok=True)
+        self.home.forget()
 
     def _start(self, model: str, directory: Path, *, tied: bool) -> StackState:
         command = [sys.executable, "-m", "foundry.local.supervisor", "--home", str(self.home.path)]
         command += ["--model", model, "--model-directory", str(directory)]
         command += ["--port", str(self._port)] if self._port is not None else []
         command += ["--tied"] if tied else []
-        for earlier in self.home.logs.glob("*.log"):
-            earlier.rename(f"{earlier}.1")
         self._say(f"Starting the stack with {model} ...")
-        with self.home.log_file("supervisor").open("ab") as log_file:
+        with self.home.used():
+            for earlier in self.home.logs.glob("*.log"):
+                earlier.rename(f"{earlier}.1")
+            log_file = self.home.log_file("supervisor").open("ab")
+        with log_file:
             # A session of its own: Ctrl-C in this terminal is for us, and closing it does not end the stack.
             process = subprocess.Popen(
                 command,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import structlog
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from foundry import telemetry
 from foundry.errors import Conflict, FoundryError, Unavailable
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 class Supervisor:
     def __init__(self, home: Home, model: str, model_directory: Path, port: int | None) -> None:
-        """Reserves the ports. Raises PortTaken."""
+        """Reserves the ports. Raises PortTaken and HomeUnusable."""
         self.home = home
         self._ports = {name: ports.reserve() for name in ("valkey", "teacher", "rollout", "trainer")}
         self._ports["gateway"] = ports.reserve_gateway() if port is None else ports.reserve(port, lingering=True)
@@ -112,7 +112,7 @@ class Supervisor:
         self._write("stopping")
         for service in reversed(self.services):
             await service.stop()
-        self.home.state_file.unlink(missing_ok=True)
+        self.home.forget()
 
     def _write(self, state: State) -> None:
         self._state.state = state
@@ -139,14 +139,21 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home(options.home)
     try:
-        with FileLock(home.supervisor_lock).acquire(blocking=False):
+        with hold(home):
             supervisor = Supervisor(home, options.model, options.model_directory, options.port)
             asyncio.run(supervisor.run(tied=options.tied))
-    except Timeout:
-        return failed(Conflict(f"another supervisor is at work in {home.path}: wait, or run 'foundry down'"))
     except FoundryError as error:
         return failed(error)
     return 0
+
+
+def hold(home: Home) -> AcquireReturnProxy[FileLock]:
+    """Raises Conflict if another supervisor lives, and HomeUnusable."""
+    with home.used():
+        try:
+            return FileLock(home.supervisor_lock).acquire(blocking=False)
+        except Timeout:
+            raise Conflict(f"another supervisor is at work in {home.path}: wait, or run 'foundry down'") from None
 
 
 def failed(error: FoundryError) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,8 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
     """A FOUNDRY_HOME in which nothing runs when the test is over, whatever happened in it."""
-    # With a space, as in macOS' directory for data.
-    path = tmp_path / "Application Support"
+    # With a space, as in macOS' directory for data, and whatever else may stand in a name.
+    path = tmp_path / 'Application Support of "Zoë\'s" \\ 100%'
     yield path
     LocalStack(path, say=quiet).down()
     assert processes_of(path) == []
@@ -255,6 +256,28 @@ def test_port_that_is_taken_is_a_typed_error(home: Path, model: str) -> None:
         assert f"error: port {port} is taken" in refused.stderr
         assert "Traceback" not in refused.stderr
     assert processes_of(home) == []
+
+
+TAKEN = ["stack.json/", "stack.json.new/", "up.lock/", "supervisor.lock/", "valkey.conf/", "logs", "objects"]
+
+
+@pytest.mark.parametrize("taken", [*TAKEN, "logs/valkey.log.1/", "logs/supervisor.log.1/"])
+def test_a_home_that_cannot_be_used_is_a_typed_error(home: Path, model: str, taken: str) -> None:
+    """A directory where there should be a file, and the other way round: what the system refuses to root too."""
+    obstacle = home / taken
+    home.mkdir()
+    if taken.endswith("/"):
+        obstacle.mkdir(parents=True)
+        # The log that would be put aside there.
+        obstacle.with_suffix("").touch()
+    else:
+        obstacle.touch()
+    up = foundry("up", "--model", model, home=home)
+    shutil.rmtree(home)
+    assert up.returncode == 1
+    assert up.stderr.splitlines()[-1].startswith("error: cannot use ")
+    assert str(home) in up.stderr.splitlines()[-1]
+    assert "Traceback" not in up.stderr
 
 
 def test_pid_of_another_process_is_not_taken_for_the_stack(home: Path) -> None:

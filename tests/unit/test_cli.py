@@ -102,6 +102,21 @@ def test_down_without_a_stack_is_no_error() -> None:
     assert "No stack was running" in result.stderr
 
 
+@pytest.mark.parametrize("path", ["/proc/foundry", "{file}/below", "{file}", "{file}" + 300 * "x"])
+def test_a_home_that_cannot_be_made_is_one_plain_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    """On a file system that takes nothing, not even from root; below a file; with a name that is too long."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("FOUNDRY_HOME", path.format(file=file))
+    assert "FOUNDRY_HOME must be a directory that can be written" in refused("up")
+    for command in ("down", "status"):
+        result = foundry(command)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert result.stderr.count("\n") == 1
+
+
 def test_missing_document_is_found_before_anything_starts(tmp_path: Path) -> None:
     assert "nowhere.md can't be read" in refused("train", str(tmp_path / "nowhere.md"), "--name", "x")
 
@@ -326,6 +341,14 @@ def test_doctor_knows_too_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [finding for finding in doctor._disk() if finding.state == "missing"]
     assert {finding.what for finding in findings} == {"disk for cartridges", "disk for models"}
     assert all("FOUNDRY_" in finding.remedy for finding in findings)
+
+
+@pytest.mark.parametrize("path", ["/proc/foundry", "{file}/below", "{file}"])
+def test_doctor_knows_where_no_home_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FOUNDRY_HOME", path.format(file=tmp_path / "file"))
+    found = {finding.what: finding.state for finding in doctor._disk()}
+    assert found["disk for cartridges"] == "missing"
 
 
 def test_size_prints_what_a_workload_takes() -> None:

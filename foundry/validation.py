@@ -101,6 +101,9 @@ def checked(check: Callable[[str], str]) -> AfterValidator:
 
 def _as_given(value: Any, handler: Callable[[Any], float]) -> Any:
     handler(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        # It would be written down as it is, and not be read again.
+        raise ValueError("an integer of more than 64 bits: write it as 1e30")
     return value
 
 

@@ -60,7 +60,10 @@ class CartridgeStore:
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
         self.objects = Objects.open(
-            settings.objects_url, retry_seconds=settings.objects_retry_seconds, s3=S3Access.of(settings)
+            settings.objects_url,
+            retry_seconds=settings.objects_retry_seconds,
+            timeout_seconds=settings.objects_timeout_seconds,
+            s3=S3Access.of(settings),
         )
         self._connection = Connection(RedisAccess.of(settings), timeout_seconds=settings.redis_timeout_seconds)
         self._connection.on_empty = self.rebuild

@@ -108,6 +108,10 @@ class StoreSettings(BaseModel):
     objects_retry_seconds: float = Field(default=20.0, gt=0)
     """Longest time during which a failed request to remote object storage is repeated."""
 
+    objects_timeout_seconds: float = Field(default=90.0, gt=0)
+    """Longest time for one call of object storage with its repetitions, besides the time that its bytes take at 1 MiB
+    per second. What has not answered by then is away, be it a directory that hangs."""
+
     recovery_lease_seconds: float = Field(default=30.0, gt=0)
     """After Redis was lost: how long the workers of running runs have to report before others get them."""
 

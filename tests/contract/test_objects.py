@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -388,3 +390,55 @@ async def test_without_any_credentials_the_machine_is_asked(
     assert isinstance(caught.value, StoreRefused) is refused
     server.close()
     await server.wait_closed()
+
+
+async def _calls(objects: Objects) -> list[str]:
+    """The calls that don't end with an error that says so."""
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "put": lambda: objects.put("key", [b"x"]),
+        "put_if_absent": lambda: objects.put_if_absent("key", b"x"),
+        "put_if_match": lambda: objects.put_if_match("key", b"x", ETag("1")),
+        "delete": lambda: objects.delete("key"),
+        "get": lambda: objects.get("key"),
+        "get_range": lambda: objects.get_range("key", 0, 1),
+        "head": lambda: objects.head("key"),
+        "keys": lambda: objects.keys("a"),
+        "keys_here": lambda: objects.keys_here("a"),
+    }
+    found = []
+    for name, call in calls.items():
+        try:
+            async with asyncio.timeout(20):
+                await call()
+        except StoreUnavailable as error:
+            if "has not answered for" in error.message:
+                continue
+        found.append(name)
+    return found
+
+
+async def test_a_server_that_never_answers_is_unavailable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        access = {
+            "objects_endpoint": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "objects_access_key_id": "key",
+            "objects_secret_access_key": "secret",
+        }
+        settings = StoreSettings.model_validate(
+            {"redis_url": "redis://127.0.0.1:1", "objects_url": "s3://bucket", "objects_allow_http": True} | access
+        )
+        objects = Objects.open(settings.objects_url, retry_seconds=1, timeout_seconds=0.1, s3=S3Access.of(settings))
+        assert await _calls(objects) == []
+
+
+async def test_a_file_that_never_opens_is_unavailable(tmp_path: Path) -> None:
+    objects = Objects.open(tmp_path.as_uri(), retry_seconds=1, timeout_seconds=0.1)
+    # Whoever opens it waits for a writer.
+    os.mkfifo(tmp_path / "key")
+    try:
+        for read in (objects.get("key"), objects.get_range("key", 0, 1)):
+            async with asyncio.timeout(20):
+                with pytest.raises(StoreUnavailable, match="has not answered for"):
+                    await read
+    finally:
+        os.close(os.open(tmp_path / "key", os.O_RDWR | os.O_NONBLOCK))

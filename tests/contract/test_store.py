@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
-from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, StoreUnavailable
 from foundry.store import CartridgeId, CartridgeStore, Manifest, StoreSettings
 from foundry.store.redis.hot_bytes import CHUNK_BYTES
 from tests.store_data import cartridge, draft
@@ -254,6 +255,27 @@ async def test_corrupt_in_both_places_is_a_digest_mismatch(owned: CartridgeStore
     flip_last_byte(blob)
     with pytest.raises(DigestMismatch):
         await owned.fetch(digest)
+
+
+@pytest.mark.storages("file")
+async def test_a_blob_that_never_opens_does_not_hold_its_digest(
+    owned: CartridgeStore, store_settings: StoreSettings, blob: Path
+) -> None:
+    digest = (await publish(owned, 0, durable=True)).digest
+    await owned._pointers.drop_bytes(digest)
+    content = blob.read_bytes()
+    blob.unlink()
+    os.mkfifo(blob)
+    store = await CartridgeStore.open(store_settings.model_copy(update={"objects_timeout_seconds": 0.1}))
+    try:
+        with pytest.raises(StoreUnavailable, match="has not answered for"):
+            await store.fetch(digest)
+        os.close(os.open(blob, os.O_RDWR | os.O_NONBLOCK))
+        blob.unlink()
+        blob.write_bytes(content)
+        assert (await store.fetch(digest)).digest() == digest
+    finally:
+        await store.close()
 
 
 async def test_a_corrupt_hot_only_version_is_a_digest_mismatch(owned: CartridgeStore) -> None:

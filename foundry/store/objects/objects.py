@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -49,6 +49,7 @@ _READS_OF_DAMAGED = 3
 # Each holds the bytes of one.
 _RECORDS_AT_ONCE = 16
 _LET_GO_SECONDS = 0.1
+_SLOWEST_BYTES_PER_SECOND = 2**20
 
 T = TypeVar("T")
 
@@ -78,16 +79,21 @@ class Objects:
     credentials or has no such bucket, and StoreFull if it takes no more; those that read an object raise NotFound.
     """
 
-    def __init__(self, store: ObjectStore, url: str, root: Path | None) -> None:
+    def __init__(self, store: ObjectStore, url: str, root: Path | None, timeout_seconds: float) -> None:
         self._store = store
         self._url = url
+        self._timeout_seconds = timeout_seconds
         # Set for file://, where durability needs an fsync and compare-and-set a lock that obstore does not do.
         self._root = root
         self._records = asyncio.Semaphore(_RECORDS_AT_ONCE)
 
     @classmethod
-    def open(cls, url: str, *, retry_seconds: float, s3: S3Access | None = None) -> Objects:
+    def open(
+        cls, url: str, *, retry_seconds: float, timeout_seconds: float = 90.0, s3: S3Access | None = None
+    ) -> Objects:
         """Nothing is read or written, besides making the directory of a file:// store.
+
+        `timeout_seconds` is for one call with all its repetitions; to it comes what its bytes take at 1 MiB a second.
 
         `s3` wins over the AWS_* variables of the environment; gs and az have theirs (GOOGLE_*, AZURE_*) alone.
         """
@@ -96,13 +102,13 @@ class Objects:
             if url.startswith("file://"):
                 root = Path(unquote(urlsplit(url).path))
                 make_directory(root)
-                return cls(from_url(url), url, root)
+                return cls(from_url(url), url, root, timeout_seconds)
             if url.startswith("memory://"):
-                return cls(from_url(url), url, None)
+                return cls(from_url(url), url, None, timeout_seconds)
             options: dict[str, Any] = {"retry_config": {"retry_timeout": timedelta(seconds=retry_seconds)}}
             if s3 is not None:
                 options |= s3.options()
-            return cls(from_url(url, **options), url, None)
+            return cls(from_url(url, **options), url, None, timeout_seconds)
         except (BaseError, ValueError, TypeError) as error:
             raise InvalidArgument(
                 f"object storage {url} can't be opened: {text_of(error)}", field="objects_url"
@@ -113,8 +119,9 @@ class Objects:
     async def put(self, key: str, parts: Iterable[Buffer]) -> None:
         """Write the concatenation of `parts`, over whatever stands there; large ones are not joined in memory."""
         views = [memoryview(part).cast("B") for part in parts]
-        content = b"".join(views) if sum(view.nbytes for view in views) <= _ONE_REQUEST_BYTES else views
-        with self._typed_errors(key, writing=True):
+        num_bytes = sum(view.nbytes for view in views)
+        content = b"".join(views) if num_bytes <= _ONE_REQUEST_BYTES else views
+        async with self._call(key, writing=True, num_bytes=num_bytes):
             await obstore.put_async(self._store, key, content)
         await self._settle(key)
 
@@ -123,7 +130,7 @@ class Objects:
 
         That may be our own, where an answer was lost and the storage's client asked again.
         """
-        with self._typed_errors(key, writing=True):
+        async with self._call(key, writing=True):
             try:
                 await obstore.put_async(self._store, key, content, mode="create")
             except AlreadyExistsError:
@@ -137,7 +144,7 @@ class Objects:
         False also if our own write was repeated after its answer was lost: read again before you conclude anything.
         Only writers that use this method (and `put_if_absent` before the first one) exclude each other.
         """
-        with self._typed_errors(key, writing=True):
+        async with self._call(key, writing=True):
             if self._root is not None:
                 return await asyncio.to_thread(_put_file_if_match, self._store, self._root, key, content, etag)
             expected: UpdateVersion = {}
@@ -157,7 +164,7 @@ class Objects:
 
     async def delete(self, key: str) -> None:
         """Nothing to delete is no error."""
-        with self._typed_errors(key, writing=True):
+        async with self._call(key, writing=True):
             try:
                 await obstore.delete_async(self._store, key)
             except FileNotFoundError as error:
@@ -168,10 +175,11 @@ class Objects:
 
     async def get(self, key: str, *, max_bytes: int | None = None) -> memoryview:
         """Raises NotFound; InvalidArgument if it has more than `max_bytes`, of which none are read then."""
-        with self._typed_errors(key):
+        async with self._call(key) as deadline:
             found = await obstore.get_async(self._store, key)
             if max_bytes is not None and found.meta["size"] > max_bytes:
                 raise InvalidArgument(f"it has {found.meta['size']} bytes, at most {max_bytes} are read")
+            deadline.reschedule((deadline.when() or 0.0) + found.meta["size"] / _SLOWEST_BYTES_PER_SECOND)
             return memoryview(await found.bytes_async())
 
     async def record(self, key: str, parse: Callable[[bytes], T], *, max_bytes: int = MAX_RECORD_BYTES) -> T:
@@ -207,7 +215,7 @@ class Objects:
             await self.head(key)
             return memoryview(b"")
         try:
-            with self._typed_errors(key):
+            async with self._call(key, num_bytes=end - begin):
                 found = memoryview(await obstore.get_range_async(self._store, key, start=begin, end=end))
         except StoreRefused:
             raise
@@ -222,7 +230,7 @@ class Objects:
 
     async def head(self, key: str) -> ObjectInfo:
         """Size, time and ETag without the bytes. Raises NotFound."""
-        with self._typed_errors(key):
+        async with self._call(key):
             return _info(await obstore.head_async(self._store, key))
 
     async def exists(self, key: str) -> bool:
@@ -239,7 +247,7 @@ class Objects:
         """Every object under `directory`, however deep, in no order; one page is held at a time."""
         pages = aiter(obstore.list(self._store, directory, chunk_size=_LIST_PAGE))
         while True:
-            with self._typed_errors(directory):
+            async with self._call(directory):
                 try:
                     page = await anext(pages)
                 except StopAsyncIteration:
@@ -254,7 +262,7 @@ class Objects:
 
     async def keys_here(self, directory: str) -> list[str]:
         """Sorted keys directly in `directory`."""
-        with self._typed_errors(directory):
+        async with self._call(directory):
             found = await obstore.list_with_delimiter_async(self._store, directory)
         return sorted(entry["path"] for entry in found["objects"] if entry["path"] != LOCK)
 
@@ -266,16 +274,23 @@ class Objects:
     async def _settle(self, key: str) -> None:
         if self._root is None:
             return
-        with self._typed_errors(key), suppress(FileNotFoundError):  # deleted again by somebody else
-            await asyncio.to_thread(fsync, self._root / key)
+        async with self._call(key):
+            with suppress(FileNotFoundError):  # deleted again by somebody else
+                await asyncio.to_thread(fsync, self._root / key)
 
-    @contextmanager
-    def _typed_errors(self, key: str, *, writing: bool = False) -> Iterator[None]:
+    @asynccontextmanager
+    async def _call(self, key: str, *, writing: bool = False, num_bytes: int = 0) -> AsyncIterator[asyncio.Timeout]:
+        """Errors are ours, and there is a deadline: a directory that hangs never answers, nor says so. What hangs is
+        abandoned."""
+        what = f"object storage {self._url}"
+        seconds = self._timeout_seconds + num_bytes / _SLOWEST_BYTES_PER_SECOND
         try:
-            yield
+            async with asyncio.timeout(seconds) as deadline:
+                yield deadline
+        except TimeoutError:
+            raise StoreUnavailable(f"{what} has not answered for {seconds:.0f} s at {key}") from None
         except (BaseError, OSError) as error:
             # Not `from error`: its text may hold a signed address, and would stand in every traceback.
-            what = f"object storage {self._url}"
             raise typed(what, key, error, writing=writing, directory=self._root is not None) from None
 
 

@@ -161,8 +161,8 @@ def rm(
             "to remove a tag"
         )
     with connect(start=False) as client:
-        found = client.cartridges.get(reference)
-        what = f"version {version} of {name}" if at else f"{found['name']} and all its versions"
+        # Not looked at first: what is damaged can be deleted too.
+        what = f"version {version} of {name}" if at else f"{name} and all its versions"
         if not yes:
             typer.confirm(f"Delete {what}?", abort=True, err=True)
         client.cartridges.delete(name, int(version) if at else None)

@@ -9,6 +9,7 @@ import structlog
 
 from foundry.errors import DigestMismatch, InvalidArgument
 from foundry.store import metrics
+from foundry.store.names import LATEST, Reference
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +25,19 @@ def reading(what: str) -> Iterator[None]:
     except REFUSALS as error:
         said = error.message if isinstance(error, InvalidArgument) else repr(error)
         raise DigestMismatch(f"{what} is damaged: {said}") from error
+
+
+def damaged_version(reference: Reference, version: int) -> DigestMismatch:
+    """For who asks what a reference means, where passing over a damaged version would give another one."""
+    name, selector = reference.name, reference.selector
+    if isinstance(selector, int) or selector == LATEST:
+        decide = f"give it up with 'foundry cartridges rm {name}@{version}'"
+    else:
+        decide = f"move the tag with 'foundry cartridges tag {name}@VERSION {selector}'"
+    return DigestMismatch(
+        f"{reference} means version {version}, which is damaged: 'foundry store verify' says how. Restore it from a "
+        f"backup and run 'foundry store rebuild --force', or {decide}. Other versions are served by number and digest"
+    )
 
 
 @contextmanager

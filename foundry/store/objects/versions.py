@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from functools import partial
 
-from foundry.errors import CartridgeNotFound, Conflict, Fenced, InvalidArgument, NotFound
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, Fenced, InvalidArgument, NotFound
 from foundry.store.manifest import Manifest
 from foundry.store.names import LATEST, CartridgeId, Reference
 from foundry.store.objects import layout
 from foundry.store.objects.blobs import Blobs
 from foundry.store.objects.objects import ETag, ObjectInfo, Objects
 from foundry.store.tags import TagRecord
-from foundry.store.unreadable import skipped
+from foundry.store.unreadable import damaged_version, skipped
 
 # Numbers handed out per write of a limit: what a loss of Redis may skip.
 LIMIT_STEP = 100
@@ -56,9 +56,15 @@ class Durable:
         raise CartridgeNotFound(f"there is no durable cartridge {name}@{version}", field="version")
 
     async def manifests(self, name: str) -> list[Manifest]:
-        keys = await self._objects.keys_here(layout.versions(name))
-        found = await self._objects.records("manifest", filter(layout.MANIFEST.fullmatch, keys), _manifest_at)
-        return sorted((each for each in found.values() if each), key=lambda manifest: manifest.version)
+        """Those that can be read, oldest first."""
+        return (await self.whole_and_damaged(name))[0]
+
+    async def whole_and_damaged(self, name: str) -> tuple[list[Manifest], set[int]]:
+        """The manifests that can be read, oldest first, and the numbers of those that can't."""
+        keys = {layout.manifest(name, version): version for version in await self.versions(name)}
+        found = await self._objects.records("manifest", keys, _manifest_at)
+        damaged = {keys[key] for key in keys.keys() - found.keys() if await self._objects.exists(key)}
+        return sorted((each for each in found.values() if each), key=lambda manifest: manifest.version), damaged
 
     async def whole_versions(self, name: str) -> set[int]:
         """Numbers of manifests that can be read."""
@@ -86,10 +92,13 @@ class Durable:
         return True
 
     async def resolve(self, reference: Reference) -> CartridgeId:
-        """What the reference means by object storage alone: `latest` is the highest durable version."""
+        """What the reference means by object storage alone: `latest` is the highest durable version.
+
+        Raises CartridgeNotFound, DigestMismatch if that version can't be read.
+        """
         name, selector = reference.name, reference.selector
         if isinstance(selector, int):
-            return (await self.manifest(name, selector)).id
+            return await self._id(reference, selector)
         if reference.immutable:
             found = [manifest.id for manifest in await self.manifests(name) if manifest.digest == selector]
             if found:
@@ -97,14 +106,18 @@ class Durable:
         elif selector == LATEST:
             for version in reversed(await self.versions(name)):
                 try:
-                    return (await self.manifest(name, version)).id
+                    return await self._id(reference, version)
                 except CartridgeNotFound:
                     continue  # a tombstone
-        else:
-            tags = await self.tags(name)
-            if selector in tags:
-                return (await self.manifest(name, tags[selector])).id
+        elif record := await self.tag_record(name, selector):
+            return await self._id(reference, record.version)
         raise CartridgeNotFound(f"there is no durable cartridge {reference}", field="model")
+
+    async def _id(self, reference: Reference, version: int) -> CartridgeId:
+        try:
+            return (await self.manifest(reference.name, version)).id
+        except DigestMismatch as error:
+            raise damaged_version(reference, version) from error
 
     # Tags
 

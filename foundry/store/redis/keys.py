@@ -7,6 +7,8 @@ Cartridges:
                                     '' for ever)
     versions:<name>         hash    version -> "<digest> <manifest JSON>"
     durable:<name>          set     versions whose manifest is in object storage
+    damaged:<name>          set     durable versions that could not be read when pointers were restored: nothing passes
+                                    over them, somebody is to decide
     steps:<name>            hash    "<run> <step>" -> "<version> <digest>"
     pending:<name>          hash    reserved version -> "<run> <attempt> <step> <digest> <durable 0|1>"
     tags:<name>             hash    tag -> version

@@ -18,7 +18,7 @@ from foundry.store.redis import hot_bytes as hot
 from foundry.store.redis.connection import RESTORE, Connection, Reply
 from foundry.store.redis.keys import key
 from foundry.store.tags import MAX_TAG_HISTORY, TagRecord
-from foundry.store.unreadable import reading, skipped
+from foundry.store.unreadable import damaged_version, reading, skipped
 from foundry.telemetry.traces import current_traceparent
 from foundry.untrusted import parse_count
 
@@ -145,6 +145,8 @@ class Pointers:
         reply = await self._connection.run("pointers/lookup", reference.name, kind, selector)
         if reply[0] == "missing":
             raise CartridgeNotFound(f"there is no cartridge {reference}", field="model")
+        if reply[0] == "damaged":
+            raise damaged_version(reference, _version(reply[1], key("damaged", reference.name)))
         if reply[0] == "dangling":
             raise DigestMismatch(f"{reference} means version {reply[1]} in Redis, which is not there. {RESTORE}")
         versions = key("versions", reference.name)

@@ -43,8 +43,8 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
     """Restore pointers, counters, tags and unfinished runs. None if there was nothing to restore.
 
     Versions that were only hot are lost with Redis; their numbers are not used again. A durable version whose owner
-    died between manifest and pointer is whole, and is visible from then on. One whose blob is gone is left out: no
-    pointer may name bytes that nobody has.
+    died between manifest and pointer is whole, and is visible from then on. One that can't be read, or whose blob is
+    gone, is left out, and noted as damaged: no pointer may name bytes that nobody has, nor pass over them in silence.
     Raises StoreUnavailable if Redis or the object storage can't be reached.
     """
     while (begin := await connection.run_restoring("rebuild/begin"))[0] != "restored":
@@ -58,11 +58,13 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
         num_versions = 0
         needed: set[str] = set()
         for name in names:
-            manifests = [each for each in await durable.manifests(name) if await _has_blob(each, durable, blobs)]
+            read, damaged = await durable.whole_and_damaged(name)
+            manifests = [each for each in read if await _has_blob(each, durable, blobs)]
+            damaged |= {each.version for each in read} - {each.version for each in manifests}
             tags = await durable.tag_records(name)
-            truth = _truth(manifests, {tag: record.version for tag, record in tags.items()})
+            truth = _truth(manifests, {tag: record.version for tag, record in tags.items()}, damaged)
             # A version above the limit can only come from a store that was copied by hand; its number is taken too.
-            limit = max(limits.get(name, 0), max((manifest.version for manifest in manifests), default=0))
+            limit = max(limits.get(name, 0), *damaged, *(manifest.version for manifest in manifests), 0)
             await connection.run_restoring("rebuild/name", server_run, name, limit, truth)
             histories = {tag: " ".join(map(str, (record.moved_ms, *record.history))) for tag, record in tags.items()}
             await connection.run_restoring("rebuild/tag_history", server_run, name, json.dumps(histories))
@@ -108,11 +110,12 @@ async def _has_blob(manifest: Manifest, durable: Durable, blobs: set[str]) -> bo
     return False
 
 
-def _truth(manifests: list[Manifest], tags: dict[str, int]) -> str:
+def _truth(manifests: list[Manifest], tags: dict[str, int], damaged: set[int]) -> str:
     return json.dumps(
         {
             "versions": {str(manifest.version): versions_value(manifest) for manifest in manifests},
             "steps": {f"{each.run} {each.step}": f"{each.version} {each.digest}" for each in manifests},
             "tags": {tag: str(version) for tag, version in tags.items()},
+            "damaged": [str(version) for version in sorted(damaged)],
         }
     )

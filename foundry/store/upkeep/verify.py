@@ -102,12 +102,12 @@ class Verifier:
             # Said of its key.
             names = []
         for name in sorted({*names, *self._versions}):
+            durable: set[int] = set()
             try:
-                await self._pointers.check(name)
                 durable = await self._pointers.durable(name)
+                await self._pointers.check(name)
             except DigestMismatch as error:
                 yield Verified("corrupt", "pointer", name, 0, error.message)
-                continue
             for version in sorted(durable):
                 key = f"{name}@{version}"
                 if version in self._versions.get(name, ()) or await self._has_manifest(name, version):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from foundry.errors import CartridgeNotFound, Conflict, InvalidArgument
+from foundry.errors import CartridgeNotFound, Conflict, DigestMismatch, InvalidArgument
 from foundry.store import CartridgeStore
 from tests.contract.gateway_routes.site import Site
 from tests.store_data import cartridge
@@ -75,3 +79,27 @@ def test_a_damaged_name_takes_no_other_with_it(site: Site) -> None:
         assert answer.json()["error"]["code"] == "DIGEST_MISMATCH", answer.text
     site.stack.with_store(restore)
     assert {"damaged/type", "damaged/field", "whole"} <= {item["name"] for item in site.client.cartridges.list()}
+
+
+def test_a_damaged_newest_version_is_decided_about_by_the_commands_that_its_error_names(site: Site) -> None:
+    first, second = site.stack.publish("torn", site.stack.cartridge(1), site.stack.cartridge(2))
+    site.client.cartridges.tag("torn", "prod", second.version)
+
+    async def tear(store: CartridgeStore) -> None:
+        await store.objects.put("cartridges/torn/0000000002.json", [b"{"])
+        await store.rebuild(force=True)
+
+    def foundry(*arguments: str) -> str:
+        command = [sys.executable, "-m", "foundry.cli.main", "cartridges", *arguments]
+        environment = os.environ | {"FOUNDRY_GATEWAY": f"http://{site.gateway.address}"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stderr
+
+    site.stack.with_store(tear)
+    with pytest.raises(DigestMismatch, match="'foundry cartridges tag torn@VERSION prod'"):
+        site.client.cartridges.get("torn@prod")
+    foundry("tag", "torn@1", "prod")
+    assert site.client.cartridges.get("torn@prod")["version"]["digest"] == first.digest
+    with pytest.raises(DigestMismatch, match="'foundry cartridges rm torn@2'"):
+        site.client.cartridges.get("torn")
+    foundry("rm", "torn@2", "--yes")
+    assert site.client.cartridges.get("torn")["version"]["digest"] == first.digest

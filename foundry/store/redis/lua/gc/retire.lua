@@ -5,6 +5,8 @@
 local name, version = ARGV[1], ARGV[2]
 if call('HGET', key('pending', name), version) then return {'kept', 'being published'} end
 local value = call('HGET', key('versions', name), version)
+-- Somebody is to decide about it.
+if call('SISMEMBER', key('damaged', name), version) == 1 then return {'kept', 'damaged'} end
 if not value then return {'unknown'} end
 if call('HGET', key('name', name), 'latest') == version then return {'kept', 'latest'} end
 local tag = tag_of(name, version)

@@ -99,6 +99,19 @@ local function tag_of(name, version)
   return nil
 end
 
+-- The newest version is `latest`; a name without any is listed as long as a damaged one waits for a decision.
+local function settle(name)
+  local latest = 0
+  for _, version in ipairs(call('HKEYS', key('versions', name))) do latest = math.max(latest, number(version) or 0) end
+  if latest > 0 then
+    call('HSET', key('name', name), 'latest', string.format('%d', latest))
+  else
+    call('HDEL', key('name', name), 'latest')
+  end
+  local listed = latest > 0 or call('SCARD', key('damaged', name)) > 0
+  call(listed and 'SADD' or 'SREM', 'foundry:names', name)
+end
+
 -- Bytes leave Redis, and a version that was only there is forgotten.
 local function drop_version(name, version, value)
   drop_hot(name, version, digest_of(value))

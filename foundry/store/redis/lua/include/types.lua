@@ -6,7 +6,7 @@ local string, hash, set, zset = {'STRLEN'}, {'HGET', ''}, {'SCARD'}, {'ZCARD'}
 local list, stream = {'LTRIM', 0, -1}, {'XREVRANGE', '+', '-', 'COUNT', 1}
 -- By what stands behind `foundry:`, whole or up to the next colon.
 local types = {
-  names = set, name = hash, versions = hash, durable = set, steps = hash, pending = hash, tags = hash,
+  names = set, name = hash, versions = hash, durable = set, damaged = set, steps = hash, pending = hash, tags = hash,
   ['tag-history'] = hash, hot = zset, refs = set, leases = zset, bytes = string, staged = string, events = stream,
   reserving = set, condemned = string, runs = zset, ['runs:bell'] = list, run = hash, ['run-events'] = stream,
   epoch = string,

@@ -7,7 +7,7 @@ local other = holder(name)
 if other then return {'conflict', other} end
 local all = call('HGETALL', key('versions', name))
 for i = 1, #all, 2 do drop_hot(name, all[i], digest_of(all[i + 1])) end
-for _, kind in ipairs({'versions', 'durable', 'steps', 'pending', 'tags', 'tag-history', 'hot'}) do
+for _, kind in ipairs({'versions', 'durable', 'steps', 'pending', 'tags', 'tag-history', 'hot', 'damaged'}) do
   call('DEL', key(kind, name))
 end
 call('HDEL', key('name', name), 'latest')

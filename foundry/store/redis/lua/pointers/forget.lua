@@ -7,7 +7,10 @@ local value = call('HGET', key('versions', name), version)
 local share = value and hot_share(name, version, digest_of(value))
 if ARGV[3] == '1' then return {'ok', share} end
 call('HDEL', key('pending', name), version)
-if not value then return {'ok'} end
+if not value then
+  if call('SREM', key('damaged', name), version) == 1 then settle(name) end
+  return {'ok'}
+end
 drop_hot(name, version, digest_of(value))
 forget_version(name, version, value)
 local tags = call('HGETALL', key('tags', name))
@@ -17,12 +20,5 @@ for i = 1, #tags, 2 do
     call('HDEL', key('tag-history', name), tags[i])
   end
 end
-local latest = 0
-for _, other in ipairs(call('HKEYS', key('versions', name))) do latest = math.max(latest, number(other) or 0) end
-if latest > 0 then
-  call('HSET', key('name', name), 'latest', string.format('%d', latest))
-else
-  call('HDEL', key('name', name), 'latest')
-  call('SREM', 'foundry:names', name)
-end
+settle(name)
 return {'ok', share}

@@ -1,4 +1,5 @@
--- name, kind (latest | tag | version | digest), value -> ok, version, digest | missing | dangling, version
+-- name, kind (latest | tag | version | digest), value -> ok, version, digest | missing
+-- | dangling, version | damaged, version: what it means, or may mean, can't be read
 --@include pointers
 
 local name, kind, version = ARGV[1], ARGV[2], ARGV[3]
@@ -14,9 +15,15 @@ elseif kind == 'digest' then
   end
   version = best
 end
+if kind == 'latest' then
+  local newest = 0
+  for _, each in ipairs(call('SMEMBERS', key('damaged', name))) do newest = math.max(newest, number(each) or 0) end
+  if newest > (number(version) or 0) then return {'damaged', string.format('%d', newest)} end
+end
 if not version then return {'missing'} end
 local value = call('HGET', versions, version)
 if not value then
+  if call('SISMEMBER', key('damaged', name), version) == 1 then return {'damaged', version} end
   if kind == 'latest' or kind == 'tag' then return {'dangling', version} end
   return {'missing'}
 end

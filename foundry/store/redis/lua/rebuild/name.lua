@@ -1,5 +1,6 @@
 -- server run, name, limit,
--- JSON {versions: {version: value}, steps: {"run step": "version digest"}, tags: {tag: version}}
+-- JSON {versions: {version: value}, steps: {"run step": "version digest"}, tags: {tag: version},
+-- damaged: [version]}
 -- -> ok | over: another restored it, or another server is there now
 --@include pointers
 
@@ -29,17 +30,12 @@ for version, value in pairs(truth.versions) do
   call('HSET', versions, version, value)
   call('SADD', durable, version)
 end
+local damaged = key('damaged', name)
+call('DEL', damaged)
+for _, version in ipairs(truth.damaged) do call('SADD', damaged, version) end
 for step, seen in pairs(truth.steps) do call('HSET', key('steps', name), step, seen) end
 for tag, version in pairs(truth.tags) do
-  if truth.versions[version] then call('HSET', tags, tag, version) end
+  if truth.versions[version] or call('SISMEMBER', damaged, version) == 1 then call('HSET', tags, tag, version) end
 end
-local latest = 0
-for _, version in ipairs(call('HKEYS', versions)) do latest = math.max(latest, tonumber(version)) end
-if latest > 0 then
-  call('HSET', state, 'latest', string.format('%d', latest))
-  call('SADD', 'foundry:names', name)
-else
-  call('HDEL', state, 'latest')
-  call('SREM', 'foundry:names', name)
-end
+settle(name)
 return {'ok'}

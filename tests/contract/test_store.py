@@ -218,6 +218,18 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
+def hang(path: Path) -> Path:
+    """From now on whoever opens it waits. Returns where the file is."""
+    moved = path.rename(path.with_suffix(".moved"))
+    os.mkfifo(path)
+    return moved
+
+
+def let_go(path: Path, moved: Path) -> None:
+    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    moved.rename(path)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
 
@@ -263,16 +275,12 @@ async def test_a_blob_that_never_opens_does_not_hold_its_digest(
 ) -> None:
     digest = (await publish(owned, 0, durable=True)).digest
     await owned._pointers.drop_bytes(digest)
-    content = blob.read_bytes()
-    blob.unlink()
-    os.mkfifo(blob)
+    moved = hang(blob)
     store = await CartridgeStore.open(store_settings.model_copy(update={"objects_timeout_seconds": 0.1}))
     try:
         with pytest.raises(StoreUnavailable, match="has not answered for"):
             await store.fetch(digest)
-        os.close(os.open(blob, os.O_RDWR | os.O_NONBLOCK))
-        blob.unlink()
-        blob.write_bytes(content)
+        let_go(blob, moved)
         assert (await store.fetch(digest)).digest() == digest
     finally:
         await store.close()

@@ -2,7 +2,7 @@
 
 For health checks and hooks that can only run a command. Without an address it asks the server that this container's
 variables describe. `--live` is content with any answer: a server that loads its model is alive and does not serve yet.
-`--drain` has a rollout server refuse new work, and returns when the work in flight has ended.
+`--drain` has a rollout server refuse new work, and returns when the work in flight has ended. The server then exits.
 """
 
 from __future__ import annotations

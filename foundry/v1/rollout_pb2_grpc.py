@@ -84,6 +84,7 @@ class RolloutServicer(object):
 
     def Drain(self, request, context):
         """Refuse new work and return when the work in flight has ended.
+        The server then exits, whether or not the caller still waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class RolloutStub:
     Resident: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]
     """What this server serves and holds."""
     Drain: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]
-    """Refuse new work and return when the work in flight has ended."""
+    """Refuse new work and return when the work in flight has ended.
+    The server then exits, whether or not the caller still waits.
+    """
 
 @_typing.type_check_only
 class RolloutAsyncStub(RolloutStub):
@@ -54,7 +56,9 @@ class RolloutAsyncStub(RolloutStub):
     Resident: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]  # type: ignore[assignment]
     """What this server serves and holds."""
     Drain: _aio.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]  # type: ignore[assignment]
-    """Refuse new work and return when the work in flight has ended."""
+    """Refuse new work and return when the work in flight has ended.
+    The server then exits, whether or not the caller still waits.
+    """
 
 class RolloutServicer(metaclass=_abc_1.ABCMeta):
     """Decodes answers with the frozen model behind an ordered list of cartridges."""
@@ -89,6 +93,8 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.DrainResponse, _abc.Awaitable[_rollout_pb2.DrainResponse]]:
-        """Refuse new work and return when the work in flight has ended."""
+        """Refuse new work and return when the work in flight has ended.
+        The server then exits, whether or not the caller still waits.
+        """
 
 def add_RolloutServicer_to_server(servicer: RolloutServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,6 +26,8 @@ from services.rollout.timeline import Timeline
 log = structlog.get_logger(__name__)
 
 _RETRY_AFTER_SECONDS = 1.0
+# In which what is decoded reaches its readers.
+_FLUSH_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class Driver:
         self._open: dict[int, _Open] = {}
         self._refusal: str | None = None
         self._drained_at: float | None = None
+        self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self.failed = asyncio.Event()
@@ -123,14 +126,25 @@ class Driver:
             self._commands.put(lambda: self._cancel(sequence_ids))
 
     async def drain(self) -> None:
-        """Refuse new work; return when the work in flight has ended."""
-        self._drained_at = self._drained_at or time.monotonic()
+        """Refuse new work for ever; return when the work in flight has ended."""
+        if self._drained_at is None:
+            self._drained_at = time.monotonic()
+            log.info("draining", num_sequences=len(self._open))
         self._refusal = self._refusal or "the server is draining"
+        self._draining.set()
+        await self._idle.wait()
+
+    async def drained(self) -> None:
+        """Return when `drain` was called and the work in flight has ended, whether or not its caller still waits."""
+        await self._draining.wait()
         await self._idle.wait()
 
     def grace_left(self, grace_seconds: float) -> float:
-        """What of the time for the work in flight is left, if `drain` was called before."""
-        return max(0.0, grace_seconds - (time.monotonic() - self._drained_at if self._drained_at else 0.0))
+        """What of the time for the calls in flight is left, if `drain` was called before."""
+        if self._drained_at is None:
+            return grace_seconds
+        least = _FLUSH_SECONDS if self._idle.is_set() else 0.0
+        return max(least, grace_seconds - (time.monotonic() - self._drained_at))
 
     async def close(self) -> None:
         """End the thread after the step in hand. What is in flight gets Unavailable."""

@@ -54,15 +54,15 @@ async def serve(settings: RolloutSettings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await server.set_serving()
     log.info("serving", port=server.port, engine=settings.engine, model_fingerprint=info.spec.fingerprint)
-    ends = [asyncio.create_task(event.wait()) for event in (told, serving.driver.failed)]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    ends = (told.wait(), serving.driver.failed.wait(), serving.driver.drained())
+    await asyncio.wait(map(asyncio.create_task, ends), return_when=asyncio.FIRST_COMPLETED)
     # Refuses new calls at once and ends those in flight after the grace period.
     await server.stop(serving.driver.grace_left(settings.grace_seconds))
     await prefetch.close()
     await serving.residency.close()
     await serving.driver.close()
     await store.close()
-    # With a failed engine: an exit that a supervisor restarts.
+    # With a failed engine: an exit that a supervisor restarts. It does so after a drain, too.
     return int(serving.driver.failed.is_set())
 
 

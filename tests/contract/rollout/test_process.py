@@ -17,7 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from foundry.errors import ExtraMissing, Unavailable
+from foundry.errors import DeadlineExceeded, ExtraMissing, Unavailable
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, typed_errors, wait_until_serving
 from foundry.rpc.server import Server
@@ -28,7 +28,7 @@ from services.rollout.engine import TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.serving import load_engine
 from services.rollout.settings import RolloutSettings
-from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, joined, status
+from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, Gate, joined, status
 
 
 def settings(directory: Path, **values: Any) -> RolloutSettings:
@@ -88,6 +88,51 @@ async def test_listens_before_the_model_is_loaded_and_serves_after(
         signal.raise_signal(signal.SIGTERM)
         chunks += [chunk async for chunk in call]
         assert len(joined(chunks)[0]) == 50
+        assert await task == 0
+
+
+async def test_a_drained_server_finishes_and_exits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, step = Gate(), TorchEngine.step
+
+    def gated(self: TorchEngine) -> list[TokenOutput]:
+        gate.wait()
+        return step(self)
+
+    monkeypatch.setattr(TorchEngine, "step", gated)
+    async with process(directory, monkeypatch) as (task, channel):
+        stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+        await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+        request = rollout_pb2.GenerateRequest(
+            model_fingerprint=(await stub.Resident(rollout_pb2.ResidentRequest(), timeout=10)).model_fingerprint,
+            token_ids=common_pb2.TokenIds(ids=[5, 6]),
+            sampling=rollout_pb2.Sampling(max_new_tokens=50, ignore_eos=True),
+        )
+        call = stub.Generate(request, timeout=TIMEOUT_SECONDS)
+        gate.allow(2)
+        chunks: list[Any] = [await call.read()]
+        # Whoever asked for it need not wait.
+        with pytest.raises(DeadlineExceeded), typed_errors("rollout"):
+            await stub.Drain(rollout_pb2.DrainRequest(), timeout=0.3)
+        assert await status(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(Unavailable, match="draining"), typed_errors("rollout"):
+            await stub.Generate(request, timeout=TIMEOUT_SECONDS).read()
+        assert not task.done()
+        drain = asyncio.ensure_future(stub.Drain(rollout_pb2.DrainRequest(), timeout=TIMEOUT_SECONDS))
+        gate.open()
+        chunks += [chunk async for chunk in call]
+        assert len(joined(chunks)[0]) == 50
+        await drain
+        # No signal, and nobody else ends it.
+        assert await task == 0
+
+
+async def test_a_drained_server_without_work_answers_and_exits(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(directory, monkeypatch, grace_seconds=0.0) as (task, channel):
+        await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+        stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+        await stub.Drain(rollout_pb2.DrainRequest(), timeout=TIMEOUT_SECONDS)
         assert await task == 0
 
 

@@ -21,6 +21,8 @@ Json = dict[str, Any]
 # The gateway sends a comment every 15 s into a silent event stream.
 _EVENTS_SILENCE_SECONDS = 60.0
 _EVENTS_RECONNECTS = 5
+# Entries of a list asked for at a time.
+_PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +293,15 @@ class _Http:
         return answer
 
     def listing(self, path: str) -> list[Json]:
-        data: list[Json] = self.json("GET", path)["data"]
-        return data
+        """All entries, page after page."""
+        data: list[Json] = []
+        asked: dict[str, Any] = {"limit": _PAGE}
+        while True:
+            page = self.json("GET", path, params=asked)
+            data += page["data"]
+            if not page.get("has_more"):
+                return data
+            asked["after"] = page["last_id"]
 
     @contextmanager
     def stream(

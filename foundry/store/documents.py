@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import UTC, datetime
 from functools import partial
 
@@ -18,6 +19,7 @@ from foundry.errors import (
 from foundry.identity import content_digest
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
+from foundry.store.paging import Page, cut
 from foundry.store.sealed import seal, unseal
 from foundry.store.unreadable import reading
 from foundry.validation import Checked, Time
@@ -91,9 +93,18 @@ class DocumentStore:
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:
         """All documents whose record is whole, oldest first."""
-        keys = [key for key in await self._objects.keys_here(layout.DOCUMENTS) if layout.DOCUMENT.fullmatch(key)]
-        infos = await self._objects.records("document", keys, _info)
-        return sorted(infos.values(), key=lambda info: (info.created_at, info.digest))
+        return (await self.page(limit=sys.maxsize)).items
+
+    async def page(self, *, after: str = "", limit: int) -> Page[DocumentInfo]:
+        """Some of them, behind the digest `after`; only their records are read. Raises InvalidArgument."""
+        entries = [
+            (entry.last_modified, f"blake3:{match['hex']}")
+            async for entry in self._objects.scan(layout.DOCUMENTS)
+            if (match := layout.DOCUMENT.fullmatch(entry.key))
+        ]
+        digests, next_after = cut([digest for _, digest in sorted(entries)], after, limit)
+        infos = await self._objects.records("document", map(layout.document_info, digests), _info)
+        return Page(list(infos.values()), next_after)
 
 
 def _info(key: str, content: bytes) -> DocumentInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 from foundry.errors import Conflict, DigestMismatch, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
 from foundry.store.names import check_run
+from foundry.store.paging import Page, cut
 from foundry.store.queue import RunQueue, to_ms
 from foundry.store.record import (
     ActiveRuns,
@@ -171,16 +173,23 @@ class RunStore(RunQueue):
     # Last, because after it `list` means this method.
     async def list(self) -> list[RunRecord]:
         """All runs that can be read, newest first. Without Redis' list of them, what object storage knows."""
+        return (await self.page(limit=sys.maxsize)).items
+
+    async def page(self, *, after: str = "", limit: int) -> Page[RunRecord]:
+        """Some of them, behind the run `after`. Raises InvalidArgument."""
         run_ids = None
         with suppress(StoreUnavailable), skipped("run", key("runs")):
             run_ids = await self.ids()
         if run_ids is None:
-            return [archived_record(run) for run in reversed(await self._archive.runs())]
+            archived = {run.run_id: run for run in reversed(await self._archive.runs())}
+            some, next_after = cut(list(archived), after, limit)
+            return Page([archived_record(archived[run_id]) for run_id in some], next_after)
+        some, next_after = cut(run_ids, after, limit)
         records = []
-        for run_id in run_ids:
+        for run_id in some:
             with skipped("run", key("run", run_id)):
                 records.append(await self.listed(run_id))
-        return records
+        return Page(records, next_after)
 
 
 def _position(event_id: str) -> tuple[int, int]:

@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from foundry.errors import CartridgeNotFound, InvalidArgument, ModelNotFound
 from services.gateway.balancer import ServedModel
-from services.gateway.resources.listing import for_each
+from services.gateway.resources.listing import MAX_PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"])
@@ -33,16 +33,18 @@ class ModelCard(BaseModel):
     max_model_len: int
 
 
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard] = Field(default_factory=list)
+class ModelList(Listing):
+    data: list[ModelCard]
 
 
 @router.get("/v1/models")
-async def models(gateway: GatewayDep) -> ModelList:
+async def models(gateway: GatewayDep, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
+    """The base model, then cartridges by name. OpenAI's clients take the first page for all there are."""
     served = gateway.rollouts.model()
-    cards = await for_each(await gateway.store.names(), lambda name: _card(gateway, served, name))
-    return ModelList(data=[_base(served), *cards])
+    names, next_after = page_of_names(await gateway.store.names(), after, limit)
+    cards = await for_each(names, lambda name: _card(gateway, served, name))
+    data = cards if after else [_base(served), *cards]
+    return ModelList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.get("/v1/models/{model:path}")

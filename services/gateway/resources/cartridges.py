@@ -15,9 +15,10 @@ from fastapi import Path as InPath
 
 from foundry.errors import CartridgeNotFound
 from foundry.store import Manifest, Reference, check_name, lineage
+from foundry.store.paging import cut
 from foundry.validation import Checked
 from services.gateway.bodies import BoundedRoute
-from services.gateway.resources.listing import for_each
+from services.gateway.resources.listing import PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["cartridges"], route_class=BoundedRoute)
@@ -34,22 +35,28 @@ class RollbackRequest(Checked):
     """Which version: its number, a tag or a digest; the name may stand before it."""
 
 
+class CartridgeList(Listing):
+    data: list[Json]
+
+
 @router.get("/v1/cartridges")
-async def cartridges(gateway: GatewayDep) -> Json:
-    """Every name with its newest version and its tags."""
-    data = await for_each(await gateway.store.names(), lambda name: _summary(gateway, name))
-    return {"object": "list", "data": data}
+async def cartridges(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> CartridgeList:
+    """Names in order, each with its newest version and its tags."""
+    names, next_after = page_of_names(await gateway.store.names(), after, limit)
+    data = await for_each(names, lambda name: _summary(gateway, name))
+    return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.get("/v1/cartridges/{name:path}/versions")
-async def versions(name: Name, gateway: GatewayDep) -> Json:
-    """All versions, oldest first."""
-    manifests = await gateway.store.versions(name)
+async def versions(name: Name, gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> CartridgeList:
+    """Versions by number, the oldest first."""
+    manifests = {str(manifest.version): manifest for manifest in await gateway.store.versions(name)}
     if not manifests:
         raise CartridgeNotFound(f"there is no cartridge {name}", field="name")
     durable = await gateway.store.durable_versions(name)
-    data = [_version(manifest) | {"durable": manifest.version in durable} for manifest in manifests]
-    return {"object": "list", "data": data}
+    numbers, next_after = cut(list(manifests), after, limit)
+    data = [_version(manifests[number]) | {"durable": manifests[number].version in durable} for number in numbers]
+    return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204)

@@ -13,6 +13,7 @@ from foundry.store import DocumentInfo
 from foundry.validation import Checked
 from services.gateway.bodies import BoundedRoute
 from services.gateway.errors import DocumentTooLarge
+from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["documents"], route_class=BoundedRoute)
@@ -36,8 +37,7 @@ class DocumentCard(BaseModel):
         return cls(**dict(info))
 
 
-class DocumentList(BaseModel):
-    object: Literal["list"] = "list"
+class DocumentList(Listing):
     data: list[DocumentCard]
 
 
@@ -66,8 +66,11 @@ async def put_document(
 
 
 @router.get("/v1/documents")
-async def documents(gateway: GatewayDep) -> DocumentList:
-    return DocumentList(data=[DocumentCard.of(info) for info in await gateway.store.documents.list()])
+async def documents(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> DocumentList:
+    """Oldest first."""
+    page = await gateway.store.documents.page(after=after, limit=limit)
+    data = [DocumentCard.of(info) for info in page.items]
+    return DocumentList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
 @router.get("/v1/documents/{digest}")

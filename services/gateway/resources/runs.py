@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import structlog
 from fastapi import APIRouter, Body, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel
 
 from foundry.errors import (
     CartridgeTooLong,
@@ -30,6 +29,7 @@ from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from services.gateway.balancer import ServedModel
 from services.gateway.bodies import BoundedRoute
 from services.gateway.resources import documents
+from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)
@@ -51,8 +51,7 @@ class RunCard(RunRecord):
     """What was chosen for the run and why, for people to read; said when it is made."""
 
 
-class RunList(BaseModel):
-    object: Literal["list"] = "list"
+class RunList(Listing):
     data: list[RunCard]
 
 
@@ -94,9 +93,11 @@ async def create_run(
 
 
 @router.get("/v1/runs")
-async def runs(gateway: GatewayDep) -> RunList:
-    """All runs, newest first."""
-    return RunList(data=[_card(record, gateway) for record in await gateway.store.runs.list()])
+async def runs(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> RunList:
+    """Newest first."""
+    page = await gateway.store.runs.page(after=after, limit=limit)
+    data = [_card(record, gateway) for record in page.items]
+    return RunList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
 @router.get("/v1/runs/{run_id}")

@@ -3,7 +3,7 @@
 stack.json        what runs, where (0600: it holds the password of the private Valkey)
 supervisor.lock   held by the supervisor for as long as it lives
 up.lock           held while somebody starts the stack
-logs/             one file per process, the one before beside it as NAME.log.1
+logs/             one file per process, what was before beside it as NAME.log.1: of the last stack, or from 64 MiB on
 objects/          cartridges, documents, checkpoints: the durable truth
 valkey/           pointers, runs, events
 """

@@ -20,6 +20,7 @@ from foundry import extras
 from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
 from foundry.local.home import Home, StackState
+from foundry.local.log_files import earlier
 from foundry.local.process import end
 
 # Longer than the grace periods of all services one after the other.
@@ -121,8 +122,8 @@ class LocalStack:
         command += ["--tied"] if tied else []
         self._say(f"Starting the stack with {model} ...")
         with self.home.used():
-            for earlier in self.home.logs.glob("*.log"):
-                earlier.rename(f"{earlier}.1")
+            for path in self.home.logs.glob("*.log"):
+                path.rename(earlier(path))
             log_file = self.home.log_file("supervisor").open("ab")
         with log_file:
             # A session of its own: Ctrl-C in this terminal is for us, and closing it does not end the stack.

@@ -28,6 +28,7 @@ from foundry.errors import Conflict, FoundryError, Unavailable
 from foundry.local import ports
 from foundry.local.home import Home, StackState, State
 from foundry.local.layout import make_services
+from foundry.local.log_files import keep_short
 from foundry.local.process import start_time
 from foundry.local.service import Service
 
@@ -97,6 +98,8 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for service in self.services:
                 group.create_task(service.keep_running(lambda: self._write("ready")))
+            logs = [self.home.log_file("supervisor"), *(service.state.log for service in self.services)]
+            group.create_task(keep_short(logs))
 
     async def _start(self, service: Service) -> None:
         began = time.monotonic()

@@ -98,10 +98,12 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         return make(behaviour, response_serializer=handler.response_serializer)
 
 
-def _parser(deserialize: Any) -> Callable[[bytes], Any]:
+def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Without a deserializer a handler takes the bytes, as gRPC has it."""
+
     def parse(content: bytes) -> Any:
         try:
-            return deserialize(content)
+            return content if deserialize is None else deserialize(content)
         except DecodeError:
             raise InvalidArgument("the request is not the protobuf message that the method takes") from None
 

@@ -68,8 +68,8 @@ def prove(samples: Sequence[Sample], trainer_logprob_N: Tensor, threshold: float
     if wrong:
         raise PolicyMismatch(
             f"nothing was trained: logprobs from {len(wrong)} of {len(by_server)} rollout servers are not those of the "
-            f"version that they claim (policy_mismatch_threshold {threshold:.3g}). {'; '.join(wrong)}. Drain these "
-            "servers and look at what they decode with; a mismatch on all of them points at the trainer instead"
+            f"version that they claim (policy_mismatch_threshold {threshold:.3g}). {'; '.join(wrong)}. Look at "
+            "what these decode with before they are restarted; a mismatch on all of them points at the trainer instead"
         )
     return Proof(Mismatch.of(log_ratio_N), by_server)
 

@@ -6,7 +6,7 @@ E hidden size, V vocabulary; 2 is key and value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,26 @@ class FrozenLM:
         ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
         return self.hidden(ids_T, plan.positions_T, plan)
 
-    @torch.no_grad()
     def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
         """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""
-        kv_L2GPD = torch.empty(self.spec.kv_shape(len(ids)), dtype=self.dtype, device=self.device)
-        for begin in range(0, len(ids), chunk_tokens):
-            chunk = ids[begin : begin + chunk_tokens]
-            plan = PrefillAttention(kv_L2GPD, begin, len(chunk))
-            positions_T = torch.arange(begin, begin + len(chunk), device=self.device)
-            self.hidden(torch.tensor(chunk, device=self.device), positions_T, plan)
+        kv_L2GPD = self.unfilled(ids)
+        for _ in self.fill(kv_L2GPD, ids, chunk_tokens=chunk_tokens):
+            pass
         return kv_L2GPD
+
+    def unfilled(self, ids: Sequence[int]) -> Tensor:
+        """Room for the KV [L, 2, G, P, D] of a context."""
+        return torch.empty(self.spec.kv_shape(len(ids)), dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def fill(self, kv_L2GPD: Tensor, ids: Sequence[int], begin: int = 0, *, chunk_tokens: int = 1024) -> Iterator[int]:
+        """Computes a context's KV in place, from token `begin` on; after each chunk says how many tokens have theirs.
+
+        Who stops and goes on from there gets the same bits.
+        """
+        for start in range(begin, len(ids), chunk_tokens):
+            chunk = ids[start : start + chunk_tokens]
+            plan = PrefillAttention(kv_L2GPD, start, len(chunk))
+            positions_T = torch.arange(start, start + len(chunk), device=self.device)
+            self.hidden(torch.tensor(chunk, device=self.device), positions_T, plan)
+            yield start + len(chunk)

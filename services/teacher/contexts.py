@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +12,15 @@ from foundry.errors import ContextNotFound, ResourceExhausted
 from foundry.identity import ids_digest
 from foundry.model.lm import FrozenLM
 from services.teacher import metrics
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A context whose first `num_tokens` have their KV."""
+
+    digest: str
+    kv_L2GPD: Tensor
+    num_tokens: int = 0
 
 
 class Contexts:
@@ -22,9 +32,14 @@ class Contexts:
         metrics.CONTEXT_BUDGET_BYTES.set(budget_bytes)
         # Oldest use first.
         self._resident: OrderedDict[str, Tensor] = OrderedDict()
+        # The last one that was given up half way.
+        self._begun: _Begun | None = None
 
-    def put(self, ids: Sequence[int]) -> str:
-        """The digest of the context, whose KV is resident then. Raises ResourceExhausted if it can never fit."""
+    def put(self, ids: Sequence[int], go_on: Callable[[], None]) -> str:
+        """The digest of the context, whose KV is resident then. Raises ResourceExhausted if it can never fit.
+
+        `go_on` is called time and again, and raises when nobody waits any more. Who asks again finds what there was.
+        """
         digest = ids_digest(ids)
         if digest in self._resident:
             self._resident.move_to_end(digest)
@@ -37,11 +52,20 @@ class Contexts:
                 f"the context's KV takes {num_bytes} bytes, the teacher's budget is {self._budget_bytes}: "
                 "raise context_budget_bytes or shorten the document"
             )
-        while self.num_bytes() + num_bytes > self._budget_bytes:
-            self._resident.popitem(last=False)
-            metrics.CONTEXT_EVICTIONS.inc()
+        begun = self._begun
+        if begun is None or begun.digest != digest:
+            # Room first: this one's goes with its tensor.
+            begun = self._begun = None
+            while self.num_bytes() + num_bytes > self._budget_bytes:
+                self._resident.popitem(last=False)
+                metrics.CONTEXT_EVICTIONS.inc()
+            begun = self._begun = _Begun(digest, self._lm.unfilled(ids))
         with metrics.PREFILL_SECONDS.time():
-            self._resident[digest] = self._lm.prefill(ids)
+            for num_tokens in self._lm.fill(begun.kv_L2GPD, ids, begun.num_tokens):
+                begun.num_tokens = num_tokens
+                go_on()
+        self._begun = None
+        self._resident[digest] = begun.kv_L2GPD
         metrics.CONTEXTS.set(len(self._resident))
         metrics.CONTEXT_BYTES.set(self.num_bytes())
         return digest
@@ -55,4 +79,5 @@ class Contexts:
         return self._resident[digest]
 
     def num_bytes(self) -> int:
-        return sum(kv.nbytes for kv in self._resident.values())
+        begun = self._begun.kv_L2GPD.nbytes if self._begun is not None else 0
+        return begun + sum(kv.nbytes for kv in self._resident.values())

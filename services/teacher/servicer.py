@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from threading import Event
 from typing import Any, TypeVar
 
 import grpc
 import structlog
 
-from foundry.errors import FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
+from foundry.errors import Cancelled, FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
 from foundry.identity import ids_checksum
 from foundry.model.lm import FrozenLM
 from foundry.model.packing import micro_batches
@@ -46,6 +47,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._max_pending = settings.max_pending_requests
         metrics.MAX_PENDING.set(self._max_pending)
         self._pending = 0
+        # Tokenizers take one call at a time, and seconds for a long document.
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         # One thread: the device does one forward at a time, and the contexts need no lock.
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
 
@@ -53,13 +56,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
-        if not request.without_document:
-            ids = self._template.context(request.document, max_tokens=self._max_context_tokens)
-        elif request.document:
+        if request.without_document and request.document:
             raise InvalidArgument("there is a document, and without_document is set", field="without_document")
-        else:
-            ids = self._template.bare()
-        digest = await self._run(lambda: self._contexts.put(ids))
+        ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._context_ids, request)
+        digest = await self._run(lambda go_on: self._contexts.put(ids, go_on))
         return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
 
     async def Score(
@@ -83,19 +83,39 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     def close(self) -> None:
         self._device.shutdown()
+        self._tokenizing.shutdown()
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def _run(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """`work` on the device's thread. What it is given raises Cancelled once the caller is gone or out of time."""
         if self._pending >= self._max_pending:
             raise ResourceExhausted(f"{self._pending} calls are waiting for the teacher", retry_after_seconds=1.0)
-        self._pending += 1
-        metrics.PENDING.set(self._pending)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._device, work)
-        finally:
-            self._pending -= 1
-            metrics.PENDING.set(self._pending)
+        gone = Event()
 
-    def _score(self, items: Sequence[Item], want: Want) -> list[ItemScores]:
+        def go_on() -> None:
+            if gone.is_set():
+                raise Cancelled("nobody waits for this any more")
+
+        loop = asyncio.get_running_loop()
+        self._count(1)
+        running = self._device.submit(work, go_on)
+        # Not before the device is free of it.
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._count, -1))
+        try:
+            return await asyncio.wrap_future(running)
+        finally:
+            gone.set()
+
+    def _count(self, change: int) -> None:
+        self._pending += change
+        metrics.PENDING.set(self._pending)
+
+    def _context_ids(self, request: teacher_pb2.PutContextRequest) -> list[int]:
+        if request.without_document:
+            return self._template.bare()
+        return self._template.context(request.document, max_tokens=self._max_context_tokens)
+
+    def _score(self, items: Sequence[Item], want: Want, go_on: Callable[[], None]) -> list[ItemScores]:
+        go_on()
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
         contexts = [self._contexts.get(item.context_digest) for item in items]
         with metrics.SCORE_SECONDS.time():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -23,6 +25,8 @@ from services.rollout.serving import Serving
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Message = TypeVar("Message")
+T = TypeVar("T")
 
 _FINISH_REASONS = {
     FinishReason.STOP: rollout_pb2.FINISH_REASON_STOP,
@@ -39,6 +43,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         """`say_not_serving` tells those who watch the server's health that it takes no more work."""
         self._say_not_serving = say_not_serving
         self._serving: Serving | None = None
+        # A long text takes the tokenizer seconds, in which the tokens of all others would not be sent.
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
 
     def begin(self, serving: Serving) -> None:
         self._serving = serving
@@ -48,7 +54,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     ) -> AsyncIterator[rollout_pb2.GenerateChunk]:
         serving = self._loaded()
         arrived_at = time.perf_counter()
-        admission = serving.admissions.check(request)
+        admission = await self._checked(serving.admissions.check, request)
         answers = [_Answer(serving, admission) for _ in admission.sequences]
         async with _submitted(serving, [admission], arrived_at) as submission:
             async for outputs in submission:
@@ -65,7 +71,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     ) -> AsyncIterator[rollout_pb2.GenerateBatchResponse]:
         serving = self._loaded()
         arrived_at = time.perf_counter()
-        admissions = serving.admissions.check_batch(request)
+        admissions = await self._checked(serving.admissions.check_batch, request)
         places = [
             (request_index, index, _Answer(serving, admission))
             for request_index, admission in enumerate(admissions)
@@ -111,6 +117,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         await self._say_not_serving()
         await serving.driver.drain()
         return rollout_pb2.DrainResponse()
+
+    async def _checked(self, check: Callable[[Message], T], request: Message) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
 
     def _loaded(self) -> Serving:
         if self._serving is None:

@@ -74,6 +74,9 @@ faults: install  ## 10,000 seeded faults at the seams of store and RPC (20 minut
 properties: install  ## the store against a model of it, and its protocol, at length
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/contract/test_store_machine.py tests/unit/test_protocol.py
 
+fuzz: install  ## every parser, 100,000 damaged inputs each: nightly
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/unit/test_fuzz.py
+
 # vLLM wants other versions than the rest: an environment of its own (3.5 GB, several minutes).
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
@@ -142,4 +145,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties bench-sync bench-bodies images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties fuzz bench-sync bench-bodies images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from foundry.errors import InvalidArgument
 from foundry.roles import ROLES
+from foundry.untrusted import parse_json
 
 MAX_PROMPTS = 100_000
 
@@ -43,9 +43,9 @@ def read_lines(text: str, *, field: str, most: int = MAX_PROMPTS) -> list[Line]:
             continue
         where = f"{field}, line {number}"
         try:
-            row = json.loads(written)
-        except ValueError as error:
-            raise InvalidArgument(f"{where} is not JSON: {error}", field=field) from error
+            row = parse_json(written)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{where} {error.message.removeprefix('it ')}", field=field) from error
         lines.append(Line(where, _messages(row, where, field), row))
         if len(lines) > most:
             raise InvalidArgument(f"{field} has more than {most} prompts", field=field)

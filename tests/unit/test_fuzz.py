@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -67,11 +68,12 @@ GENERATE = rollout_pb2.GenerateRequest(
 ODD = st.sampled_from(
     [2**31, 2**63, 2**64, -1, 10**400, 1e308, 5e-324, "", "\0", "é" * 100, "blake3:" + "f" * 64, [], {}, [[[[]]]], True]
 )
+# Copied, since they are changed in turn.
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | ODD,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
-)
+).map(deepcopy)
 PIECES = st.sampled_from(
     [b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"NaN", b"-Infinity", b'"\\ud800"', b"\xff\xfe", b"\0", b'"', b"\\"]
 )

@@ -108,6 +108,14 @@ class RunOver(Conflict):
     reason = "RUN_OVER"
 
 
+class Unauthenticated(FoundryError):
+    """The caller did not show who it is."""
+
+    reason = "UNAUTHENTICATED"
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+
+
 class PermissionDenied(FoundryError):
     """The caller may not do that."""
 

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 
 from foundry import variables
 from foundry.identity import Dtype
+from foundry.rpc.access import Access, Role, token_of
 from foundry.rpc.tls import Tls, tls_of
 from foundry.telemetry.settings import TelemetrySettings
 
@@ -50,6 +51,11 @@ class ServiceSettings(TelemetrySettings, BaseSettings):
     tls_ca_file: Path | None = None
     """Certificates (PEM) of the authority that every other service's certificate must come from."""
 
+    rpc_tokens_directory: Path | None = None
+    """Directory with a file for each role that may call a rollout server or teacher: `gateway`, `trainer`, `operator`.
+    Each holds the role's token, 32 or more random characters. Rollout servers and teachers need all three and answer
+    nobody else; gateway and trainer need their own. Unset: whoever reaches a port may call everything."""
+
     dry_run: bool = False
     """Print the resolved settings, without secrets, and exit."""
 
@@ -67,6 +73,15 @@ class ServiceSettings(TelemetrySettings, BaseSettings):
         if self.tls_certificate_file is None or self.tls_key_file is None or self.tls_ca_file is None:
             return None
         return tls_of(self.tls_certificate_file, self.tls_key_file, self.tls_ca_file)
+
+    @property
+    def access(self) -> Access | None:
+        """None where everybody may call everything. Raises InvalidArgument if a file can't be used."""
+        return None if self.rpc_tokens_directory is None else Access(self.rpc_tokens_directory)
+
+    def token_of(self, role: Role) -> str | None:
+        """What `role` shows to those it calls; None where nobody asks. Raises InvalidArgument."""
+        return None if self.rpc_tokens_directory is None else token_of(role, self.rpc_tokens_directory)
 
     @classmethod
     def parse(cls, arguments: list[str] | None = None) -> Self:
@@ -105,6 +120,10 @@ class ModelSettings(ServiceSettings):
     """Date that the model's chat template writes where it would write today's, the same in all services: a document's
     context must not change overnight. Services that write different dates refuse each other's ids. The default is what
     Llama 3's own template writes where it has no clock."""
+
+    reflection: bool = False
+    """Tell tools such as grpcurl what can be called, by gRPC's reflection: for development. Where
+    rpc_tokens_directory is set, they need the operator's token."""
 
     num_threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves its default."""

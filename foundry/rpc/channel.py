@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
+from grpc.aio import Metadata
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from foundry.errors import AlignmentError, DeadlineExceeded
+from foundry.rpc.access import authorization
 from foundry.rpc.context import outgoing
 from foundry.rpc.limits import CHANNEL_OPTIONS
 from foundry.rpc.resolve import host_of
@@ -19,12 +21,14 @@ from foundry.rpc.tls import Credentials
 T = TypeVar("T")
 
 
-def open_channel(address: str, credentials: Credentials | None = None, *, server_name: str = "") -> grpc.aio.Channel:
-    """A channel to `host:port`; every call must pass `timeout` (seconds).
+def open_channel(
+    address: str, credentials: Credentials | None = None, *, server_name: str = "", token: str | None = None
+) -> grpc.aio.Channel:
+    """A channel to `host:port`; every call must pass `timeout` (seconds), and shows `token`.
 
     With credentials in mutual TLS, where the server's certificate must carry `server_name`, by default the host.
     """
-    interceptors = [_RequireDeadline(), _RequireDeadlineStream()]
+    interceptors = [_Prepare(token), _PrepareStream(token)]
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
     options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server_name or host_of(address)))
@@ -60,27 +64,36 @@ async def wait_until_serving(channel: grpc.aio.Channel, peer: str, *, timeout_se
     raise DeadlineExceeded(f"{peer} was not ready within {timeout_seconds:.0f} s")
 
 
-def _prepared(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDetails:
+def _prepared(details: grpc.aio.ClientCallDetails, token: str | None) -> grpc.aio.ClientCallDetails:
     if details.timeout is None:
         raise ValueError(f"call to {details.method!r} without a deadline: pass timeout=")
+    metadata = outgoing(details.metadata)
+    if token is not None:
+        metadata = Metadata(*(metadata or ()), authorization(token))
     return grpc.aio.ClientCallDetails(
         method=details.method,
         timeout=details.timeout,
-        metadata=outgoing(details.metadata),
+        metadata=metadata,
         credentials=details.credentials,
         wait_for_ready=details.wait_for_ready,
     )
 
 
-class _RequireDeadline(grpc.aio.UnaryUnaryClientInterceptor):
+class _Prepare(grpc.aio.UnaryUnaryClientInterceptor):
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_prepared(details), request)
+        return await continuation(_prepared(details, self._token), request)
 
 
-class _RequireDeadlineStream(grpc.aio.UnaryStreamClientInterceptor):
+class _PrepareStream(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], details: grpc.aio.ClientCallDetails, request: Any
     ) -> Any:
-        return await continuation(_prepared(details), request)
+        return await continuation(_prepared(details, self._token), request)

@@ -22,7 +22,7 @@ _SILENT_SECONDS = 10.0
 class Pod:
     """One server and the channel to it. `name` is what messages call it."""
 
-    def __init__(self, service: str, endpoint: Endpoint, tls: Tls | None = None) -> None:
+    def __init__(self, service: str, endpoint: Endpoint, tls: Tls | None = None, *, token: str | None = None) -> None:
         self.endpoint = endpoint
         self.address = endpoint.address
         self.name = f"{service} {endpoint.address}"
@@ -30,6 +30,7 @@ class Pod:
         # When it last could not be reached, in `time.monotonic()`.
         self.silent_since = float("-inf")
         self._tls = tls
+        self._token = token
         self._open()
 
     @contextmanager
@@ -62,7 +63,9 @@ class Pod:
 
     def _open(self) -> None:
         self._credentials = self._tls.current() if self._tls is not None else None
-        self._channel = open_channel(self.address, self._credentials, server_name=self.endpoint.server_name)
+        self._channel = open_channel(
+            self.address, self._credentials, server_name=self.endpoint.server_name, token=self._token
+        )
 
 
 class Pods:
@@ -74,13 +77,16 @@ class Pods:
         addresses: Sequence[str],
         tls: Tls | None = None,
         *,
+        token: str | None = None,
         lookup: Lookup | None = None,
         silent_seconds: float = _SILENT_SECONDS,
     ) -> None:
-        """`service` is its name in messages; `lookup` is asked instead of the system's. Raises InvalidArgument."""
+        """`service` is its name in messages, `token` is shown to its servers; `lookup` is asked instead of the
+        system's. Raises InvalidArgument."""
         self.addresses = addresses
         self._service = service
         self._tls = tls
+        self._token = token
         self._resolver = EndpointResolver(addresses, lookup)
         self._silent_seconds = silent_seconds
         self._pods: dict[str, Pod] = {}
@@ -91,7 +97,8 @@ class Pods:
         endpoints = await self._resolver.endpoints()
         before = self._pods
         self._pods = {
-            each.address: before.get(each.address) or Pod(self._service, each, self._tls) for each in endpoints
+            each.address: before.get(each.address) or Pod(self._service, each, self._tls, token=self._token)
+            for each in endpoints
         }
         leaving = [*self._leaving, *(pod for address, pod in before.items() if address not in self._pods)]
         # What is still answered by one that left the name, it may end.

@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from foundry.errors import FoundryError
+from foundry.rpc.access import authorization, token_of
 from foundry.rpc.tls import Credentials, Tls
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 
@@ -32,10 +33,14 @@ def serving(address: str, credentials: Credentials | None = None, *, timeout_sec
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def drain(address: str, credentials: Credentials | None = None, *, timeout_seconds: float) -> None:
+def drain(
+    address: str, credentials: Credentials | None = None, *, token: str | None = None, timeout_seconds: float
+) -> None:
     """Return when the rollout server has nothing in flight any more. Raises grpc.RpcError if that takes longer."""
+    metadata = (authorization(token),) if token is not None else ()
     with _channel(address, credentials) as channel:
-        rollout_pb2_grpc.RolloutStub(channel).Drain(rollout_pb2.DrainRequest(), timeout=timeout_seconds)
+        stub = rollout_pb2_grpc.RolloutStub(channel)
+        stub.Drain(rollout_pb2.DrainRequest(), timeout=timeout_seconds, metadata=metadata)
 
 
 def own_address() -> str:
@@ -48,6 +53,12 @@ def own_credentials() -> Credentials | None:
     """Of the service's own files, which are a client's too. Raises InvalidArgument if they can't be used."""
     files = [os.environ.get(f"FOUNDRY_TLS_{name}_FILE") for name in ("CERTIFICATE", "KEY", "CA")]
     return Tls(*map(Path, filter(None, files))).current() if all(files) else None
+
+
+def own_token() -> str | None:
+    """An operator's, which a rollout server knows. Raises InvalidArgument if it can't be read."""
+    directory = os.environ.get("FOUNDRY_RPC_TOKENS_DIRECTORY")
+    return token_of("operator", Path(directory)) if directory else None
 
 
 def _channel(address: str, credentials: Credentials | None) -> grpc.Channel:
@@ -67,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     address = options.address or own_address()
     try:
         if options.drain is not None:
-            drain(address, own_credentials(), timeout_seconds=options.drain)
+            drain(address, own_credentials(), token=own_token(), timeout_seconds=options.drain)
             return 0
         well = serving(address, own_credentials()) or options.live
     except grpc.RpcError as error:

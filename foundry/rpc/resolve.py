@@ -72,6 +72,11 @@ def host_of(address: str) -> str:
     return _split(address)[0]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`, a name or a number without brackets."""
+    return ipaddress.ip_address(host).is_loopback if _is_number(host) else host == "localhost"
+
+
 async def system_lookup(host: str) -> Sequence[str]:
     found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     numbers = {family: {str(where[0]) for each, _, _, _, where in found if each == family} for family, *_ in found}

@@ -1,4 +1,4 @@
-"""Server side: one gRPC server with health, reflection and typed errors."""
+"""Server side: one gRPC server with health, access by role and typed errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from grpc_reflection.v1alpha import reflection
 
 from foundry.errors import FoundryError, InvalidArgument, PortTaken
 from foundry.rpc import metrics
+from foundry.rpc.access import Access
 from foundry.rpc.context import bind_request, entered
 from foundry.rpc.limits import SERVER_OPTIONS
+from foundry.rpc.resolve import is_loopback
 from foundry.rpc.status import to_status
 from foundry.rpc.tls import Tls
 
@@ -28,17 +30,29 @@ log = structlog.get_logger(__name__)
 class Server:
     """Listens at once, says NOT_SERVING until `set_serving`, ends calls within a grace period on `stop`."""
 
-    def __init__(self, address: str, services: Sequence[ServiceDescriptor], tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        services: Sequence[ServiceDescriptor],
+        tls: Tls | None = None,
+        *,
+        access: Access | None = None,
+        reflect: bool = False,
+    ) -> None:
         """Raises PortTaken. Register the servicers on `.grpc` before `start`; `port` is the one bound.
 
-        With `tls` only clients with a certificate of its authority are answered.
+        With `tls` only clients with a certificate of its authority are answered, with `access` only those whose role
+        may make the call. With `reflect` tools can ask which services there are.
         """
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[_TypedErrors()])
+        if access is None and services and not is_loopback(address.rpartition(":")[0].strip("[]")):
+            log.warning("whoever reaches the port may call everything: set rpc_tokens_directory", listen=address)
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[_Calls(access)])
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         self._names = ["", *(service.full_name for service in services)]
-        listed = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(listed, self.grpc)
+        if reflect:
+            listed = (*self._names[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(listed, self.grpc)
         try:
             if tls is None:
                 self.port = self.grpc.add_insecure_port(address)
@@ -67,12 +81,15 @@ class Server:
             await self._health.set(name, status)
 
 
-class _TypedErrors(grpc.aio.ServerInterceptor):
-    """Turns a FoundryError into its status, counts and times every call of ours.
+class _Calls(grpc.aio.ServerInterceptor):
+    """Refuses who may not call, turns a FoundryError into its status, counts and times every call of ours.
 
     gRPC would end a call whose message can't be parsed as a fault of the server, with a traceback. So it hands out
     bytes, which are parsed here, where errors are typed.
     """
+
+    def __init__(self, access: Access | None) -> None:
+        self._access = access
 
     async def intercept_service(
         self,
@@ -83,7 +100,8 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method, ours = details.method.rsplit("/", 1)[-1], details.method.startswith("/foundry.")
-        parse = _parser(handler.request_deserializer)
+        refusal = self._access.refusal(details.method, details.invocation_metadata) if self._access else None
+        parse = _parser(handler.request_deserializer, refusal)
         make: Callable[..., grpc.RpcMethodHandler[Any, Any]]
         if handler.request_streaming:
             # Reflection: no call of ours streams requests.
@@ -98,10 +116,12 @@ class _TypedErrors(grpc.aio.ServerInterceptor):
         return make(behaviour, response_serializer=handler.response_serializer)
 
 
-def _parser(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Without a deserializer a handler takes the bytes, as gRPC has it."""
+def _parser(deserialize: Callable[[bytes], Any] | None, refusal: FoundryError | None) -> Callable[[bytes], Any]:
+    """Of a call that is refused nothing is read. Without a deserializer a handler takes the bytes, as gRPC has it."""
 
     def parse(content: bytes) -> Any:
+        if refusal is not None:
+            raise refusal
         try:
             return content if deserialize is None else deserialize(content)
         except DecodeError:

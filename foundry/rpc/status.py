@@ -18,7 +18,9 @@ from foundry.errors import (
     DeadlineExceeded,
     FoundryError,
     InvalidArgument,
+    PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 from foundry.rpc import tls
@@ -60,6 +62,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> FoundryError:
         grpc.StatusCode.INTERNAL: Unavailable,
         grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
         grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+        # Of a proxy in between.
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     }
     return nearest.get(error.code(), FoundryError)(f"{peer}: {error.code().name}: {message}")
 

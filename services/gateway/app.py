@@ -73,14 +73,17 @@ def build_app(settings: GatewaySettings) -> FastAPI:
 def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        token = settings.token_of("gateway")
         store = await CartridgeStore.open(settings.store)
         rollouts = RolloutBalancer(
-            Pods("rollout", settings.rollout_addresses, settings.tls),
+            Pods("rollout", settings.rollout_addresses, settings.tls, token=token),
             poll_seconds=settings.poll_seconds,
             retry_timeout_seconds=settings.retry_timeout_seconds,
         )
         teachers = (
-            Pods("teacher", [settings.teacher_address], settings.tls) if settings.teacher_address is not None else None
+            Pods("teacher", [settings.teacher_address], settings.tls, token=token)
+            if settings.teacher_address is not None
+            else None
         )
         jobs = None
         watching = asyncio.create_task(usage.watch(store, settings.census_seconds))

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import structlog
 
-from foundry.errors import DeadlineExceeded, FingerprintMismatch, FoundryError, Unavailable
+from foundry.errors import (
+    DeadlineExceeded,
+    FingerprintMismatch,
+    FoundryError,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pod, Pods, rendezvous
 from foundry.tasks import end
@@ -81,6 +88,10 @@ class RolloutServer:
             if type(error) is Unavailable:
                 self.model, self.error = None, error.message
             raise
+        except (Unauthenticated, PermissionDenied) as error:
+            # It is the gateway that was refused, not its caller, to whom such a server is one that is away.
+            self.model, self.error = None, error.message
+            raise Unavailable(f"{self.pod.name} refuses this gateway: {error.message}") from error
 
 
 class RolloutBalancer:

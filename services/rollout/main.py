@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 
 async def serve(settings: RolloutSettings) -> int:
     # Listening before the model is loaded: a port that is taken is known at once, and health answers NOT_SERVING.
-    server = Server(settings.listen, [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]], settings.tls)
+    service = rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]
+    server = Server(settings.listen, [service], settings.tls, access=settings.access, reflect=settings.reflection)
     servicer = RolloutServicer(server.set_not_serving)
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()

@@ -21,7 +21,8 @@ log = structlog.get_logger(__name__)
 
 async def serve(settings: TeacherSettings) -> None:
     # Before the model is loaded, so that a port that is taken is known at once.
-    server = Server(settings.listen, [teacher_pb2.DESCRIPTOR.services_by_name["Teacher"]], settings.tls)
+    service = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"]
+    server = Server(settings.listen, [service], settings.tls, access=settings.access, reflect=settings.reflection)
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -23,8 +23,9 @@ log = structlog.get_logger(__name__)
 
 async def serve(settings: TrainerSettings, rank: Rank) -> int:
     """The exit status. Raises RankLost."""
-    # Before the model is loaded, so that a port that is taken is known at once.
+    # Before the model is loaded, so that a port that is taken, or a token that can't be read, is known at once.
     server = listen(settings)
+    settings.token_of("trainer")
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

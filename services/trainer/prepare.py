@@ -54,7 +54,7 @@ class Preparation:
         self._leader = leader
         self._template = ChatTemplate(lm.tokenizer, settings.template_clock)
         self._rollouts = RolloutClient(
-            Pods("rollout", settings.rollout_addresses, settings.tls),
+            Pods("rollout", settings.rollout_addresses, settings.tls, token=settings.token_of("trainer")),
             lm.spec.fingerprint,
             self._template.digest,
             settings.rollout_timeout_seconds,
@@ -122,7 +122,7 @@ class Preparation:
         settings = self._settings
         teachers = {
             context.digest: TeacherClient(
-                Pods("teacher", [settings.teacher_address], settings.tls),
+                Pods("teacher", [settings.teacher_address], settings.tls, token=settings.token_of("trainer")),
                 self._lm.spec.fingerprint,
                 context.text or None,
                 timeout_seconds=settings.teacher_timeout_seconds,

@@ -9,6 +9,7 @@ from typing import Any
 
 from foundry.errors import Unavailable
 from foundry.identity import answer_checksum
+from foundry.rpc.access import Access
 from foundry.rpc.server import Server
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
@@ -65,9 +66,11 @@ class Scripted(rollout_pb2_grpc.RolloutServicer):
 
 
 @asynccontextmanager
-async def serving(servicer: rollout_pb2_grpc.RolloutServicer, address: str = "127.0.0.1:0") -> AsyncIterator[Server]:
+async def serving(
+    servicer: rollout_pb2_grpc.RolloutServicer, address: str = "127.0.0.1:0", *, access: Access | None = None
+) -> AsyncIterator[Server]:
     """Ends with all calls in flight, as a server that is killed."""
-    server = Server(address, [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]])
+    server = Server(address, [rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]], access=access)
     rollout_pb2_grpc.add_RolloutServicer_to_server(servicer, server.grpc)
     await server.start()
     try:

@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from foundry.errors import DeadlineExceeded, Unavailable
+from foundry.rpc.access import Access, token_of
 from foundry.rpc.pods import Pods
+from foundry.rpc.tokens import make_tokens
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
 from services.gateway.balancer import RolloutBalancer
 from tests.contract.scripted_rollout import serving
@@ -83,6 +86,25 @@ async def test_a_call_that_fails_before_its_first_chunk_is_made_elsewhere() -> N
         for number in range(20):
             assert await Reader(balancer).read(f"request-{number}") == [0, 1, 2]
     assert (failing.num_calls, good.num_calls) == (1, 20), "one that failed is left alone until it is looked at again"
+
+
+async def test_a_server_that_refuses_the_gateway_is_one_that_is_away(tmp_path: Path) -> None:
+    """Whoever asks the gateway has shown nothing that could be wrong: it is the gateway's token that was not taken."""
+    for directory in (tmp_path / "ours", tmp_path / "others"):
+        make_tokens(directory)
+    async with serving(Streaming(1), access=Access(tmp_path / "ours" / "servers")) as server:
+        address = f"127.0.0.1:{server.port}"
+        pods = Pods("rollout", [address], token=token_of("gateway", tmp_path / "ours" / "gateway"))
+        balancer = RolloutBalancer(pods, poll_seconds=3600, retry_timeout_seconds=0)
+        await balancer.start()
+        assert await Reader(balancer).read() == [0]
+    async with serving(Streaming(1), address, access=Access(tmp_path / "others" / "servers")):
+        with pytest.raises(Unavailable, match=r"refuses this gateway: .* none of this server's"):
+            await Reader(balancer).read()
+        await balancer.refresh()
+        with pytest.raises(Unavailable, match=r"no rollout server answers at .* none of this server's"):
+            await Reader(balancer).read()
+        await balancer.close()
 
 
 async def test_a_call_is_made_again_once_its_only_server_is_back() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
 import grpc
@@ -35,7 +35,7 @@ UNREADABLE = [b"\x0b", b"\x0a\x7f\x01", b"\x00\x00"]
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
     """To a server of every service, whose servicers a call of unreadable bytes never reaches."""
-    server = Server("127.0.0.1:0", OURS)
+    server = Server("127.0.0.1:0", OURS, reflect=True)
     rollout_pb2_grpc.add_RolloutServicer_to_server(rollout_pb2_grpc.RolloutServicer(), server.grpc)
     teacher_pb2_grpc.add_TeacherServicer_to_server(teacher_pb2_grpc.TeacherServicer(), server.grpc)
     await server.start()
@@ -44,10 +44,12 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
     await server.stop(0)
 
 
-async def send(channel: grpc.aio.Channel, method: str, content: bytes) -> None:
+async def send(
+    channel: grpc.aio.Channel, method: str, content: bytes, metadata: Sequence[tuple[str, str]] = ()
+) -> None:
     """As a client that streams what it asks and gets, which on the wire every call looks like."""
     with typed_errors("server"):
-        async for _ in cast(Any, channel.stream_stream(method))(iter([content]), timeout=10):
+        async for _ in cast(Any, channel.stream_stream(method))(iter([content]), timeout=10, metadata=metadata):
             pass
 
 

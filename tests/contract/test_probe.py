@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from foundry.rpc import probe
+from foundry.rpc.access import Access
 from foundry.rpc.server import Server
 from foundry.rpc.tls import Tls
-from foundry.v1 import rollout_pb2
+from foundry.rpc.tokens import make_tokens
+from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from tests.contract.scripted_rollout import serving
 from tests.tls import Authority
 
 SERVICE = rollout_pb2.DESCRIPTOR.services_by_name["Rollout"]
@@ -68,6 +71,25 @@ async def test_under_mutual_tls_it_shows_the_services_certificate(
         monkeypatch.setenv(f"FOUNDRY_TLS_{name}_FILE", str(file))
     assert await status(address) == 0
     await server.stop(0)
+
+
+async def test_a_drain_shows_the_operators_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Idle(rollout_pb2_grpc.RolloutServicer):
+        async def Drain(self, request: object, context: object) -> rollout_pb2.DrainResponse:
+            return rollout_pb2.DrainResponse()
+
+    make_tokens(tmp_path)
+    async with serving(Idle(), access=Access(tmp_path / "servers")) as server:
+        address = f"127.0.0.1:{server.port}"
+        assert await status("--drain", "10", address) == 1
+        assert "UNAUTHENTICATED" in capsys.readouterr().err
+        monkeypatch.setenv("FOUNDRY_RPC_TOKENS_DIRECTORY", str(tmp_path / "servers"))
+        assert await status("--drain", "10", address) == 0
+        monkeypatch.setenv("FOUNDRY_RPC_TOKENS_DIRECTORY", str(tmp_path / "gateway"))
+        assert await status("--drain", "10", address) == 1
+        assert "operator can't be read" in capsys.readouterr().err
 
 
 async def test_a_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole stack over mutual TLS: a run, a chat, and a certificate that is renewed meanwhile."""
+"""The whole stack with mutual TLS and tokens: a run, a chat, and a certificate that is renewed meanwhile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from foundry.rpc.tls import Tls
+from foundry.rpc.tokens import make_tokens
 from foundry.store import CartridgeStore
 from foundry.store.spec import TEMPLATE_TOKENS
 from tests.e2e.training import DOCUMENT, STEPS, create_run, step_events
@@ -35,9 +36,18 @@ def files(authority: Authority) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, Path, Path]) -> Iterator[Stack]:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokens")
+    make_tokens(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, Path, Path], tokens: Path) -> Iterator[Stack]:
     names = ("FOUNDRY_TLS_CERTIFICATE_FILE", "FOUNDRY_TLS_KEY_FILE", "FOUNDRY_TLS_CA_FILE")
-    stack = Stack(tmp_path_factory.mktemp("stack"), environment=dict(zip(names, map(str, files), strict=True)))
+    environment = dict(zip(names, map(str, files), strict=True))
+    environment["FOUNDRY_RPC_TOKENS_DIRECTORY"] = str(tokens / "servers")
+    stack = Stack(tmp_path_factory.mktemp("stack"), environment=environment)
     asyncio.run(stack.valkey.start())
     yield stack
     stack.close()
@@ -47,12 +57,18 @@ def by_name(process: Process) -> str:
     return process.address.replace("127.0.0.1", NAME)
 
 
-def test_everything_works_over_mutual_tls(stack: Stack, authority: Authority, files: tuple[Path, Path, Path]) -> None:
+def own_token(tokens: Path, role: str) -> tuple[str, str]:
+    return "--rpc-tokens-directory", str(tokens / role)
+
+
+def test_everything_works_with_mutual_tls_and_tokens(
+    stack: Stack, authority: Authority, files: tuple[Path, Path, Path], tokens: Path
+) -> None:
     rollout = stack.rollout()
     teacher = stack.spawn("teacher", "--model", str(stack.model))
     addresses = ("--rollout-addresses", by_name(rollout), "--teacher-address", by_name(teacher))
-    trainer = stack.spawn("trainer", "--model", str(stack.model), *addresses)
-    gateway = stack.gateway([rollout], "--teacher-address", by_name(teacher))
+    trainer = stack.spawn("trainer", "--model", str(stack.model), *addresses, *own_token(tokens, "trainer"))
+    gateway = stack.gateway([rollout], "--teacher-address", by_name(teacher), *own_token(tokens, "gateway"))
     credentials = Tls(*files).current()
     for process in (rollout, teacher, trainer):
         wait_serving(process, credentials, server_name=NAME)
@@ -95,4 +111,12 @@ def test_a_gateway_with_a_strangers_certificate_says_why_nobody_answers(stack: S
     gateway = stack.gateway([rollout], "--tls-certificate-file", str(certificate), "--tls-key-file", str(key))
     wait_ready(gateway, "/healthz")
     wait_until(lambda: "certificate of its authority" in get(gateway, "/readyz").text, gateway)
+    assert get(gateway, "/readyz").status_code == 503
+
+
+def test_a_gateway_with_a_strangers_token_says_why_nobody_answers(stack: Stack, tmp_path: Path) -> None:
+    make_tokens(tmp_path)
+    gateway = stack.gateway([stack.rollout()], *own_token(tmp_path, "gateway"))
+    wait_ready(gateway, "/healthz")
+    wait_until(lambda: "token is none of this server's" in get(gateway, "/readyz").text, gateway)
     assert get(gateway, "/readyz").status_code == 503

@@ -8,10 +8,12 @@ from foundry.errors import (
     AlignmentError,
     FoundryError,
     InvalidArgument,
+    PermissionDenied,
     PolicyMismatch,
     StoreFull,
     StoreRefused,
     StoreUnavailable,
+    Unauthenticated,
     Unavailable,
 )
 from foundry.rpc.retry import Retry
@@ -52,7 +54,16 @@ async def test_wrong_answers_end_it_soon() -> None:
     assert refused._value.get() - before == 4
 
 
-@pytest.mark.parametrize("error", [InvalidArgument("bad"), PolicyMismatch("stale"), StoreRefused("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidArgument("bad"),
+        PolicyMismatch("stale"),
+        StoreRefused("no"),
+        Unauthenticated("no token"),
+        PermissionDenied("not yours"),
+    ],
+)
 async def test_what_cannot_pass_is_raised_at_once(error: FoundryError) -> None:
     flaky = Flaky(error, 1)
     with pytest.raises(type(error)):

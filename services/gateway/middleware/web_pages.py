@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from foundry.errors import PermissionDenied
+from foundry.rpc.resolve import is_loopback
 from services.gateway.errors import response_of
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -49,11 +49,7 @@ class WebPages:
 def hosts_of(listen: str) -> tuple[str, ...]:
     """Names of a gateway that listens on `listen`, host:port: on loopback they are known, elsewhere any may be one."""
     host = _hostname(listen)
-    try:
-        is_loopback = ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    return (*LOOPBACK_HOSTS, host) if is_loopback else ()
+    return (*LOOPBACK_HOSTS, host) if is_loopback(host) else ()
 
 
 def _hostname(host: str) -> str:

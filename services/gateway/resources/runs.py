@@ -18,7 +18,9 @@ from foundry.errors import (
     FingerprintMismatch,
     FoundryError,
     InvalidArgument,
+    PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 from foundry.recipes import choose, describe
@@ -169,7 +171,7 @@ async def _context_tokens(documents: Sequence[str], model: ServedModel, teachers
         teacher = TeacherClient(teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS)
         try:
             num_tokens += await teacher.put_context()
-        except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
+        except (Unavailable, DeadlineExceeded, ResourceExhausted, Unauthenticated, PermissionDenied) as error:
             log.warning("document not measured", error=error.message)
             return None
     return num_tokens

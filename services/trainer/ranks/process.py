@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 def listen(settings: TrainerSettings) -> Server:
     """Answers for the process's health alone. Raises PortTaken."""
-    return Server(settings.listen, [], settings.tls)
+    return Server(settings.listen, [], settings.tls, reflect=settings.reflection)
 
 
 async def load_model(settings: TrainerSettings) -> FrozenLM:

@@ -6,6 +6,7 @@ up.lock           held while somebody starts the stack
 logs/             one file per process, what was before beside it as NAME.log.1: of the last stack, or from 64 MiB on
 objects/          cartridges, documents, checkpoints: the durable truth
 valkey/           pointers, runs, events
+tokens/           what the services show each other (foundry/rpc/tokens.py)
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Home:
         self.logs = self.path / "logs"
         self.objects = self.path / "objects"
         self.valkey = self.path / "valkey"
+        self.tokens = self.path / "tokens"
 
     @contextmanager
     def used(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from foundry.local import health, ports
 from foundry.local.home import Home, StackState
 from foundry.local.process import start_time
 from foundry.local.stack import LocalStack
+from foundry.rpc import probe
 from tests.tiny import build_tiny_model
 
 pytestmark = pytest.mark.timeout(180)
@@ -94,7 +95,9 @@ def broken_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_MAX_SEQUENCES", "none at all")
 
 
-def test_up_serves_and_down_leaves_nothing(home: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_serves_and_down_leaves_nothing(
+    home: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics_port = free_ports(4)
     monkeypatch.setenv("FOUNDRY_METRICS_PORT", str(metrics_port))
     stack = LocalStack(home, model, say=quiet)
@@ -114,6 +117,16 @@ def test_up_serves_and_down_leaves_nothing(home: Path, model: str, monkeypatch: 
     password = state.redis_url.partition("://:")[2].partition("@")[0]
     assert len(password) > 20
     assert not any(password in command for command in processes_of(home))
+
+    # Nor do the services answer whoever reaches their ports: a drain would end the rollout server.
+    assert probe.main(["--drain", "10", state.services["rollout"].address]) == 1
+    assert "UNAUTHENTICATED" in capsys.readouterr().err
+    tokens = Home(home).tokens
+    given = {
+        name: psutil.Process(state.services[name].pid).environ()["FOUNDRY_RPC_TOKENS_DIRECTORY"]
+        for name in ("gateway", "trainer", "teacher")
+    }
+    assert given == {name: str(tokens / name) for name in ("gateway", "trainer")} | {"teacher": str(tokens / "servers")}
 
     # A second one finds it running.
     assert LocalStack(home, say=quiet).up() == state

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from foundry.rpc.tokens import HOLDERS
 from foundry.settings import ServiceSettings
 from services.gateway.settings import GatewaySettings
 from services.rollout.settings import RolloutSettings
@@ -23,7 +24,7 @@ OURS: dict[str, type[ServiceSettings]] = {
     "teacher": TeacherSettings,
     "trainer": TrainerSettings,
 }
-ONE_SHOT = {"model", "bucket"}
+ONE_SHOT = {"model", "bucket", "tokens"}
 
 
 def interpolated(value: str, **given: str) -> str:
@@ -67,6 +68,18 @@ def test_whoever_needs_another_waits_for_it(name: str) -> None:
     for other, how in SERVICES[name].get("depends_on", {}).items():
         expected = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
         assert how["condition"] == expected, other
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SERVICES if name.removesuffix("-gpu") in OURS))
+def test_each_service_has_the_tokens_that_it_needs_and_no_other(name: str) -> None:
+    made = {f"tokens-{holder}:/tokens/{holder}" for holder in HOLDERS}
+    assert set(SERVICES["tokens"]["volumes"]) == made
+    dockerfile = (ROOT / "services" / "gateway" / "Dockerfile").read_text()
+    assert all(f" {volume.partition(':')[2]}" in dockerfile for volume in made), "who owns it"
+    holder = name.removesuffix("-gpu") if name.removesuffix("-gpu") in HOLDERS else "servers"
+    mounted = [volume for volume in SERVICES[name]["volumes"] if volume.startswith("tokens")]
+    assert mounted == [f"tokens-{holder}:{SERVICES[name]['environment']['FOUNDRY_RPC_TOKENS_DIRECTORY']}:ro"]
+    assert "tokens" in SERVICES[name]["depends_on"]
 
 
 def test_a_grace_ends_before_the_kill() -> None:

@@ -37,7 +37,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
 # Settings that the chart makes from other values.
 OWNED = {
     *("listen", "metrics_port", "dry_run", "otlp_endpoint"),
-    *("tls_certificate_file", "tls_key_file", "tls_ca_file"),
+    *("tls_certificate_file", "tls_key_file", "tls_ca_file", "rpc_tokens_directory"),
     *("model", "model_name", "rollout_addresses", "teacher_address", "store", "worker", "run"),
     *("jobs.template", "jobs.namespace"),
 }

@@ -16,7 +16,7 @@ from foundry.local.health import answers_http, answers_ping, serves_grpc
 from foundry.local.home import Home, ServiceState
 from foundry.local.ports import HOST
 from foundry.local.service import Service
-from foundry.rpc.tokens import HOLDERS, make_tokens
+from foundry.rpc.tokens import holder_of, make_tokens
 
 
 def make_services(home: Home, model: Path, addresses: dict[str, str]) -> tuple[list[Service], str]:
@@ -39,7 +39,7 @@ def make_services(home: Home, model: Path, addresses: dict[str, str]) -> tuple[l
         return Service(
             name=name,
             command=command,
-            environment=environment | _own_tokens(home, name),
+            environment=environment | {"FOUNDRY_RPC_TOKENS_DIRECTORY": str(home.tokens / holder_of(name))},
             ready=ready,
             grace_seconds=grace_seconds,
             state=ServiceState(address=addresses[name], metrics=scraped, log=home.log_file(name)),
@@ -88,12 +88,6 @@ def _environment(home: Home, redis_url: str, threads: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _own_tokens(home: Home, service: str) -> dict[str, str]:
-    """Rollout and teacher compare all roles' tokens, the others show their own."""
-    holder = service if service in HOLDERS else "servers"
-    return {"FOUNDRY_RPC_TOKENS_DIRECTORY": str(home.tokens / holder)}
 
 
 def num_cores() -> int:

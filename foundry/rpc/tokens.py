@@ -20,6 +20,11 @@ HOLDERS: Mapping[str, Sequence[Role]] = {
 }
 
 
+def holder_of(service: str) -> str:
+    """The folder that is this service's."""
+    return service if service in HOLDERS else "servers"
+
+
 def make_tokens(directory: Path) -> None:
     """Raises OSError."""
     tokens: dict[Role, str] = {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from base64 import b64decode
 
 import pytest
 import yaml
 
+from foundry.rpc.tokens import HOLDERS, holder_of
 from tests.deploy.chart import (
     CHART,
     NAME,
@@ -179,6 +182,42 @@ def test_gpus_are_asked_for() -> None:
     assert limits["rollout"]["memory"] == "64Gi"
     assert limits["trainer"]["example.com/gpu"] == "2"
     assert "nvidia.com/gpu" not in limits["gateway"]
+
+
+def rpc_tokens(pod: Manifest) -> tuple[str, set[str]] | None:
+    """Secret and keys that a service's pod has where its setting says; None without the setting."""
+    (container,) = pod["spec"]["containers"]
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    if (directory := variables.get("FOUNDRY_RPC_TOKENS_DIRECTORY")) is None:
+        assert "rpc-tokens" not in mounts.values()
+        return None
+    (volume,) = [volume for volume in pod["spec"]["volumes"] if volume["name"] == mounts[directory]]
+    assert all(item["key"] == item["path"] for item in volume["secret"]["items"])
+    return volume["secret"]["secretName"], {item["key"] for item in volume["secret"]["items"]}
+
+
+def test_each_pod_has_the_tokens_that_it_needs_and_no_other() -> None:
+    for name in ("default", "workers", "tls-cert-manager"):
+        manifests = rendered(name)
+        for service, pod in service_pods(manifests).items():
+            assert rpc_tokens(pod) == (f"{NAME}-rpc", set(HOLDERS[holder_of(service)])), service
+        others = [pod for _, pod in pods(manifests) if pod not in service_pods(manifests).values()]
+        assert others
+        assert f"{NAME}-rpc" not in json.dumps(others)
+
+
+def test_tokens_are_random_ones_or_those_of_a_secret_or_off() -> None:
+    made = one(render(), "Secret", "rpc")["data"]
+    assert made.keys() == set(HOLDERS["servers"])
+    decoded = {b64decode(token).decode() for token in made.values()}
+    assert len(decoded) == len(made)
+    assert all(len(token) >= 32 and token.isalnum() for token in decoded)
+    for tokens, secret in (({"existingSecret": "mine"}, "mine"), ({"enabled": False}, None)):
+        manifests = render({"rpc": {"tokens": tokens}})
+        assert f"{NAME}-rpc" not in {manifest["metadata"]["name"] for manifest in of_kind(manifests, "Secret")}
+        found = rpc_tokens(one(manifests, "Deployment", "rollout")["spec"]["template"])
+        assert (found and found[0]) == secret
 
 
 def test_a_changed_password_rolls_the_pods() -> None:

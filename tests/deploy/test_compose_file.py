@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from foundry.rpc.tokens import HOLDERS
+from foundry.rpc.tokens import HOLDERS, holder_of
 from foundry.settings import ServiceSettings
 from services.gateway.settings import GatewaySettings
 from services.rollout.settings import RolloutSettings
@@ -76,7 +76,7 @@ def test_each_service_has_the_tokens_that_it_needs_and_no_other(name: str) -> No
     assert set(SERVICES["tokens"]["volumes"]) == made
     dockerfile = (ROOT / "services" / "gateway" / "Dockerfile").read_text()
     assert all(f" {volume.partition(':')[2]}" in dockerfile for volume in made), "who owns it"
-    holder = name.removesuffix("-gpu") if name.removesuffix("-gpu") in HOLDERS else "servers"
+    holder = holder_of(name.removesuffix("-gpu"))
     mounted = [volume for volume in SERVICES[name]["volumes"] if volume.startswith("tokens")]
     assert mounted == [f"tokens-{holder}:{SERVICES[name]['environment']['FOUNDRY_RPC_TOKENS_DIRECTORY']}:ro"]
     assert "tokens" in SERVICES[name]["depends_on"]

@@ -24,6 +24,7 @@ import httpx
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from redis import Redis
 
+from foundry.rpc.tokens import holder_of, make_tokens
 from tests import seaweed, valkey
 from tests.collector import Collector
 from tests.deploy.chart import NAME, NAMESPACE, SERVICES, Manifest, job_of, of_kind, one, pods, render
@@ -324,6 +325,9 @@ class Release:
                 path = self._directory / variable
                 path.write_text(secret)
                 rendered[variable] = str(path)
+        if "FOUNDRY_RPC_TOKENS_DIRECTORY" in rendered:
+            make_tokens(self._directory / "tokens")
+            rendered["FOUNDRY_RPC_TOKENS_DIRECTORY"] = str(self._directory / "tokens" / holder_of(name))
         if "FOUNDRY_MODEL" in rendered:
             rendered["FOUNDRY_MODEL"] = str(self._directory / "model")
         impatient = {f"FOUNDRY_{key}": value for key, value in _IMPATIENT[name].items()}

@@ -78,6 +78,9 @@ spec:
         {{- if $service.store }}
         {{- include "foundry.store.volumeMounts" $root | trim | nindent 8 }}
         {{- end }}
+        {{- if $root.Values.rpc.tokens.enabled }}
+        - {name: rpc-tokens, mountPath: /run/secrets/foundry/rpc, readOnly: true}
+        {{- end }}
         {{- if $root.Values.tls.enabled }}
         - {name: tls, mountPath: /etc/foundry/tls, readOnly: true}
         {{- end }}
@@ -94,6 +97,15 @@ spec:
     {{- end }}
     {{- if $service.store }}
     {{- include "foundry.store.volumes" $root | trim | nindent 4 }}
+    {{- end }}
+    {{- if $root.Values.rpc.tokens.enabled }}
+    - name: rpc-tokens
+      secret:
+        secretName: {{ include "foundry.rpc.secretName" $root }}
+        items:
+          {{- range splitList " " (include "foundry.rpc.roles" .) }}
+          - {key: {{ . }}, path: {{ . }}}
+          {{- end }}
     {{- end }}
     {{- if $root.Values.tls.enabled }}
     - name: tls

@@ -15,6 +15,7 @@
 {{- $_ := set $settings (printf "tls_%s_file" $setting) (printf "/etc/foundry/tls/%s" $file) }}
 {{- end -}}
 {{- end -}}
+{{- if .root.Values.rpc.tokens.enabled }}{{ $_ := set $settings "rpc_tokens_directory" "/run/secrets/foundry/rpc" }}{{ end -}}
 {{- if eq .name "rollout" }}{{ $_ := set $settings "model_name" (include "foundry.model.name" .root) }}{{ end -}}
 {{- if has .name (list "gateway" "trainer") }}
 {{- $rollout := include "foundry.name" (dict "root" .root "name" "rollout") }}

@@ -24,10 +24,10 @@ class RequestTooSlow(InvalidArgument):
     http_status = 408
 
 
-def connections(max_connections: int, read_timeout_seconds: float) -> type[H11Protocol]:
+def connections(max_connections: int, max_upload_seconds: float) -> type[H11Protocol]:
     """uvicorn's protocol with these bounds; uvicorn itself has one for idle connections after an answer only."""
     full = _answer(Unavailable(f"the gateway has {max_connections} connections: try again", retry_after_seconds=1.0))
-    slow = _answer(RequestTooSlow(f"the request was not sent within {read_timeout_seconds:g} s"))
+    slow = _answer(RequestTooSlow(f"the request was not sent within {max_upload_seconds:g} s"))
 
     class Connection(H11Protocol):
         _reading: asyncio.TimerHandle | None = None
@@ -54,7 +54,7 @@ def connections(max_connections: int, read_timeout_seconds: float) -> type[H11Pr
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self._unwatch()
             elif self._reading is None:
-                self._reading = self.loop.call_later(read_timeout_seconds, self._refuse, slow, "slow")
+                self._reading = self.loop.call_later(max_upload_seconds, self._refuse, slow, "slow")
 
         def _unwatch(self) -> None:
             if self._reading is not None:

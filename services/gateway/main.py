@@ -38,7 +38,7 @@ def main() -> None:
     listener = listen(settings.listen)
     config = uvicorn.Config(
         build_app(settings),
-        http=connections(settings.max_connections, settings.read_timeout_seconds),
+        http=connections(settings.max_connections, settings.max_upload_seconds),
         log_config=None,
         log_level="warning",
         access_log=False,

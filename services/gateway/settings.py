@@ -97,7 +97,7 @@ class GatewaySettings(ServiceSettings):
     max_connections: int = Field(default=2048, ge=1)
     """Connections of clients at one time; more are refused with 503."""
 
-    read_timeout_seconds: float = Field(default=60.0, gt=0)
+    max_upload_seconds: float = Field(default=60.0, gt=0)
     """How long a client may take to send a request, all of it."""
 
     max_concurrent_requests: int = Field(default=1024, ge=1)

@@ -22,7 +22,7 @@ _HALF_A_BODY = _HALF_A_HEAD + b"content-type: application/json\r\ncontent-length
 @pytest.fixture(scope="module")
 def gateway(site: Site) -> Iterator[Process]:
     gateway = site.stack.gateway(
-        [site.rollout], "--max-connections", str(_MAX_CONNECTIONS), "--read-timeout-seconds", "2"
+        [site.rollout], "--max-connections", str(_MAX_CONNECTIONS), "--max-upload-seconds", "2"
     )
     wait_ready(gateway)
     yield gateway

@@ -80,6 +80,9 @@ def test_each_service_has_the_tokens_that_it_needs_and_no_other(name: str) -> No
     mounted = [volume for volume in SERVICES[name]["volumes"] if volume.startswith("tokens")]
     assert mounted == [f"tokens-{holder}:{SERVICES[name]['environment']['FOUNDRY_RPC_TOKENS_DIRECTORY']}:ro"]
     assert "tokens" in SERVICES[name]["depends_on"]
+    # An empty volume is filled with what an image has where it is mounted: nothing, but for the one that makes tokens.
+    assert "/run/foundry" not in dockerfile
+    assert SERVICES[name]["environment"]["FOUNDRY_RPC_TOKENS_DIRECTORY"].startswith("/run/foundry/")
 
 
 def test_a_grace_ends_before_the_kill() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -418,49 +416,3 @@ async def score(
     )
     with typed_errors("teacher"):
         return [part async for part in stub.Score(request, timeout=30)]
-
-
-async def test_a_context_that_nobody_waits_for_is_left_and_taken_up_again(
-    lm: FrozenLM, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids, fill = ChatTemplate(lm.tokenizer, CLOCK).context(DOCUMENTS[1]), FrozenLM.fill
-    expected = lm.prefill(ids, chunk_tokens=4)
-    computed: list[tuple[int, int]] = []
-    begun, let_go = threading.Event(), threading.Event()
-
-    def slow(self: FrozenLM, kv_L2GPD: Tensor, ids: Sequence[int], begin: int = 0) -> Iterator[int]:
-        for num_tokens in fill(self, kv_L2GPD, ids, begin, chunk_tokens=4):
-            computed.append((len(ids), num_tokens))
-            yield num_tokens
-            begun.set()
-            let_go.wait(60)
-
-    monkeypatch.setattr(FrozenLM, "fill", slow)
-    servicer = TeacherServicer(lm, TeacherSettings(model=directory, reserve_tokens=64))
-
-    def ask(document: str) -> asyncio.Task[teacher_pb2.PutContextResponse]:
-        request = teacher_pb2.PutContextRequest(model_fingerprint=lm.spec.fingerprint, document=document)
-        return asyncio.create_task(servicer.PutContext(request, None))  # type: ignore[arg-type]
-
-    first = ask(DOCUMENTS[1])
-    await asyncio.to_thread(begun.wait, 60)
-    first.cancel()
-    await asyncio.wait({first})
-    let_go.set()
-    again = await ask(DOCUMENTS[1])
-    assert again.context_digest == ids_digest(ids)
-    whole = [(len(ids), min(end, len(ids))) for end in range(4, len(ids) + 4, 4)]
-    assert computed == whole
-    assert servicer._contexts.get(again.context_digest).equal(expected)
-    # Another one takes its place, should it be asked for meanwhile.
-    begun.clear()
-    let_go.clear()
-    left = ask(DOCUMENTS[0])
-    await asyncio.to_thread(begun.wait, 60)
-    left.cancel()
-    await asyncio.wait({left})
-    let_go.set()
-    computed.clear()
-    await ask(DOCUMENTS[1] + DOCUMENTS[0])
-    assert (len(ids), len(ids)) not in computed
-    servicer.close()

@@ -95,6 +95,15 @@ def broken_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_MAX_SEQUENCES", "none at all")
 
 
+def check_tokens(state: StackState, tokens: Path) -> None:
+    """Each service has its own."""
+    given = {
+        name: psutil.Process(state.services[name].pid).environ()["FOUNDRY_RPC_TOKENS_DIRECTORY"]
+        for name in ("gateway", "trainer", "teacher")
+    }
+    assert given == {name: str(tokens / name) for name in ("gateway", "trainer")} | {"teacher": str(tokens / "servers")}
+
+
 def test_up_serves_and_down_leaves_nothing(
     home: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,12 +130,7 @@ def test_up_serves_and_down_leaves_nothing(
     # Nor do the services answer whoever reaches their ports: a drain would end the rollout server.
     assert probe.main(["--drain", "10", state.services["rollout"].address]) == 1
     assert "UNAUTHENTICATED" in capsys.readouterr().err
-    tokens = Home(home).tokens
-    given = {
-        name: psutil.Process(state.services[name].pid).environ()["FOUNDRY_RPC_TOKENS_DIRECTORY"]
-        for name in ("gateway", "trainer", "teacher")
-    }
-    assert given == {name: str(tokens / name) for name in ("gateway", "trainer")} | {"teacher": str(tokens / "servers")}
+    check_tokens(state, Home(home).tokens)
 
     # A second one finds it running.
     assert LocalStack(home, say=quiet).up() == state

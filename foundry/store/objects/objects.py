@@ -48,6 +48,8 @@ _LIST_PAGE = 1000
 _READS_OF_DAMAGED = 3
 # Each holds the bytes of one.
 _RECORDS_AT_ONCE = 16
+# What is parsed off the event loop.
+_MIN_THREAD_BYTES = 2**16
 _LET_GO_SECONDS = 0.1
 _SLOWEST_BYTES_PER_SECOND = 2**20
 
@@ -192,8 +194,13 @@ class Objects:
             with reading(key):
                 for _ in range(_READS_OF_DAMAGED - 1):
                     with suppress(*REFUSALS):
-                        return parse(bytes(await self.get(key, max_bytes=max_bytes)))
-                return parse(bytes(await self.get(key, max_bytes=max_bytes)))
+                        return await self._parsed(key, parse, max_bytes)
+                return await self._parsed(key, parse, max_bytes)
+
+    async def _parsed(self, key: str, parse: Callable[[bytes], T], max_bytes: int) -> T:
+        content = bytes(await self.get(key, max_bytes=max_bytes))
+        # A large one takes seconds, most of all where somebody made it to.
+        return parse(content) if len(content) < _MIN_THREAD_BYTES else await asyncio.to_thread(parse, content)
 
     async def records(self, kind: str, keys: Iterable[str], parse: Callable[[str, bytes], T]) -> dict[str, T]:
         """What `parse` makes of the keys and their small objects, by key. Left out are those that are gone, and those

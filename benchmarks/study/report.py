@@ -172,7 +172,10 @@ def _starts_elsewhere(study: Study, figures: Path) -> str:
     return _tabled(
         study,
         STARTS_AND_MODES_ELSEWHERE,
-        "## Start and mode at other lengths\n\n50k answer tokens, each length with its own learning rate.\n\n",
+        "## Start and mode at other lengths\n\n"
+        "50k answer tokens, each length with its own learning rate. At every length written answers bring most, and "
+        "the cartridge's own after them change nothing that can be seen; alone, behind `compact`, they lower KL a "
+        "little and bring no answers. Everywhere the other starts, trained, stay behind `compact` untrained.\n\n",
     )
 
 
@@ -206,8 +209,8 @@ def _same_prompts(study: Study, figures: Path) -> str:
     text = (
         "## The same prompts, whoever answers\n\n"
         "`compact`, p = n/4, 50k answer tokens: the model's own questions, or the document's sentences to be "
-        "completed. Who answers makes little difference at equal tokens; the cartridge's own answers take four times "
-        "as long.\n\n" + _ends(found)
+        "completed. Who answers makes little difference at equal tokens; the cartridge's own answers take four to six "
+        "times as long. Of `cloze`, `on` has one seed: what is compared below is that one.\n\n" + _ends(found)
     )
     for family in ("question", "cloze"):
         modes = {mode: found.get(f"{family}, {mode}") for mode in ("off", "on")}

@@ -88,6 +88,10 @@ class RunNotFound(NotFound):
     reason = "RUN_NOT_FOUND"
 
 
+class ApiKeyNotFound(NotFound):
+    reason = "API_KEY_NOT_FOUND"
+
+
 class ContextNotFound(NotFound):
     """The teacher does not hold that context: put it again."""
 

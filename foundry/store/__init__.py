@@ -3,6 +3,7 @@
 from foundry.store.cartridges import CartridgeStore
 from foundry.store.datasets import DatasetStore, DatasetSummary
 from foundry.store.documents import DocumentInfo, DocumentStore
+from foundry.store.key_store import ApiKey, KeyStore
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_tag
@@ -19,6 +20,7 @@ from foundry.store.upkeep.gc import Collected
 __all__ = [
     "ActiveRuns",
     "Ancestor",
+    "ApiKey",
     "CartridgeId",
     "CartridgeStore",
     "Checkpoints",
@@ -30,6 +32,7 @@ __all__ = [
     "DocumentInfo",
     "DocumentPrompts",
     "DocumentStore",
+    "KeyStore",
     "Manifest",
     "ManifestDraft",
     "Objects",

@@ -21,6 +21,7 @@ from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.datasets import DatasetStore
 from foundry.store.documents import DocumentStore
 from foundry.store.fetch import Fetcher
+from foundry.store.key_store import KeyStore
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
 from foundry.store.objects.checkpoints import Checkpoints
@@ -76,6 +77,7 @@ class CartridgeStore:
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.datasets = DatasetStore(self.objects)
+        self.api_keys = KeyStore(self.objects)
         self.runs = RunStore(self._connection, self.objects, settings)
         self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 
@@ -382,7 +384,9 @@ class CartridgeStore:
     def verify(self) -> AsyncIterator[Verified]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
         checkpoints = Checkpoints(self.objects)
-        records = RecordVerifier(self.objects, self.documents, self.datasets, self.runs, checkpoints, self._marks)
+        records = RecordVerifier(
+            self.objects, self.documents, self.datasets, self.api_keys, self.runs, checkpoints, self._marks
+        )
         grace_seconds = self.settings.sweep_grace_seconds
         return Verifier(self._pointers, self._durable, self._hot, records, grace_seconds=grace_seconds).verify()
 

@@ -16,6 +16,7 @@ MAX_VERSION = 2**53 - 1
 _PART = r"[a-z0-9][a-z0-9._-]{0,62}"
 NAME = rf"{_PART}(?:/{_PART})?"
 _NAME = re.compile(NAME)
+_TENANT = re.compile(_PART)
 _TAG = re.compile(_PART)
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _RUN = re.compile(RUN)
@@ -77,6 +78,17 @@ def check_name(name: str, *, field: str = "name") -> str:
             field=field,
         )
     return name
+
+
+def check_tenant(tenant: str, *, field: str = "tenant") -> str:
+    """Raises InvalidArgument unless `tenant` may stand before the slash of a name, or is "" for names without one."""
+    if tenant and not _TENANT.fullmatch(tenant):
+        raise InvalidArgument(
+            f"{tenant[:100]!r} is not a tenant: expected lower-case letters, digits and '._-', starting with a letter "
+            "or digit, at most 63 characters, or nothing for names without a tenant",
+            field=field,
+        )
+    return tenant
 
 
 def check_tag(tag: str, *, field: str = "tag") -> str:

@@ -66,6 +66,7 @@ class Kept(NamedTuple):
     version: CartridgeId
     document: str
     run: str
+    api_key: str
 
 
 class Site:
@@ -79,7 +80,13 @@ class Site:
         values = {"redis_url": self.server.url, "objects_url": (directory / "objects").as_uri(), "keep_hot": 2}
         self.store = self.runner.run(CartridgeStore.open(StoreSettings.model_validate(values)))
         self.kept = self.runner.run(self._fill())
-        kept = (self.kept.version.name, self.kept.version.digest[7:], self.kept.document[7:], self.kept.run)
+        kept = (
+            self.kept.version.name,
+            self.kept.version.digest[7:],
+            self.kept.document[7:],
+            self.kept.run,
+            self.kept.api_key,
+        )
         objects = sorted(str(path.relative_to(directory / "objects")) for path in directory.glob("objects/*/**/*.*"))
         self.records = [key for key in objects if not key.startswith("blobs") and not any(part in key for part in kept)]
         self.dumps = self.runner.run(self._dump())
@@ -105,8 +112,10 @@ class Site:
             await store.runs.save_checkpoint(claimed.run_id, 1, 1, [b"state"])
         await store.runs.finish(claimed.run_id, 1, RunState.SUCCEEDED, result={"loss": 0.5})
         await store.runs.request_pause(await store.runs.create(run_spec("queued")))
+        await store.api_keys.create(scopes=["admin"])
+        api_key, _ = await store.api_keys.create(scopes=["query"])
         await store._marks.put("batch", [cartridge(7).digest()])
-        return Kept(manifest.id, document, await store.runs.create(run_spec("kept-run")))
+        return Kept(manifest.id, document, await store.runs.create(run_spec("kept-run")), api_key.key_id)
 
     async def _dump(self) -> dict[str, bytes]:
         redis: Any = self.store._connection.redis
@@ -162,6 +171,9 @@ async def gone_through(store: CartridgeStore) -> None:
             await typed(each(store.runs.events(run.run_id)))
     for info in await store.documents.list():
         await typed(store.documents.get(info.digest))
+    for key in await store.api_keys.list():
+        await typed(store.api_keys.get(key.key_id))
+    await store.api_keys.refreshed({})
     await typed(store.datasets.summary(DATASET))
     await typed(store.datasets.shard(DATASET, "asked", 0))
     await typed(store.usage())
@@ -177,6 +189,8 @@ async def served(store: CartridgeStore, kept: Kept) -> None:
     assert (await store.fetch(version.digest)).digest() == version.digest
     assert kept.document in [info.digest for info in await store.documents.list()]
     assert await store.documents.get(kept.document) == "a text to keep"
+    assert kept.api_key in [key.key_id for key in await store.api_keys.list()]
+    assert (await store.api_keys.refreshed({}))[kept.api_key].key == await store.api_keys.get(kept.api_key)
     assert kept.run in [run.run_id for run in await store.runs.list()]
     assert (await store.runs.get(kept.run)).spec.name == "kept-run"
 

@@ -17,6 +17,8 @@
     runs/<id>/result.json                                   {state, error, result, finished_ms}: the run is over
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.safetensors
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json    {digest, num_bytes}, written last
+    api-keys/<id>.json                                      {key_id, tenant, scopes, secret_digest, ...}: whose key it
+                                                            is, and the hash of its secret
     condemned/<batch>.json                                  {digests} of blobs that are being deleted: stands from
                                                             before Redis is marked until the last blob is gone
 
@@ -27,9 +29,11 @@ from __future__ import annotations
 
 import re
 
+from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
 from foundry.store.names import NAME, RUN
 
+API_KEYS = "api-keys"
 BLOBS = "blobs"
 CARTRIDGES = "cartridges"
 COUNTERS = "counters"
@@ -38,8 +42,10 @@ DOCUMENTS = "documents"
 RUNS = "runs"
 MARKS = "condemned"
 
-BLOB = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
 # What is spelt otherwise is not ours: we never wrote it.
+KEY_ID = "[a-z2-7]{12}"
+API_KEY = re.compile(rf"api-keys/(?P<id>{KEY_ID})\.json")
+BLOB = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
 MANIFEST = re.compile(rf"cartridges/(?P<name>{NAME})/(?P<version>[0-9]{{10,16}})\.json")
 TAG = re.compile(rf"cartridges/(?P<name>{NAME})/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
 LIMIT = re.compile(rf"counters/(?P<name>{NAME})/(?P<limit>[0-9]{{16}})")
@@ -49,6 +55,15 @@ SUMMARY = re.compile(r"datasets/(?P<hex>[0-9a-f]{64})/dataset\.json")
 RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
 ATTEMPT = re.compile(r".*/attempts/(?P<attempt>[0-9]{6,16})")
 CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,16})-(?P<step>[0-9]{10,16}))\.(json|safetensors)")
+
+
+def api_key(key_id: str) -> str:
+    """Raises InvalidArgument unless `key_id` is spelt as one."""
+    if not re.fullmatch(KEY_ID, key_id):
+        raise InvalidArgument(
+            f"{key_id[:100]!r} is not the id of a key: expected 12 of the letters a-z and 2-7", field="key_id"
+        )
+    return f"{API_KEYS}/{key_id}.json"
 
 
 def blob(digest: str) -> str:

@@ -8,7 +8,9 @@ from typing import Literal
 
 from foundry.errors import DigestMismatch, NotFound
 
-Kind = Literal["manifest", "blob", "hot", "tag", "pointer", "document", "dataset", "run", "checkpoint", "mark"]
+Kind = Literal[
+    "manifest", "blob", "hot", "tag", "pointer", "document", "dataset", "api_key", "run", "checkpoint", "mark"
+]
 
 
 @dataclass(frozen=True, slots=True)

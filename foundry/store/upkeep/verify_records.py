@@ -1,4 +1,4 @@
-"""Checking what the store keeps beside cartridges: documents, data sets, runs, their checkpoints, and marks.
+"""Checking what the store keeps beside cartridges: documents, data sets, API keys, runs, their checkpoints, and marks.
 
 Memory: the keys of data sets and runs, and one document, shard, or range of a checkpoint at a time.
 """
@@ -13,6 +13,7 @@ from functools import partial
 from foundry.errors import DigestMismatch, NotFound
 from foundry.store.datasets import DatasetStore
 from foundry.store.documents import DocumentStore
+from foundry.store.key_store import KeyStore
 from foundry.store.objects import layout
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import Objects
@@ -28,15 +29,23 @@ class RecordVerifier:
         objects: Objects,
         documents: DocumentStore,
         datasets: DatasetStore,
+        api_keys: KeyStore,
         runs: RunStore,
         checkpoints: Checkpoints,
         marks: GcMarks,
     ) -> None:
         self._objects, self._documents, self._datasets = objects, documents, datasets
-        self._runs, self._checkpoints, self._marks = runs, checkpoints, marks
+        self._api_keys, self._runs, self._checkpoints, self._marks = api_keys, runs, checkpoints, marks
 
     async def verify(self) -> AsyncIterator[Verified]:
-        for part in (self._all_documents, self._all_datasets, self._all_runs, self._queue, self._all_marks):
+        for part in (
+            self._all_documents,
+            self._all_datasets,
+            self._all_api_keys,
+            self._all_runs,
+            self._queue,
+            self._all_marks,
+        ):
             async for checked in part():
                 yield checked
 
@@ -86,6 +95,16 @@ class RecordVerifier:
             if num_rows[family] < (expected := counts.get("conversations", 0)):
                 raise NotFound(f"of {expected} conversations of {family} there are {num_rows[family]}")
         return (await self._objects.head(layout.dataset_summary(dataset))).size
+
+    async def _all_api_keys(self) -> AsyncIterator[Verified]:
+        async for entry in self._objects.scan(layout.API_KEYS):
+            if match := layout.API_KEY.fullmatch(entry.key):
+                async for checked in self._object("api_key", entry.key, self._api_key(match["id"])):
+                    yield checked
+
+    async def _api_key(self, key_id: str) -> int:
+        await self._api_keys.get(key_id)
+        return 0
 
     async def _all_runs(self) -> AsyncIterator[Verified]:
         runs, checkpoints = [], []

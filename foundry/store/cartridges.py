@@ -75,6 +75,7 @@ class CartridgeStore:
         self._resolver = Resolver(self._pointers, self._durable)
         self._fetcher = Fetcher(self._pointers, self._durable.blobs, self._hot)
         self._publisher = Publisher(self._pointers, self._durable, self._hot, settings, self._keep)
+        # Of the tenant "", as are the data sets: `of` gives another's.
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.datasets = DatasetStore(self.objects)
         self.api_keys = KeyStore(self.objects)

@@ -1,15 +1,16 @@
 """Data sets: what runs train on, kept in shards that are written once and never changed.
 
-A data set is named by the digest of all that decides what is in it, so that equal runs share one, and an attempt that
-was killed while it wrote goes on behind the last shard that stands.
+A data set is named by the digest of all that decides what is in it, so that equal runs of a tenant share one, and an
+attempt that was killed while it wrote goes on behind the last shard that stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound
+from foundry.store.names import check_tenant
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
@@ -33,8 +34,14 @@ class _Shard(Checked):
 
 
 class DatasetStore:
-    def __init__(self, objects: Objects) -> None:
-        self._objects = objects
+    """The data sets of one tenant."""
+
+    def __init__(self, objects: Objects, *, tenant: str = "") -> None:
+        self._objects, self._tenant = objects, check_tenant(tenant)
+
+    def of(self, tenant: str) -> Self:
+        """Those of another tenant. Raises InvalidArgument unless it is spelt as one."""
+        return type(self)(self._objects, tenant=tenant)
 
     async def shard(self, dataset: str, family: str, number: int) -> list[Json] | None:
         """The rows of a shard; None if it is not written yet. Raises DigestMismatch if it is damaged."""
@@ -46,14 +53,14 @@ class DatasetStore:
             return shard.rows
 
         try:
-            return await self._objects.record(layout.dataset_shard(dataset, family, number), parse)
+            return await self._objects.record(layout.dataset_shard(self._tenant, dataset, family, number), parse)
         except NotFound:
             return None
 
     async def append(self, dataset: str, family: str, number: int, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
         """Write a shard, unless another has written it; returns what stands then."""
         content = seal({"family": family, "number": number, "rows": list(rows)}).encode()
-        await self._objects.put_if_absent(layout.dataset_shard(dataset, family, number), content)
+        await self._objects.put_if_absent(layout.dataset_shard(self._tenant, dataset, family, number), content)
         written = await self.shard(dataset, family, number)
         if written is None:
             raise DigestMismatch(f"shard {number} of {family} of data set {dataset} is gone")
@@ -61,7 +68,7 @@ class DatasetStore:
 
     async def finish(self, dataset: str, summary: DatasetSummary) -> DatasetSummary:
         """Say that all shards are there. Raises DigestMismatch if another said so of other content."""
-        key = layout.dataset_summary(dataset)
+        key = layout.dataset_summary(self._tenant, dataset)
         await self._objects.put_if_absent(key, seal(summary.model_dump()).encode())
         stands = await self.summary(dataset)
         if stands.digest != summary.digest:
@@ -71,5 +78,6 @@ class DatasetStore:
     async def summary(self, dataset: str) -> DatasetSummary:
         """Raises NotFound while the data set is not whole, DigestMismatch if its record is damaged."""
         return await self._objects.record(
-            layout.dataset_summary(dataset), lambda content: DatasetSummary.model_validate(unseal(content))
+            layout.dataset_summary(self._tenant, dataset),
+            lambda content: DatasetSummary.model_validate(unseal(content)),
         )

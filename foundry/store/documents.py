@@ -1,10 +1,14 @@
-"""Documents, named by their content: texts that cartridges stand in for, and files of prompts."""
+"""Documents, named by their content: texts that cartridges stand in for, and files of prompts.
+
+Each tenant has its own: the same text of two tenants is two documents, and neither tells that there is another.
+"""
 
 from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
 from functools import partial
+from typing import Self
 
 from pydantic import Field
 
@@ -17,6 +21,7 @@ from foundry.errors import (
     NotFound,
 )
 from foundry.identity import content_digest
+from foundry.store.names import check_tenant
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.paging import Page, cut
@@ -35,9 +40,15 @@ class DocumentInfo(Checked):
 
 
 class DocumentStore:
-    def __init__(self, objects: Objects, *, max_document_bytes: int) -> None:
-        self._objects = objects
+    """The documents of one tenant."""
+
+    def __init__(self, objects: Objects, *, max_document_bytes: int, tenant: str = "") -> None:
+        self._objects, self._tenant = objects, check_tenant(tenant)
         self._max_document_bytes = max_document_bytes
+
+    def of(self, tenant: str) -> Self:
+        """Those of another tenant. Raises InvalidArgument unless it is spelt as one."""
+        return type(self)(self._objects, max_document_bytes=self._max_document_bytes, tenant=tenant)
 
     async def put(self, document: str | bytes, *, title: str = "") -> str:
         """Keep a text and return its digest; a text that is there already keeps its title and date.
@@ -52,20 +63,20 @@ class DocumentStore:
             )
         digest = content_digest(content)
         # Also over a text that stands: it is the same, unless it is damaged, and then this repairs it.
-        await self._objects.put(layout.document(digest), [content])
+        await self._objects.put(layout.document(self._tenant, digest), [content])
         created_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         info = DocumentInfo(digest=digest, title=title, num_bytes=len(content), created_at=created_at)
         record = seal(info.model_dump()).encode()
-        if not await self._objects.put_if_absent(layout.document_info(digest), record):
+        if not await self._objects.put_if_absent(self._record_of(digest), record):
             try:
                 await self.info(digest)
             except DigestMismatch:
-                await self._objects.put(layout.document_info(digest), [record])
+                await self._objects.put(self._record_of(digest), [record])
         return digest
 
     async def get(self, digest: str) -> str:
         """Raises DocumentNotFound, DigestMismatch."""
-        key = layout.document(digest)
+        key = layout.document(self._tenant, digest)
         try:
             with reading(key):
                 content = bytes(await self._objects.get(key, max_bytes=self._max_document_bytes))
@@ -77,18 +88,18 @@ class DocumentStore:
 
     async def info(self, digest: str) -> DocumentInfo:
         """Raises DocumentNotFound, DigestMismatch if the record is damaged: putting the document again mends it."""
-        key = layout.document_info(digest)
+        key = self._record_of(digest)
         try:
-            return await self._objects.record(key, partial(_info, key))
+            return await self._objects.record(key, partial(self._info, key))
         except NotFound as error:
             raise DocumentNotFound(f"there is no document {digest}", field="document") from error
 
     async def delete(self, digest: str) -> None:
         """Raises DocumentNotFound. Runs and cartridges that name the document keep its digest."""
-        if not await self._objects.exists(layout.document_info(digest)):
+        if not await self._objects.exists(self._record_of(digest)):
             raise DocumentNotFound(f"there is no document {digest}", field="document")
-        await self._objects.delete(layout.document_info(digest))
-        await self._objects.delete(layout.document(digest))
+        await self._objects.delete(self._record_of(digest))
+        await self._objects.delete(layout.document(self._tenant, digest))
 
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:
@@ -99,19 +110,21 @@ class DocumentStore:
         """Some of them, behind the digest `after`; only their records are read. Raises InvalidArgument."""
         entries = [
             (entry.last_modified, f"blake3:{match['hex']}")
-            async for entry in self._objects.scan(layout.DOCUMENTS)
-            if (match := layout.DOCUMENT.fullmatch(entry.key))
+            async for entry in self._objects.scan(layout.documents(self._tenant))
+            if (match := layout.DOCUMENT.fullmatch(entry.key)) and match["tenant"] == self._tenant
         ]
         digests, next_after = cut([digest for _, digest in sorted(entries)], after, limit)
-        infos = await self._objects.records("document", map(layout.document_info, digests), _info)
+        infos = await self._objects.records("document", map(self._record_of, digests), self._info)
         return Page(list(infos.values()), next_after)
 
+    def _record_of(self, digest: str) -> str:
+        return layout.document_info(self._tenant, digest)
 
-def _info(key: str, content: bytes) -> DocumentInfo:
-    info = DocumentInfo.model_validate(unseal(content))
-    if layout.document_info(info.digest) != key:
-        raise InvalidArgument(f"it is the record of {info.digest}")
-    return info
+    def _info(self, key: str, content: bytes) -> DocumentInfo:
+        info = DocumentInfo.model_validate(unseal(content))
+        if self._record_of(info.digest) != key:
+            raise InvalidArgument(f"it is the record of {info.digest}")
+        return info
 
 
 def readable(document: str | bytes) -> bytes:

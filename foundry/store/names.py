@@ -14,10 +14,11 @@ LATEST = "latest"
 MAX_VERSION = 2**53 - 1
 
 _PART = r"[a-z0-9][a-z0-9._-]{0,62}"
+TENANT = _PART
 NAME = rf"{_PART}(?:/{_PART})?"
 _NAME = re.compile(NAME)
-_TENANT = re.compile(_PART)
 _TAG = re.compile(_PART)
+_TENANT = re.compile(TENANT)
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _RUN = re.compile(RUN)
 _VERSION = re.compile(r"[0-9]{1,16}")
@@ -89,6 +90,11 @@ def check_tenant(tenant: str, *, field: str = "tenant") -> str:
             field=field,
         )
     return tenant
+
+
+def tenant_of(name: str) -> str:
+    """Whose a cartridge of that name is."""
+    return name.rpartition("/")[0]
 
 
 def check_tag(tag: str, *, field: str = "tag") -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from foundry.errors import DigestMismatch, DocumentNotFound, DocumentTooLong, DocumentUnreadable, InvalidArgument
 from foundry.identity import content_digest
-from foundry.store import DocumentStore, Objects
+from foundry.store import DatasetStore, DocumentStore, Objects
 
 LIMIT = 100
 
@@ -58,6 +58,30 @@ async def test_a_damaged_document_is_a_digest_mismatch(documents: DocumentStore,
         await documents.get(digest)
     await documents.put("text")
     assert await documents.get(digest) == "text"
+
+
+async def test_the_same_text_of_two_tenants_is_two_documents(documents: DocumentStore) -> None:
+    stores = [documents, documents.of("acme"), documents.of("acm")]
+    digest = await documents.put("text", title="")
+    for hidden in stores[1:]:
+        assert await hidden.list() == []
+        for refused in (hidden.get, hidden.info, hidden.delete):
+            with pytest.raises(DocumentNotFound):
+                await refused(digest)
+    for title, other in zip("ab", stores[1:], strict=True):
+        assert await other.put("text", title=title) == digest
+    assert [(await each.info(digest)).title for each in stores] == ["", "a", "b"]
+    assert [[info.title for info in await each.list()] for each in stores] == [[""], ["a"], ["b"]]
+    await stores[1].delete(digest)
+    assert [len(await each.list()) for each in stores] == [1, 0, 1]
+    assert await documents.get(digest) == await stores[2].get(digest) == "text"
+
+
+@pytest.mark.parametrize("tenant", ["..", "a/b", "Acme", "-a", "ab" * 32])
+async def test_what_is_no_tenant_is_refused(documents: DocumentStore, tenant: str) -> None:
+    for store in (documents, DatasetStore(documents._objects)):
+        with pytest.raises(InvalidArgument):
+            store.of(tenant)
 
 
 @pytest.mark.parametrize("digest", ["", "blake3:..", "../secret", "blake3:" + "A" * 64])

@@ -32,6 +32,7 @@ PROFILE = settings(
     suppress_health_check=list(HealthCheck),
 )
 DATASET = "blake3:" + "ef" * 32
+TENANTS = ("", "acme")
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8),
@@ -102,10 +103,12 @@ class Site:
             await store.tag(name, "best", 2)
         await store.publish(cartridge(5), draft(step=5), durable=False)
         await store.lease(cartridge(0).digest(), "reader", 3600)
-        await store.documents.put("a text to damage")
+        for tenant in TENANTS:
+            await store.documents.of(tenant).put("a text to damage")
+            datasets = store.datasets.of(tenant)
+            await datasets.append(DATASET, "asked", 0, [{"family": "prompts"}])
+            await datasets.finish(DATASET, DatasetSummary(digest=DATASET, families={"prompts": {"conversations": 1}}))
         document = await store.documents.put("a text to keep")
-        await store.datasets.append(DATASET, "asked", 0, [{"family": "prompts"}])
-        await store.datasets.finish(DATASET, DatasetSummary(digest=DATASET, families={"prompts": {"conversations": 1}}))
         for _ in range(2):
             await store.runs.create(run_spec("trained"))
             claimed = await claim(store.runs, lease_seconds=3600)
@@ -169,13 +172,14 @@ async def gone_through(store: CartridgeStore) -> None:
         await typed(store.runs._archive.events(run.run_id))
         if run.state.over:
             await typed(each(store.runs.events(run.run_id)))
-    for info in await store.documents.list():
-        await typed(store.documents.get(info.digest))
     for key in await store.api_keys.list():
         await typed(store.api_keys.get(key.key_id))
     await store.api_keys.refreshed({})
-    await typed(store.datasets.summary(DATASET))
-    await typed(store.datasets.shard(DATASET, "asked", 0))
+    for tenant in TENANTS:
+        for info in await store.documents.of(tenant).list():
+            await typed(store.documents.of(tenant).get(info.digest))
+        await typed(store.datasets.of(tenant).summary(DATASET))
+        await typed(store.datasets.of(tenant).shard(DATASET, "asked", 0))
     await typed(store.usage())
     await typed(each(store.gc(dry_run=True)))
 

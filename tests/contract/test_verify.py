@@ -13,6 +13,7 @@ import pytest
 
 from foundry.errors import DigestMismatch
 from foundry.store import CartridgeStore, DatasetSummary, Manifest, StoreSettings, metrics
+from foundry.store.objects import layout
 from foundry.store.redis.hot_bytes import CHUNK_BYTES
 from foundry.store.sealed import seal
 from foundry.store.upkeep.verified import Verified
@@ -164,13 +165,15 @@ async def test_commands_without_redis_say_so(filled: CartridgeStore, store_setti
         assert done.stderr.startswith("error: Redis can't be used"), done.stderr
 
 
-async def test_documents_data_sets_checkpoints_and_runs_are_hashed(filled: CartridgeStore) -> None:
-    document, objects = await filled.documents.put("a text"), filled.objects
+@pytest.mark.parametrize("tenant", ["", "acme"])
+async def test_documents_data_sets_checkpoints_and_runs_are_hashed(filled: CartridgeStore, tenant: str) -> None:
+    document, objects = await filled.documents.of(tenant).put("a text"), filled.objects
     dataset = "blake3:" + "ef" * 32
     rows = [{"family": "prompts", "prompt": "Who?"}]
-    await filled.datasets.append(dataset, "asked", 0, rows)
+    datasets = filled.datasets.of(tenant)
+    await datasets.append(dataset, "asked", 0, rows)
     summary = DatasetSummary(digest=document, families={"prompts": {"conversations": 1}})
-    await filled.datasets.finish(dataset, summary)
+    await datasets.finish(dataset, summary)
     run_id = await filled.runs.create(run_spec("notes"))
     await claim(filled.runs)
     await filled.runs.save_checkpoint(run_id, 1, 1, [b"state"])
@@ -178,12 +181,13 @@ async def test_documents_data_sets_checkpoints_and_runs_are_hashed(filled: Cartr
     assert {each.state for each in checked} == {"ok"}
     assert {"document", "dataset", "run", "checkpoint"} <= {each.kind for each in checked}
 
-    stem, shard = f"runs/{run_id}/checkpoints/000001-0000000001", f"datasets/{dataset[7:]}/asked-000000.json"
-    text, record = f"documents/{document[7:]}.txt", f"documents/{document[7:]}.json"
+    stem, shard = f"runs/{run_id}/checkpoints/000001-0000000001", layout.dataset_shard(tenant, dataset, "asked", 0)
+    text, record = layout.document(tenant, document), layout.document_info(tenant, document)
+    whole = layout.dataset_summary(tenant, dataset)
     for damaged, content, expected in (
         (text, b"A text", ("corrupt", "document", record)),
         (text, None, ("missing", "document", record)),
-        (shard, None, ("missing", "dataset", f"datasets/{dataset[7:]}/dataset.json")),
+        (shard, None, ("missing", "dataset", whole)),
         (shard, seal({"family": "asked", "number": 1, "rows": rows}).encode(), ("corrupt", "dataset", shard)),
         (f"{stem}.safetensors", b"State", ("corrupt", "checkpoint", f"{stem}.json")),
         (f"{stem}.safetensors", None, ("missing", "checkpoint", f"{stem}.json")),

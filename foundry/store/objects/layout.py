@@ -4,11 +4,11 @@
     cartridges/<name>/<version:010d>.json                   a manifest; or a tombstone where a publisher was replaced
     cartridges/<name>/tags/<tag>.json                       {version, history: [older...], moved_ms}
     counters/<name>/<limit:016d>                            numbers up to the highest limit may have been handed out
-    documents/<hex>.txt                                     a document's bytes
-    documents/<hex>.json                                    {title, num_bytes, created_at}, written last: without it
+    documents/[<tenant>/]<hex>.txt                          a document's bytes
+    documents/[<tenant>/]<hex>.json                         {title, num_bytes, created_at}, written last: without it
                                                             there is no document
-    datasets/<hex>/<family>-<n:06d>.json                    {family, number, rows}: a shard of what runs train on
-    datasets/<hex>/dataset.json                             {digest, families}, written last: all shards are there
+    datasets/[<tenant>/]<hex>/<family>-<n:06d>.json         {family, number, rows}: a shard of what runs train on
+    datasets/[<tenant>/]<hex>/dataset.json                  {digest, families}, written last: all shards are there
     runs/<id>/run.json                                      {spec, name, created_ms}, and the traceparent of the request
                                                             if that was traced
     runs/<id>/attempts/<n:06d>                              one for each time a worker took the run up
@@ -23,6 +23,8 @@
                                                             before Redis is marked until the last blob is gone
 
 The limits outlive everything else, so that no number is used twice even if Redis and all versions are gone.
+
+A tenant has fewer letters than a hex has digits, so that the one is never taken for the other.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import re
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
-from foundry.store.names import NAME, RUN
+from foundry.store.names import NAME, RUN, TENANT
 
 API_KEYS = "api-keys"
 BLOBS = "blobs"
@@ -49,9 +51,11 @@ BLOB = re.compile(r"blobs/blake3/(?P<hex>[0-9a-f]{64})\.safetensors")
 MANIFEST = re.compile(rf"cartridges/(?P<name>{NAME})/(?P<version>[0-9]{{10,16}})\.json")
 TAG = re.compile(rf"cartridges/(?P<name>{NAME})/tags/(?P<tag>[^/]*[^/0-9][^/]*)\.json")
 LIMIT = re.compile(rf"counters/(?P<name>{NAME})/(?P<limit>[0-9]{{16}})")
-DOCUMENT = re.compile(r"documents/(?P<hex>[0-9a-f]{64})\.json")
-SHARD = re.compile(r"datasets/(?P<hex>[0-9a-f]{64})/(?P<family>[^/]+)-(?P<number>[0-9]{6,16})\.json")
-SUMMARY = re.compile(r"datasets/(?P<hex>[0-9a-f]{64})/dataset\.json")
+# The tenant is "" where none stands there.
+_OF_TENANT = rf"(?P<tenant>{TENANT}(?=/)|)/?(?P<hex>[0-9a-f]{{64}})"
+DOCUMENT = re.compile(rf"documents/{_OF_TENANT}\.json")
+SHARD = re.compile(rf"datasets/{_OF_TENANT}/(?P<family>[^/]+)-(?P<number>[0-9]{{6,16}})\.json")
+SUMMARY = re.compile(rf"datasets/{_OF_TENANT}/dataset\.json")
 RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
 ATTEMPT = re.compile(r".*/attempts/(?P<attempt>[0-9]{6,16})")
 CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,16})-(?P<step>[0-9]{10,16}))\.(json|safetensors)")
@@ -92,26 +96,32 @@ def limit(name: str, limit: int) -> str:
     return f"{COUNTERS}/{name}/{limit:016d}"
 
 
-def document(digest: str) -> str:
+def documents(tenant: str) -> str:
+    """The directory of a tenant's documents; that of "" has the other tenants' in it."""
+    return f"{DOCUMENTS}/{tenant}" if tenant else DOCUMENTS
+
+
+def document(tenant: str, digest: str) -> str:
     """Raises InvalidArgument unless `digest` is spelt as one, as `document_info` does."""
-    return f"{DOCUMENTS}/{_hex(check_digest(digest, field='document'))}.txt"
+    return f"{documents(tenant)}/{_hex(check_digest(digest, field='document'))}.txt"
 
 
-def document_info(digest: str) -> str:
-    return f"{DOCUMENTS}/{_hex(check_digest(digest, field='document'))}.json"
+def document_info(tenant: str, digest: str) -> str:
+    return f"{documents(tenant)}/{_hex(check_digest(digest, field='document'))}.json"
 
 
-def dataset(digest: str) -> str:
+def dataset(tenant: str, digest: str) -> str:
     """The directory of a data set. Raises InvalidArgument unless it is spelt as a digest."""
-    return f"{DATASETS}/{_hex(check_digest(digest, field='dataset'))}"
+    of_tenant = f"{DATASETS}/{tenant}" if tenant else DATASETS
+    return f"{of_tenant}/{_hex(check_digest(digest, field='dataset'))}"
 
 
-def dataset_shard(digest: str, family: str, number: int) -> str:
-    return f"{dataset(digest)}/{family}-{number:06d}.json"
+def dataset_shard(tenant: str, digest: str, family: str, number: int) -> str:
+    return f"{dataset(tenant, digest)}/{family}-{number:06d}.json"
 
 
-def dataset_summary(digest: str) -> str:
-    return f"{dataset(digest)}/dataset.json"
+def dataset_summary(tenant: str, digest: str) -> str:
+    return f"{dataset(tenant, digest)}/dataset.json"
 
 
 def run(run_id: str) -> str:

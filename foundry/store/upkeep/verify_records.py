@@ -52,49 +52,52 @@ class RecordVerifier:
     async def _all_documents(self) -> AsyncIterator[Verified]:
         async for entry in self._objects.scan(layout.DOCUMENTS):
             if match := layout.DOCUMENT.fullmatch(entry.key):
-                async for checked in self._object("document", entry.key, self._document(f"blake3:{match['hex']}")):
+                document = self._document(self._documents.of(match["tenant"]), f"blake3:{match['hex']}")
+                async for checked in self._object("document", entry.key, document):
                     yield checked
 
-    async def _document(self, digest: str) -> int:
-        info = await self._documents.info(digest)
-        num_bytes = len((await self._documents.get(digest)).encode())
+    @staticmethod
+    async def _document(documents: DocumentStore, digest: str) -> int:
+        info = await documents.info(digest)
+        num_bytes = len((await documents.get(digest)).encode())
         if num_bytes != info.num_bytes:
             raise DigestMismatch(f"document {digest} has {num_bytes} bytes, its record says {info.num_bytes}")
         return num_bytes
 
     async def _all_datasets(self) -> AsyncIterator[Verified]:
-        shards: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
-        whole: set[str] = set()
+        shards: defaultdict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
+        whole: set[tuple[str, str]] = set()
         async for entry in self._objects.scan(layout.DATASETS):
             if match := layout.SHARD.fullmatch(entry.key):
-                shards[f"blake3:{match['hex']}"].append((match["family"], int(match["number"])))
+                shards[match["tenant"], f"blake3:{match['hex']}"].append((match["family"], int(match["number"])))
             elif match := layout.SUMMARY.fullmatch(entry.key):
-                whole.add(f"blake3:{match['hex']}")
-        for dataset in sorted(whole | shards.keys()):
+                whole.add((match["tenant"], f"blake3:{match['hex']}"))
+        for tenant, dataset in sorted(whole | shards.keys()):
             num_rows: Counter[str] = Counter()
-            for family, number in sorted(shards[dataset]):
-                key = layout.dataset_shard(dataset, family, number)
-                async for checked in self._object("dataset", key, self._shard(dataset, family, number, num_rows)):
+            for family, number in sorted(shards[tenant, dataset]):
+                key = layout.dataset_shard(tenant, dataset, family, number)
+                shard = self._shard(tenant, dataset, family, number, num_rows)
+                async for checked in self._object("dataset", key, shard):
                     yield checked
-            if dataset in whole:
-                key = layout.dataset_summary(dataset)
-                async for checked in self._object("dataset", key, self._summary(dataset, num_rows)):
+            if (tenant, dataset) in whole:
+                key = layout.dataset_summary(tenant, dataset)
+                async for checked in self._object("dataset", key, self._summary(tenant, dataset, num_rows)):
                     yield checked
 
-    async def _shard(self, dataset: str, family: str, number: int, num_rows: Counter[str]) -> int:
+    async def _shard(self, tenant: str, dataset: str, family: str, number: int, num_rows: Counter[str]) -> int:
         """Counts the rows by what they are of."""
-        rows = await self._datasets.shard(dataset, family, number)
+        rows = await self._datasets.of(tenant).shard(dataset, family, number)
         if rows is None:
             raise NotFound(f"shard {number} of {family} of data set {dataset} is gone")
         num_rows.update(str(row.get("family")) for row in rows)
-        return (await self._objects.head(layout.dataset_shard(dataset, family, number))).size
+        return (await self._objects.head(layout.dataset_shard(tenant, dataset, family, number))).size
 
-    async def _summary(self, dataset: str, num_rows: Counter[str]) -> int:
-        summary = await self._datasets.summary(dataset)
+    async def _summary(self, tenant: str, dataset: str, num_rows: Counter[str]) -> int:
+        summary = await self._datasets.of(tenant).summary(dataset)
         for family, counts in sorted(summary.families.items()):
             if num_rows[family] < (expected := counts.get("conversations", 0)):
                 raise NotFound(f"of {expected} conversations of {family} there are {num_rows[family]}")
-        return (await self._objects.head(layout.dataset_summary(dataset))).size
+        return (await self._objects.head(layout.dataset_summary(tenant, dataset))).size
 
     async def _all_api_keys(self) -> AsyncIterator[Verified]:
         async for entry in self._objects.scan(layout.API_KEYS):

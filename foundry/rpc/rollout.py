@@ -22,12 +22,21 @@ _RESIDENT_TIMEOUT_SECONDS = 5.0
 class RolloutClient:
     """All rollout servers of one model; each batch is dealt out in turn to those that are there when it is asked."""
 
-    def __init__(self, pods: Pods, model_fingerprint: str, template_digest: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        pods: Pods,
+        model_fingerprint: str,
+        template_digest: str,
+        timeout_seconds: float,
+        *,
+        caller: common_pb2.Caller | None = None,
+    ) -> None:
         """`timeout_seconds` is of one call, of which a batch may take several. `pods` are closed with it."""
         self._pods = pods
         self._model_fingerprint = model_fingerprint
         self._template_digest = template_digest
         self._timeout_seconds = timeout_seconds
+        self._caller = caller
         # How many sequences a call to this server may have, and the pod's `silent_since` when it said so.
         self._max_sequences: WeakKeyDictionary[Pod, tuple[int, float]] = WeakKeyDictionary()
 
@@ -131,6 +140,7 @@ class RolloutClient:
             ],
             sampling=seeded,
             skip_prefix_cache=skip_prefix_cache,
+            caller=self._caller,
         )
 
     def _check_identity(self, what: str, found: str, asked: str, peer: str) -> None:

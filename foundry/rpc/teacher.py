@@ -31,6 +31,7 @@ class TeacherClient:
         document: str | None,
         *,
         timeout_seconds: float,
+        caller: common_pb2.Caller | None = None,
         template_digest: str = "",
         context_digest: str = "",
     ) -> None:
@@ -44,6 +45,7 @@ class TeacherClient:
         self._template_digest = template_digest
         self._document = document
         self._timeout_seconds = timeout_seconds
+        self._caller = caller
         self._context_digest = context_digest
 
     async def put_context(self) -> int:
@@ -79,6 +81,7 @@ class TeacherClient:
                 template_digest=self._template_digest,
                 items=some,
                 want=want,
+                caller=self._caller,
             )
             try:
                 scores += await self._score(pod, request)
@@ -107,6 +110,7 @@ class TeacherClient:
                     model_fingerprint=self._model_fingerprint,
                     document=self._document or "",
                     without_document=self._document is None,
+                    caller=self._caller,
                 ),
                 timeout=self._timeout_seconds,
             )

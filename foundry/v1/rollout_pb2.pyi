@@ -140,6 +140,7 @@ class GenerateRequest(_message.Message):
     CARTRIDGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     SKIP_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model_fingerprint: _builtins.str
     """Required: the fingerprint of the model that the caller means."""
@@ -161,6 +162,10 @@ class GenerateRequest(_message.Message):
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.CartridgeId]: ...
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
+    @_builtins.property
+    def caller(self) -> _common_pb2.Caller:
+        """Of all requests of a batch the same."""
+
     def __init__(
         self,
         *,
@@ -172,10 +177,11 @@ class GenerateRequest(_message.Message):
         cartridges: _abc.Iterable[_common_pb2.CartridgeId] | None = ...,
         sampling: Global___Sampling | None = ...,
         skip_prefix_cache: _builtins.bool = ...,
+        caller: _common_pb2.Caller | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "conversation", b"conversation", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridges", b"cartridges", "conversation", b"conversation", "model_fingerprint", b"model_fingerprint", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_prefix_cache", b"skip_prefix_cache", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "cartridges", b"cartridges", "conversation", b"conversation", "model_fingerprint", b"model_fingerprint", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_prefix_cache", b"skip_prefix_cache", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["token_ids", "conversation", "text"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from foundry.v1 import common_pb2 as foundry_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66oundry/v1/teacher.proto\x12\nfoundry.v1\x1a\x17\x66oundry/v1/common.proto\"k\n\x11PutContextRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x03 \x01(\t\x12\x18\n\x10without_document\x18\x04 \x01(\x08J\x04\x08\x02\x10\x03R\ttoken_ids\"\x80\x01\n\x12PutContextResponse\x12\x16\n\x0e\x63ontext_digest\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12&\n\x08identity\x18\x04 \x01(\x0b\x32\x14.foundry.v1.IdentityJ\x04\x08\x03\x10\x04R\x10\x61lready_resident\"`\n\tScoreItem\x12\x16\n\x0e\x63ontext_digest\x18\x01 \x01(\t\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.foundry.v1.TokenIds\x12\x12\n\nscore_from\x18\x03 \x01(\r\"D\n\x04Want\x12\x0c\n\x04topk\x18\x02 \x01(\r\x12\x0e\n\x06hidden\x18\x04 \x01(\x08J\x04\x08\x01\x10\x02J\x04\x08\x03\x10\x04R\x06\x63hosenR\ncandidates\"\x9a\x01\n\x0cScoreRequest\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\x12$\n\x05items\x18\x04 \x03(\x0b\x32\x15.foundry.v1.ScoreItem\x12\x1e\n\x04want\x18\x05 \x01(\x0b\x32\x10.foundry.v1.WantJ\x04\x08\x01\x10\x02R\nrequest_id\"\xfa\x02\n\rScoreResponse\x12\x0c\n\x04item\x18\x02 \x01(\r\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\x12\x14\n\x0cids_checksum\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_digest\x18\x06 \x01(\t\x12$\n\x08topk_ids\x18\x08 \x01(\x0b\x32\x12.foundry.v1.Tensor\x12)\n\rtopk_logprobs\x18\t \x01(\x0b\x32\x12.foundry.v1.Tensor\x12(\n\x0ctail_logprob\x18\n \x01(\x0b\x32\x12.foundry.v1.Tensor\x12\"\n\x06hidden\x18\x0c \x01(\x0b\x32\x12.foundry.v1.Tensor\x12&\n\x08identity\x18\r \x01(\x0b\x32\x14.foundry.v1.Identity\x12\x18\n\x10tensors_checksum\x18\x0e \x01(\tJ\x04\x08\x01\x10\x02J\x04\x08\x07\x10\x08J\x04\x08\x0b\x10\x0cR\nrequest_idR\x06\x63hosenR\ncandidates2\x96\x01\n\x07Teacher\x12K\n\nPutContext\x12\x1d.foundry.v1.PutContextRequest\x1a\x1e.foundry.v1.PutContextResponse\x12>\n\x05Score\x12\x18.foundry.v1.ScoreRequest\x1a\x19.foundry.v1.ScoreResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66oundry/v1/teacher.proto\x12\nfoundry.v1\x1a\x17\x66oundry/v1/common.proto\"\x8f\x01\n\x11PutContextRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x03 \x01(\t\x12\x18\n\x10without_document\x18\x04 \x01(\x08\x12\"\n\x06\x63\x61ller\x18\x05 \x01(\x0b\x32\x12.foundry.v1.CallerJ\x04\x08\x02\x10\x03R\ttoken_ids\"\x80\x01\n\x12PutContextResponse\x12\x16\n\x0e\x63ontext_digest\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12&\n\x08identity\x18\x04 \x01(\x0b\x32\x14.foundry.v1.IdentityJ\x04\x08\x03\x10\x04R\x10\x61lready_resident\"`\n\tScoreItem\x12\x16\n\x0e\x63ontext_digest\x18\x01 \x01(\t\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.foundry.v1.TokenIds\x12\x12\n\nscore_from\x18\x03 \x01(\r\"D\n\x04Want\x12\x0c\n\x04topk\x18\x02 \x01(\r\x12\x0e\n\x06hidden\x18\x04 \x01(\x08J\x04\x08\x01\x10\x02J\x04\x08\x03\x10\x04R\x06\x63hosenR\ncandidates\"\xbe\x01\n\x0cScoreRequest\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\x12$\n\x05items\x18\x04 \x03(\x0b\x32\x15.foundry.v1.ScoreItem\x12\x1e\n\x04want\x18\x05 \x01(\x0b\x32\x10.foundry.v1.Want\x12\"\n\x06\x63\x61ller\x18\x06 \x01(\x0b\x32\x12.foundry.v1.CallerJ\x04\x08\x01\x10\x02R\nrequest_id\"\xfa\x02\n\rScoreResponse\x12\x0c\n\x04item\x18\x02 \x01(\r\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\x12\x14\n\x0cids_checksum\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_digest\x18\x06 \x01(\t\x12$\n\x08topk_ids\x18\x08 \x01(\x0b\x32\x12.foundry.v1.Tensor\x12)\n\rtopk_logprobs\x18\t \x01(\x0b\x32\x12.foundry.v1.Tensor\x12(\n\x0ctail_logprob\x18\n \x01(\x0b\x32\x12.foundry.v1.Tensor\x12\"\n\x06hidden\x18\x0c \x01(\x0b\x32\x12.foundry.v1.Tensor\x12&\n\x08identity\x18\r \x01(\x0b\x32\x14.foundry.v1.Identity\x12\x18\n\x10tensors_checksum\x18\x0e \x01(\tJ\x04\x08\x01\x10\x02J\x04\x08\x07\x10\x08J\x04\x08\x0b\x10\x0cR\nrequest_idR\x06\x63hosenR\ncandidates2\x96\x01\n\x07Teacher\x12K\n\nPutContext\x12\x1d.foundry.v1.PutContextRequest\x1a\x1e.foundry.v1.PutContextResponse\x12>\n\x05Score\x12\x18.foundry.v1.ScoreRequest\x1a\x19.foundry.v1.ScoreResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'foundry.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUTCONTEXTREQUEST']._serialized_start=65
-  _globals['_PUTCONTEXTREQUEST']._serialized_end=172
-  _globals['_PUTCONTEXTRESPONSE']._serialized_start=175
-  _globals['_PUTCONTEXTRESPONSE']._serialized_end=303
-  _globals['_SCOREITEM']._serialized_start=305
-  _globals['_SCOREITEM']._serialized_end=401
-  _globals['_WANT']._serialized_start=403
-  _globals['_WANT']._serialized_end=471
-  _globals['_SCOREREQUEST']._serialized_start=474
-  _globals['_SCOREREQUEST']._serialized_end=628
-  _globals['_SCORERESPONSE']._serialized_start=631
-  _globals['_SCORERESPONSE']._serialized_end=1009
-  _globals['_TEACHER']._serialized_start=1012
-  _globals['_TEACHER']._serialized_end=1162
+  _globals['_PUTCONTEXTREQUEST']._serialized_start=66
+  _globals['_PUTCONTEXTREQUEST']._serialized_end=209
+  _globals['_PUTCONTEXTRESPONSE']._serialized_start=212
+  _globals['_PUTCONTEXTRESPONSE']._serialized_end=340
+  _globals['_SCOREITEM']._serialized_start=342
+  _globals['_SCOREITEM']._serialized_end=438
+  _globals['_WANT']._serialized_start=440
+  _globals['_WANT']._serialized_end=508
+  _globals['_SCOREREQUEST']._serialized_start=511
+  _globals['_SCOREREQUEST']._serialized_end=701
+  _globals['_SCORERESPONSE']._serialized_start=704
+  _globals['_SCORERESPONSE']._serialized_end=1082
+  _globals['_TEACHER']._serialized_start=1085
+  _globals['_TEACHER']._serialized_end=1235
 # @@protoc_insertion_point(module_scope)

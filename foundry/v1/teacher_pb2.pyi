@@ -26,21 +26,27 @@ class PutContextRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     DOCUMENT_FIELD_NUMBER: _builtins.int
     WITHOUT_DOCUMENT_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     document: _builtins.str
     """Rendered as the system message of the model's chat template. A control token that it spells is text."""
     without_document: _builtins.bool
     """The model as it is without a document, which is then empty."""
+    @_builtins.property
+    def caller(self) -> _common_pb2.Caller:
+        """Only its tenant finds the context."""
+
     def __init__(
         self,
         *,
         model_fingerprint: _builtins.str = ...,
         document: _builtins.str = ...,
         without_document: _builtins.bool = ...,
+        caller: _common_pb2.Caller | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "model_fingerprint", b"model_fingerprint", "without_document", b"without_document"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "document", b"document", "model_fingerprint", b"model_fingerprint", "without_document", b"without_document"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,6 +142,7 @@ class ScoreRequest(_message.Message):
     TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     WANT_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     template_digest: _builtins.str
     @_builtins.property
@@ -144,6 +151,10 @@ class ScoreRequest(_message.Message):
 
     @_builtins.property
     def want(self) -> Global___Want: ...
+    @_builtins.property
+    def caller(self) -> _common_pb2.Caller:
+        """Of the tenant that put the contexts."""
+
     def __init__(
         self,
         *,
@@ -151,10 +162,11 @@ class ScoreRequest(_message.Message):
         template_digest: _builtins.str = ...,
         items: _abc.Iterable[Global___ScoreItem] | None = ...,
         want: Global___Want | None = ...,
+        caller: _common_pb2.Caller | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["want", b"want"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "want", b"want"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_fingerprint", b"model_fingerprint", "template_digest", b"template_digest", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "items", b"items", "model_fingerprint", b"model_fingerprint", "template_digest", b"template_digest", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
 from foundry.model.info import ModelInfo
 from foundry.model.template import ChatTemplate
+from foundry.rpc.callers import check_caller
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.v1 import common_pb2, rollout_pb2
 from services.rollout.engine import SamplingParams, SequenceRequest
@@ -25,8 +26,10 @@ _TOKEN_BYTES, _ALTERNATIVE_BYTES = 150, 10
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A checked request: its cartridges as they were named, and one sequence per completion."""
+    """A checked request: who asks, its cartridges as they were named, and one sequence per completion."""
 
+    # Tenant and name: those who take turns.
+    client: tuple[str, str]
     cartridges: Sequence[common_pb2.CartridgeId]
     sequences: Sequence[SequenceRequest]
     # Lower max_new_tokens rather than refuse.
@@ -83,6 +86,7 @@ class Admissions:
         admissions = []
         for index, each in enumerate(request.requests):
             try:
+                _check_same(each.caller, request.requests[0].caller)
                 admissions.append(self.check(each))
                 _check_message(admissions[-1].sequences[0].sampling)
             except InvalidArgument as error:
@@ -93,13 +97,23 @@ class Admissions:
     def check(self, request: rollout_pb2.GenerateRequest) -> Admission:
         """All that can be checked before the cartridges are known. Raises InvalidArgument, FingerprintMismatch."""
         self.check_fingerprint(request.model_fingerprint)
+        caller = check_caller(request.caller)
         digests = _checked_digests(request.cartridges)
         num_completions = request.sampling.n or 1
         _check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
         sampling = [_sampling(request.sampling, index) for index in range(num_completions)]
         prompt_ids = self._prompt_ids(request)
-        sequences = [SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache) for each in sampling]
-        return self._fit_own_tokens(Admission(request.cartridges, sequences, request.sampling.clamp_max_new_tokens))
+        sequences = [
+            SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache, caller.tenant) for each in sampling
+        ]
+        return self._fit_own_tokens(
+            Admission(
+                (caller.tenant, caller.client),
+                request.cartridges,
+                sequences,
+                request.sampling.clamp_max_new_tokens,
+            )
+        )
 
     def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:
         """The request as the engine gets it. Raises InvalidArgument if it exceeds the model's context."""
@@ -187,6 +201,12 @@ def _sampling(message: rollout_pb2.Sampling, index: int) -> SamplingParams:
         ignore_eos=message.ignore_eos,
         num_logprobs=message.logprobs,
     )
+
+
+def _check_same(caller: common_pb2.Caller, first: common_pb2.Caller) -> None:
+    """A batch is decoded together, so it is one client's."""
+    if caller != first:
+        raise InvalidArgument("the requests of a batch have the same caller", field="caller")
 
 
 def _check_message(sampling: SamplingParams) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,37 +15,44 @@ from foundry.model.lm import FrozenLM
 from services.teacher import metrics
 
 
+class Key(NamedTuple):
+    """Whose context, and the digest of its token ids: nobody learns from the time an answer takes what others put."""
+
+    tenant: str
+    digest: str
+
+
 @dataclass(slots=True)
 class _Begun:
     """A context whose first `num_tokens` have their KV."""
 
-    digest: str
+    key: Key
     kv_L2GPD: Tensor
     num_tokens: int = 0
 
 
 class Contexts:
-    """Document KV [L, 2, G, P, D] by the digest of its token ids. Used from one thread."""
+    """Document KV [L, 2, G, P, D]. Used from one thread."""
 
     def __init__(self, lm: FrozenLM, budget_bytes: int) -> None:
         self._lm = lm
         self._budget_bytes = budget_bytes
         metrics.CONTEXT_BUDGET_BYTES.set(budget_bytes)
         # Oldest use first.
-        self._resident: OrderedDict[str, Tensor] = OrderedDict()
+        self._resident: OrderedDict[Key, Tensor] = OrderedDict()
         # The last one that was given up half way.
         self._begun: _Begun | None = None
 
-    def put(self, ids: Sequence[int], go_on: Callable[[], None]) -> str:
-        """The digest of the context, whose KV is resident then. Raises ResourceExhausted if it can never fit.
+    def put(self, tenant: str, ids: Sequence[int], go_on: Callable[[], None]) -> str:
+        """The digest of the tenant's context, whose KV is resident then. Raises ResourceExhausted if it never fits.
 
         `go_on` is called time and again, and raises when nobody waits any more. Who asks again finds what there was.
         """
-        digest = ids_digest(ids)
-        if digest in self._resident:
-            self._resident.move_to_end(digest)
+        key = Key(tenant, ids_digest(ids))
+        if key in self._resident:
+            self._resident.move_to_end(key)
             metrics.CONTEXT_REQUESTS.labels("hit").inc()
-            return digest
+            return key.digest
         metrics.CONTEXT_REQUESTS.labels("miss").inc()
         num_bytes = len(ids) * self._lm.spec.kv_bytes_per_token(self._lm.dtype)
         if num_bytes > self._budget_bytes:
@@ -53,30 +61,30 @@ class Contexts:
                 "raise context_budget_bytes or shorten the document"
             )
         begun = self._begun
-        if begun is None or begun.digest != digest:
+        if begun is None or begun.key != key:
             # Room first: this one's goes with its tensor.
             begun = self._begun = None
             while self.num_bytes() + num_bytes > self._budget_bytes:
                 self._resident.popitem(last=False)
                 metrics.CONTEXT_EVICTIONS.inc()
-            begun = self._begun = _Begun(digest, self._lm.unfilled(ids))
+            begun = self._begun = _Begun(key, self._lm.unfilled(ids))
         with metrics.PREFILL_SECONDS.time():
             for num_tokens in self._lm.fill(begun.kv_L2GPD, ids, begun.num_tokens):
                 begun.num_tokens = num_tokens
                 go_on()
         self._begun = None
-        self._resident[digest] = begun.kv_L2GPD
+        self._resident[key] = begun.kv_L2GPD
         metrics.CONTEXTS.set(len(self._resident))
         metrics.CONTEXT_BYTES.set(self.num_bytes())
-        return digest
+        return key.digest
 
-    def get(self, digest: str) -> Tensor:
+    def get(self, key: Key) -> Tensor:
         """The KV of a context. Raises ContextNotFound: nothing else is ever scored in its place."""
-        if digest not in self._resident:
+        if key not in self._resident:
             metrics.CONTEXT_REQUESTS.labels("absent").inc()
-            raise ContextNotFound(f"context {digest} is not resident: put it again")
-        self._resident.move_to_end(digest)
-        return self._resident[digest]
+            raise ContextNotFound(f"context {key.digest} is not resident: put it again")
+        self._resident.move_to_end(key)
+        return self._resident[key]
 
     def num_bytes(self) -> int:
         begun = self._begun.kv_L2GPD.nbytes if self._begun is not None else 0

@@ -20,11 +20,12 @@ from foundry.model.lm import FrozenLM
 from foundry.model.packing import micro_batches
 from foundry.model.template import ChatTemplate
 from foundry.rpc import tensors
+from foundry.rpc.callers import check_caller
 from foundry.rpc.limits import PART_BYTES
 from foundry.rpc.teacher import scores_checksum
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import metrics
-from services.teacher.contexts import Contexts
+from services.teacher.contexts import Contexts, Key
 from services.teacher.scorer import Item, ItemScores, Want, check_item, score
 from services.teacher.settings import TeacherSettings
 
@@ -56,10 +57,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.PutContextRequest, context: Context
     ) -> teacher_pb2.PutContextResponse:
         self._check_fingerprint(request.model_fingerprint)
+        tenant = check_caller(request.caller).tenant
         if request.without_document and request.document:
             raise InvalidArgument("there is a document, and without_document is set", field="without_document")
         ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._context_ids, request)
-        digest = await self._run(lambda go_on: self._contexts.put(ids, go_on))
+        digest = await self._run(lambda go_on: self._contexts.put(tenant, ids, go_on))
         return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
 
     async def Score(
@@ -68,9 +70,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         began = time.perf_counter()
         items = self._checked_items(request)
         want = self._checked_want(request.want)
+        tenant = check_caller(request.caller).tenant
         index = 0
         for some in micro_batches(items, self._micro_batch_tokens):
-            for scores in await self._run(partial(self._score, items[some], want)):
+            for scores in await self._run(partial(self._score, tenant, items[some], want)):
                 for part in self._parts(request, index, scores):
                     yield part
                 index += 1
@@ -114,10 +117,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             return self._template.bare()
         return self._template.context(request.document, max_tokens=self._max_context_tokens)
 
-    def _score(self, items: Sequence[Item], want: Want, go_on: Callable[[], None]) -> list[ItemScores]:
+    def _score(self, tenant: str, items: Sequence[Item], want: Want, go_on: Callable[[], None]) -> list[ItemScores]:
         go_on()
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
-        contexts = [self._contexts.get(item.context_digest) for item in items]
+        contexts = [self._contexts.get(Key(tenant, item.context_digest)) for item in items]
         with metrics.SCORE_SECONDS.time():
             scores = score(self._lm, items, contexts, want)
         metrics.SCORED_ANSWERS.inc(len(items))

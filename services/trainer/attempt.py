@@ -17,6 +17,7 @@ from foundry.store import (
     RunSpec,
     RunState,
 )
+from foundry.v1 import common_pb2
 
 Json = dict[str, Any]
 
@@ -35,6 +36,11 @@ class Attempt:
     @property
     def spec(self) -> RunSpec:
         return self.claimed.spec
+
+    @property
+    def caller(self) -> common_pb2.Caller:
+        """Who asks rollout servers and teachers: each run is a client."""
+        return common_pb2.Caller(tenant="", client=self.claimed.run_id)
 
     # The run itself
 

@@ -58,6 +58,7 @@ class Preparation:
             lm.spec.fingerprint,
             self._template.digest,
             settings.rollout_timeout_seconds,
+            caller=attempt.caller,
         )
         self._cache = SignalCache(settings.signal_memory_bytes, settings.signal_disk_bytes)
         self._teachers: Teachers | None = None
@@ -126,6 +127,7 @@ class Preparation:
                 self._lm.spec.fingerprint,
                 context.text or None,
                 timeout_seconds=settings.teacher_timeout_seconds,
+                caller=self._attempt.caller,
                 template_digest=self._template.digest,
                 context_digest=context.digest,
             )

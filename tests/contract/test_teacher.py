@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ SAMPLES = [
 ]
 
 
-async def connect(lm: FrozenLM, address: str, document: str) -> TeacherClient:
+async def connect(lm: FrozenLM, address: str, document: str, tenant: str = "") -> TeacherClient:
     template = ChatTemplate(lm.tokenizer, CLOCK)
     context_digest = ids_digest(template.context(document)) if document.strip() else ""
     teacher = TeacherClient(
@@ -104,6 +105,7 @@ async def connect(lm: FrozenLM, address: str, document: str) -> TeacherClient:
         lm.spec.fingerprint,
         document,
         timeout_seconds=30,
+        caller=common_pb2.Caller(tenant=tenant),
         template_digest=template.digest,
         context_digest=context_digest,
     )
@@ -322,6 +324,27 @@ def test_checksum_binds_ids_and_range() -> None:
     assert right != ids_checksum(ids, 4, 19)
     assert right != ids_checksum(ids, 6, 20)
     assert right != ids_checksum([*ids[1:], ids[0]], 5, 20)
+
+
+async def test_a_tenants_context_is_its_own(
+    stub: teacher_pb2_grpc.TeacherAsyncStub, address: str, lm: FrozenLM
+) -> None:
+    """Not found by another, nor hit when another puts the same document, which gives the same numbers."""
+    hits = partial(REGISTRY.get_sample_value, "foundry_teacher_context_requests_total", {"result": "hit"})
+    before = hits()
+    acme = await connect(lm, address, DOCUMENTS[0], "acme")
+    signals = await signals_of(acme, SAMPLES, FORWARD)
+    digest = ids_digest(ChatTemplate(lm.tokenizer, CLOCK).context(DOCUMENTS[0]))
+    with pytest.raises(ContextNotFound):
+        await score(stub, lm, [(digest, SAMPLES[0])], teacher_pb2.Want(hidden=True))
+    umbrella = await connect(lm, address, DOCUMENTS[0], "umbrella")
+    assert hits() == before
+    for one, other in zip(signals, await signals_of(umbrella, SAMPLES, FORWARD), strict=True):
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        assert one.equal(other)
+    for teacher in (acme, umbrella):
+        await teacher.close()
 
 
 async def test_evicted_context_is_put_again(lm: FrozenLM, directory: Path) -> None:

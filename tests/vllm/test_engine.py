@@ -171,6 +171,18 @@ def test_a_beginning_is_reused_and_only_behind_the_same_digests(bench: Bench) ->
     assert first[9][0].cached_tokens == BLOCK - 16
 
 
+def test_a_beginning_is_reused_only_within_a_tenant(bench: Bench) -> None:
+    bench.load("a", make_kv(bench.lm, 16))
+    asked = request(3 * BLOCK // 2, "a")
+    bench.run({0: asked})
+    tenants = ["acme", "acme", ""]
+    cached = [
+        bench.run({key: replace(asked, tenant=tenant)})[key][0].cached_tokens > 0
+        for key, tenant in enumerate(tenants, start=1)
+    ]
+    assert cached == [False, True, True]
+
+
 @pytest.mark.parametrize("p", [0, 1, 3, 4, 16, BLOCK, 2 * BLOCK, 300])
 def test_a_prompt_is_computed_anew_and_its_cartridge_stays_shared(
     bench: Bench, p: int, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from foundry.store.api_keys import KeyLimits, Scope
+from foundry.v1 import common_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +18,10 @@ class Principal:
     tenant: str | None = None
     scopes: frozenset[Scope] = frozenset(get_args(Scope))
     limits: KeyLimits = field(default_factory=KeyLimits)
+
+    def caller(self, request_id: str) -> common_pb2.Caller:
+        """To whom rollout servers and teachers give a turn. Where there are no keys, to each request."""
+        return common_pb2.Caller(tenant=self.tenant or "", client=self.client or request_id)
+
+
+ANYBODY = Principal()

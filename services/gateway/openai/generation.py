@@ -15,6 +15,7 @@ import structlog
 from foundry.errors import CartridgeNotFound, FoundryError, InvalidArgument, Unavailable
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway import metrics
+from services.gateway.access.principal import ANYBODY, Principal
 from services.gateway.openai.answers import CartridgeInfo, FoundryInfo, PromptTokensDetails, UsageInfo
 from services.gateway.openai.fan_in import Deliver, FanIn
 from services.gateway.openai.requests import DEFAULT_MAX_TOKENS, SamplingRequest
@@ -70,6 +71,7 @@ class Generation:
         asked: SamplingRequest,
         prompts: Sequence[rollout_pb2.GenerateRequest],
         id_prefix: str,
+        principal: Principal = ANYBODY,
     ) -> None:
         """Of each of `prompts` only the prompt is set. Raises InvalidArgument if that makes too many choices."""
         self._num_choices = len(prompts) * asked.num_choices
@@ -86,6 +88,7 @@ class Generation:
         self._began = time.monotonic()
         self._gateway = gateway
         self._prompts = prompts
+        self._caller = principal.caller(self.id)
         self._template_digest = target.model.template_digest
         # Choices that have said what they are made with.
         self._identified: set[int] = set()
@@ -203,6 +206,7 @@ class Generation:
                 ignore_eos=bool(asked.ignore_eos),
                 logprobs=asked.num_logprobs or 0,
             ),
+            caller=self._caller,
         )
         message.MergeFrom(self._prompts[index])
         return message

@@ -28,6 +28,8 @@ from foundry.rpc.pods import Pods
 from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
 from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
+from foundry.v1 import common_pb2
+from services.gateway.access.principal import ANYBODY
 from services.gateway.balancer import ServedModel
 from services.gateway.bodies import BoundedRoute
 from services.gateway.resources import documents
@@ -74,7 +76,8 @@ async def create_run(
     texts += [await gateway.store.documents.get(digest) for digest in asked.documents[len(texts) :]]
     num_tokens = None
     if model is not None and gateway.teachers is not None:
-        num_tokens = await _context_tokens(texts, model, gateway.teachers)
+        caller = ANYBODY.caller("")
+        num_tokens = await _context_tokens(texts, model, gateway.teachers, caller)
     spec = choose(asked, num_tokens)
     if model is not None:
         _check_model(spec, model)
@@ -161,14 +164,18 @@ def _served_model(gateway: Gateway) -> ServedModel | None:
         return None
 
 
-async def _context_tokens(documents: Sequence[str], model: ServedModel, teachers: Pods) -> int | None:
+async def _context_tokens(
+    documents: Sequence[str], model: ServedModel, teachers: Pods, caller: common_pb2.Caller
+) -> int | None:
     """Tokens of the documents with their template; None if the teacher can't say now.
 
     Has the teacher compute the documents' KV, which the run needs first of all, where the trainer will ask for it.
     """
     num_tokens = 0
     for document in documents:
-        teacher = TeacherClient(teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS)
+        teacher = TeacherClient(
+            teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS, caller=caller
+        )
         try:
             num_tokens += await teacher.put_context()
         except (Unavailable, DeadlineExceeded, ResourceExhausted, Unauthenticated, PermissionDenied) as error:

@@ -43,6 +43,8 @@ class SequenceRequest:
     sampling: SamplingParams
     # Compute every prompt token anew.
     skip_prefix_cache: bool = False
+    # KV is reused among sequences of one tenant only.
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,19 @@ async def test_cached_tokens_are_reported(rollout: Rollout) -> None:
     assert joined(changed)[1] != joined(again)[1]
 
 
+async def test_another_tenants_prompt_is_not_in_the_cache(rollout: Rollout) -> None:
+    cached = [
+        (await rollout.generate(rollout.request(range(10, 40), caller=caller)))[-1].usage.cached_tokens
+        for caller in (
+            common_pb2.Caller(tenant="acme", client="a"),
+            common_pb2.Caller(tenant="umbrella", client="a"),
+            common_pb2.Caller(tenant="acme", client="b"),
+            common_pb2.Caller(),
+        )
+    ]
+    assert cached == [0, 0, 29, 0]
+
+
 async def test_equal_batches_give_equal_bits(rollout: Rollout) -> None:
     cartridges = [rollout.publish(seed) for seed in range(2)]
     batch = [

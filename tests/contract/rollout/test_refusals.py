@@ -127,6 +127,27 @@ async def test_no_room_at_all_is_refused_though_the_length_may_be_lowered(rollou
         assert caught.value.field == "sampling.max_new_tokens"
 
 
+@pytest.mark.parametrize(
+    ("caller", "field"),
+    [
+        (common_pb2.Caller(tenant="Acme"), "caller.tenant"),
+        (common_pb2.Caller(tenant="a" * 64), "caller.tenant"),
+        (common_pb2.Caller(tenant="acme/handbook"), "caller.tenant"),
+        (common_pb2.Caller(client="x" * 129), "caller.client"),
+    ],
+)
+async def test_callers_are_checked(rollout: Rollout, caller: common_pb2.Caller, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await rollout.generate(rollout.request(caller=caller))
+    assert caught.value.field == field
+
+
+async def test_a_batch_is_one_callers(rollout: Rollout) -> None:
+    with pytest.raises(InvalidArgument, match="same caller") as caught:
+        await rollout.batch([rollout.request(caller=common_pb2.Caller(client=name)) for name in "aab"])
+    assert caught.value.field == "requests[2].caller"
+
+
 async def test_cartridge_ids_need_a_digest(rollout: Rollout) -> None:
     good = rollout.publish(0)
     for cartridges, field in (

@@ -70,6 +70,16 @@ def test_different_digests_never_share_a_prefix(lm: FrozenLM) -> None:
         bench.check(asked, outputs)
 
 
+def test_tenants_never_share_a_prefix(lm: FrozenLM) -> None:
+    """Neither what a slot still holds nor what runs."""
+    bench = Bench(lm, max_sequences=3)
+    asked = request(20)
+    bench.run({0: asked})
+    outputs = bench.run({1: replace(asked, tenant="acme"), 2: replace(asked, tenant="umbrella")})
+    assert {output.cached_tokens for output in (*outputs[1], *outputs[2])} == {0}
+    assert [bench.run({key: replace(asked, tenant="acme")})[key][0].cached_tokens for key in (3, 4)] == [19, 19]
+
+
 def test_skip_prefix_cache_computes_everything(lm: FrozenLM) -> None:
     bench = Bench(lm)
     asked = request(20)

@@ -43,6 +43,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
         self.sampling = request.sampling
+        self.tenant = request.tenant
         self.skip_prefix_cache = request.skip_prefix_cache
         self.slot = -1
         self.scheduled_at = 0.0

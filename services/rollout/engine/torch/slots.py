@@ -1,7 +1,7 @@
 """Which sequence has which slot, and what a free slot still holds: the prefix cache.
 
 KV depends on the tokens before it and on the cartridges before those, so a slot's content is keyed by the tuple of
-digests. Names and versions play no part.
+digests. Names and versions play no part. The tenant does: nobody learns from the time of an answer what others asked.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from services.rollout.engine.torch.sequence import Sequence
 
 @dataclass(slots=True)
 class _Slot:
-    """`sequence` while it is taken; the ids and digests of the last one, and when it left, while it is free."""
+    """`sequence` while it is taken; what the last one had and when it left, while it is free."""
 
     index: int
     sequence: Sequence | None = None
+    tenant: str = ""
     digests: tuple[str, ...] = ()
     ids: list[int] = field(default_factory=list)
     freed_at: int = 0
@@ -26,8 +27,12 @@ class _Slot:
     def match(self, sequence: Sequence) -> int:
         """How many of the sequence's tokens have their KV here. The last one is always left to compute."""
         holder = self.sequence
-        digests, ids = (self.digests, self.ids) if holder is None else (holder.digests, holder.computed_ids)
-        return _common_prefix(ids, sequence.token_ids[:-1]) if digests == sequence.digests else 0
+        if holder is None:
+            tenant, digests, ids = self.tenant, self.digests, self.ids
+        else:
+            tenant, digests, ids = holder.tenant, holder.digests, holder.computed_ids
+        same = (tenant, digests) == (sequence.tenant, sequence.digests)
+        return _common_prefix(ids, sequence.token_ids[:-1]) if same else 0
 
 
 class Slots:
@@ -63,7 +68,7 @@ class Slots:
     def free(self, sequence: Sequence) -> None:
         slot = self._slots[sequence.slot]
         slot.sequence, slot.freed_at = None, next(self._clock)
-        slot.digests, slot.ids = sequence.digests, sequence.computed_ids
+        slot.tenant, slot.digests, slot.ids = sequence.tenant, sequence.digests, sequence.computed_ids
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -188,13 +188,14 @@ class VllmEngine:
 
 
 def _prompt(sequence_id: int, request: SequenceRequest, num_placeholders: int, vocab_size: int) -> TokensInput:
-    """Placeholders and prompt. vLLM's prefix cache knows a block by its ids, those before it, and the salt: digests.
+    """Placeholders and prompt. vLLM's prefix cache knows a block by its ids, those before it, and the salt: tenant and
+    digests, which are never spelled alike.
 
     A sequence that must not reuse a prompt's KV has its number in the last placeholders. So only the last block of its
     cartridges is its own; the others stay shared, since what was written there is the same bytes for all.
     """
     placeholders = [0] * num_placeholders
-    salt = ",".join(request.digests)
+    salt = ",".join((*filter(None, [request.tenant]), *request.digests))
     if request.skip_prefix_cache:
         if num_placeholders < _NUMBER_IDS:
             salt += f"#{sequence_id}"

@@ -32,7 +32,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes, digest_of
-from foundry.local.ports import address_of, reserve
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, wait_until_serving
@@ -102,9 +101,6 @@ class Reader:
         }
         arguments = ["--model", str(model), "--dtype", "bfloat16", "--max-sequences", "8"]
         arguments += ["--max-sequence-tokens", "512", "--cartridge-budget-bytes", str(budget_bytes)]
-        self._metrics_port = reserve()
-        self.metrics = address_of(self._metrics_port)
-        arguments += ["--metrics-port", self.metrics.rpartition(":")[2]]
         self.process = Process("rollout", arguments, directory, environment)
 
     async def start(self) -> None:
@@ -119,12 +115,11 @@ class Reader:
             return
 
     def fetch_seconds(self) -> float:
-        return metric(self.metrics, "foundry_cartridge_fetch_seconds_sum")
+        return metric(self.process.metrics, "foundry_cartridge_fetch_seconds_sum")
 
     async def close(self) -> None:
         await self.channel.close()
         self.process.close()
-        self._metrics_port.close()
 
 
 def generate(fingerprint: str, version: CartridgeId, num_tokens: int) -> rollout_pb2.GenerateRequest:

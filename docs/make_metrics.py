@@ -75,10 +75,10 @@ SECTIONS: tuple[tuple[str, str, Sequence[str], Sequence[ModuleType]], ...] = (
 INTRODUCTION = """# Metrics
 
 Made from the code by `make docs`. Every service serves them in Prometheus' text format at `/metrics` on its
-`metrics_port`, from before it loads its model; the gateway at its own address too. In the local stack
-`FOUNDRY_METRICS_PORT=9090 foundry up` gives the gateway 9090, the rollout 9091, the teacher 9092 and the trainer 9093;
-`foundry status` shows them. Where vLLM has a metric of the same meaning it has vLLM's name; all others start with
-`foundry_`. Units are seconds, bytes, tokens and nats.
+`metrics_port`, from before it loads its model, and nowhere else: who may call the gateway reads nobody's counts. In the
+local stack `FOUNDRY_METRICS_PORT=9090 foundry up` gives the gateway 9090, the rollout 9091, the teacher 9092 and the
+trainer 9093; `foundry status` shows them. Where vLLM has a metric of the same meaning it has vLLM's name; all others
+start with `foundry_`. Units are seconds, bytes, tokens and nats.
 
 Labels take few values, all known beforehand: no run, cartridge, version, digest or address is ever a label. Those are
 in the logs and traces. `reason` is a type of error (`foundry.errors`), such as `RESOURCE_EXHAUSTED`.

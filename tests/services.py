@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Process:
-    """A service on a port that stays reserved, so that it can be killed and come back."""
+    """A service on ports that stay reserved, so that it can be killed and come back."""
 
     def __init__(
         self,
@@ -54,8 +54,12 @@ class Process:
         `address`: one that nobody else takes."""
         self._held = None if address else reserve()
         self.address = address_of(self._held) if self._held else address
+        self._held_for_metrics = reserve()
+        self.metrics = address_of(self._held_for_metrics)
         self.log = directory / f"{name}-{self.address.replace(':', '-')}.log"
-        self._module, self._arguments = module or f"services.{name}.main", ["--listen", self.address, *arguments]
+        self._module = module or f"services.{name}.main"
+        ports = ["--listen", self.address, "--metrics-port", self.metrics.rpartition(":")[2]]
+        self._arguments = [*ports, *arguments]
         self._python = python
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
         self._process: subprocess.Popen[bytes] | Forked | None = None
@@ -106,6 +110,7 @@ class Process:
 
     def close(self) -> None:
         self.kill()
+        self._held_for_metrics.close()
         if self._held is not None:
             self._held.close()
 

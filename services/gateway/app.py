@@ -35,7 +35,6 @@ _ROUTERS = (
     documents.router,
     runs.router,
     health.router,
-    metrics.router,
 )
 
 

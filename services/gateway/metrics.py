@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 
 REQUESTS = Counter("foundry_gateway_requests_total", "HTTP requests answered.", ["method", "route", "status"])
 REQUEST_SECONDS = Histogram(
@@ -48,10 +47,3 @@ for _reason in ("full", "slow"):
     REFUSED_CONNECTIONS.labels(_reason)
 for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
     ERRORS.labels(_reason)
-
-router = APIRouter()
-
-
-@router.get("/metrics", include_in_schema=False)
-async def metrics() -> Response:
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -54,7 +54,7 @@ class GatewaySettings(ServiceSettings):
     """host:port to serve HTTP on; port 0 takes a free one."""
 
     allowed_hosts: list[str] | None = None
-    """Names by which clients may call the gateway (`Host`, without port; health and metrics by any): a web page can't
+    """Names by which clients may call the gateway (`Host`, without port; health by any): a web page can't
     make a name of its own mean it. An empty list: any. Unset: `localhost` and such where it listens on loopback, any
     elsewhere."""
 

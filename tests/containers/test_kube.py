@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from kubernetes import client as kube
 
@@ -318,4 +317,6 @@ def _config_maps(cluster: Cluster) -> list[str]:
 
 def _wait_for_rollouts(cluster: Cluster, count: int) -> None:
     line = f"foundry_gateway_rollouts_reachable {float(count)}"
-    wait_until(lambda: line in httpx.get(f"{cluster.url}/metrics", trust_env=False).text, f"{count} rollout servers")
+    gateway, *_ = cluster.pods("gateway")
+    path = f"/api/v1/namespaces/{cluster.namespace}/pods/{gateway.metadata.name}:9090/proxy/metrics"
+    wait_until(lambda: line in cluster.kubectl("get", "--raw", path, check=False), f"{count} rollout servers")

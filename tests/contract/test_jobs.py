@@ -340,14 +340,14 @@ def test_the_rest_api_makes_names_and_deletes_jobs(tmp_path: Path, monkeypatch: 
         wait_until(lambda: get(process, f"/v1/runs/{run['id']}").json()["job"] == job, process)
         (trainer,) = kube.jobs[job]["spec"]["template"]["spec"]["containers"]
         assert trainer["resources"]["limits"] == {"memory": "1Gi"}
-        assert metric(process.address, "foundry_gateway_jobs_total", outcome="created") == 1
+        assert metric(process.metrics, "foundry_gateway_jobs_total", outcome="created") == 1
         assert post(process, f"/v1/runs/{run['id']}/cancel").json()["state"] == "cancelled"
         wait_until(lambda: not kube.jobs, process)
         refused = post(process, "/v1/runs", json=spec | {"resources": {"gpus": 9}})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "resources.gpus")
         kube.refusals["list", "jobs"] = (403, "not for you")
         post(process, "/v1/runs", json=spec)
-        wait_until(lambda: metric(process.address, "foundry_gateway_jobs_total", outcome="refused") > 0, process)
+        wait_until(lambda: metric(process.metrics, "foundry_gateway_jobs_total", outcome="refused") > 0, process)
         assert get(process, "/readyz?exclude=rollouts").status_code == 200
         assert "list jobs in namespace training" in process.log.read_text()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,7 +88,7 @@ class Site:
         return chosen
 
 
-def configuration(ports: dict[str, int], style: str) -> dict[str, Any]:
+def configuration(processes: Mapping[str, Process], style: str) -> dict[str, Any]:
     """That of compose, with our addresses and faster; or the targets that the chart's PodMonitors make of them."""
     read: dict[str, Any] = yaml.safe_load((DIRECTORY / "prometheus.yml").read_text())
     every = f"{SCRAPE_SECONDS}s"
@@ -96,7 +96,7 @@ def configuration(ports: dict[str, int], style: str) -> dict[str, Any]:
     read["rule_files"] = [str(DIRECTORY / file) for file in read["rule_files"]]
     for job in read["scrape_configs"]:
         service = job["job_name"]
-        target: dict[str, Any] = {"targets": [f"127.0.0.1:{ports[service]}"]}
+        target: dict[str, Any] = {"targets": [processes[service].metrics]}
         if style == "operator":
             target["labels"] = {"namespace": NAMESPACE, "pod": f"release-{service}-0", "container": service}
             job["job_name"] = f"{NAMESPACE}/release-cartridge-foundry-{service}"
@@ -110,40 +110,34 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     binary("prometheus")
     directory = tmp_path_factory.mktemp("live")
     with open_stack(directory) as stack:
-        ports = {service: stack.free_port() for service in ("gateway", "rollout", "teacher", "trainer")}
-
-        def option(service: str) -> tuple[str, str]:
-            return "--metrics-port", str(ports[service])
-
+        # Without a limit there is no share of it.
+        with Redis.from_url(stack.valkey.url) as redis:
+            redis.config_set("maxmemory", 1 << 30)
+        rollout = stack.rollout()
+        # Until somebody has asked for it.
+        rollout.freeze()
+        gateway = stack.gateway([rollout], "--census-seconds", "0.5", "--retry-timeout-seconds", "0.1")
+        teacher = stack.spawn("teacher", "--model", str(stack.model))
+        trainer = stack.spawn(
+            *("trainer", "--model", str(stack.model), "--rollout-addresses", rollout.address),
+            *("--teacher-address", teacher.address),
+        )
+        processes = {"gateway": gateway, "rollout": rollout, "teacher": teacher, "trainer": trainer}
         servers: dict[str, Prometheus] = {}
         try:
             for style in ("compose", "operator"):
-                servers[style] = Prometheus(directory / style, configuration(ports, style))
-            # Without a limit there is no share of it.
-            with Redis.from_url(stack.valkey.url) as redis:
-                redis.config_set("maxmemory", 1 << 30)
-            rollout = stack.rollout(*option("rollout"))
-            # Until somebody has asked for it.
-            rollout.freeze()
-            gateway = stack.gateway(
-                [rollout], "--census-seconds", "0.5", "--retry-timeout-seconds", "0.1", *option("gateway")
-            )
-            teacher = stack.spawn("teacher", "--model", str(stack.model), *option("teacher"))
+                servers[style] = Prometheus(directory / style, configuration(processes, style))
             wait_ready(gateway, "/healthz")
             site = Site(stack, gateway, rollout, teacher, servers)
             refused_while_starting(gateway)
             rollout.thaw()
-            trainer = stack.spawn(
-                *("trainer", "--model", str(stack.model), "--rollout-addresses", rollout.address),
-                *("--teacher-address", teacher.address, *option("trainer")),
-            )
             for process in (rollout, teacher, trainer):
                 wait_serving(process)
             wait_ready(gateway)
             for server in servers.values():
                 wait_until(server.is_ready, gateway)
                 # A rate is of what comes after the first scrape.
-                wait_until(partial(scrapes_all, server, len(ports)), gateway)
+                wait_until(partial(scrapes_all, server, len(processes)), gateway)
             asyncio.run(train(stack, teacher))
             yield site
         finally:

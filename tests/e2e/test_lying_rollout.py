@@ -26,7 +26,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def test_the_run_stops_and_names_the_server(stack: Stack) -> None:
-    metrics_port = stack.free_port()
     honest = stack.rollout()
     liar = stack.rollout(module="tests.e2e.stale_rollout")
     teacher = stack.spawn("teacher", "--model", str(stack.model))
@@ -34,7 +33,6 @@ def test_the_run_stops_and_names_the_server(stack: Stack) -> None:
         "trainer",
         *("--model", str(stack.model), "--teacher-address", teacher.address),
         *("--rollout-addresses", f'["{honest.address}", "{liar.address}"]'),
-        *("--metrics-port", str(metrics_port)),
     )
     gateway = stack.gateway([honest])
     for process in (honest, liar, teacher, trainer):
@@ -67,9 +65,8 @@ def test_the_run_stops_and_names_the_server(stack: Stack) -> None:
     assert stack.with_store(lambda store: store.resolve(NAME)).digest == asked
 
     # Where people look.
-    trainer_metrics = f"127.0.0.1:{metrics_port}"
-    assert metric(trainer_metrics, "foundry_trainer_refused_total", reason="POLICY_MISMATCH") == 1
-    assert metric(trainer_metrics, "foundry_trainer_runs_total", end="failed") == 1
-    assert metric(trainer_metrics, "foundry_trainer_step") == 1
+    assert metric(trainer.metrics, "foundry_trainer_refused_total", reason="POLICY_MISMATCH") == 1
+    assert metric(trainer.metrics, "foundry_trainer_runs_total", end="failed") == 1
+    assert metric(trainer.metrics, "foundry_trainer_step") == 1
     shown = get(gateway, f"/v1/runs/{run_id}").json()
     assert (shown["state"], shown["error"]) == ("failed", finished["error"])

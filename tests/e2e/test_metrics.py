@@ -19,7 +19,7 @@ from foundry.store import CartridgeStore
 from foundry.telemetry.metrics import serve_metrics
 from services.rollout import engine_metrics
 from tests.e2e.training import STEPS, create_run, step_events
-from tests.services import Process, Stack, open_stack, openai_client, wait_ready, wait_serving, wait_until
+from tests.services import Process, Stack, get, open_stack, openai_client, wait_ready, wait_serving, wait_until
 
 SERVICES = ("gateway", "rollout", "teacher", "trainer")
 # Of the client library.
@@ -53,11 +53,14 @@ FREE = {"version": r"[0-9.]+", "status": r"[1-5][0-9][0-9]", "route": r"unmatche
 @dataclass
 class Site:
     stack: Stack
-    gateway: Process
-    metrics: dict[str, str]
+    processes: dict[str, Process]
+
+    @property
+    def gateway(self) -> Process:
+        return self.processes["gateway"]
 
     def scrape(self, service: str) -> dict[str, Metric]:
-        answer = httpx.get(f"http://{self.metrics[service]}/metrics", trust_env=False)
+        answer = httpx.get(f"http://{self.processes[service].metrics}/metrics", trust_env=False)
         assert answer.headers["content-type"].startswith("text/plain; version=")
         return {family.name: family for family in text_string_to_metric_families(answer.text)}
 
@@ -75,22 +78,17 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_stack(tmp_path_factory.mktemp("metrics")) as stack:
-        ports = {service: stack.free_port() for service in SERVICES}
-
-        def option(service: str) -> tuple[str, str]:
-            return "--metrics-port", str(ports[service])
-
-        rollout = stack.rollout(*option("rollout"))
-        teacher = stack.spawn("teacher", "--model", str(stack.model), *option("teacher"))
+        rollout = stack.rollout()
+        teacher = stack.spawn("teacher", "--model", str(stack.model))
         trainer = stack.spawn(
             *("trainer", "--model", str(stack.model), "--rollout-addresses", rollout.address),
-            *("--teacher-address", teacher.address, *option("trainer")),
+            *("--teacher-address", teacher.address),
         )
-        gateway = stack.gateway([rollout], "--census-seconds", "0.2", *option("gateway"))
+        gateway = stack.gateway([rollout], "--census-seconds", "0.2")
         for process in (rollout, teacher, trainer):
             wait_serving(process)
         wait_ready(gateway)
-        site = Site(stack, gateway, {service: f"127.0.0.1:{port}" for service, port in ports.items()})
+        site = Site(stack, {"gateway": gateway, "rollout": rollout, "teacher": teacher, "trainer": trainer})
         asyncio.run(_train(stack))
         with openai_client(gateway) as client:
             client.completions.create(model="trained", prompt="The harbour", max_tokens=4)
@@ -124,13 +122,8 @@ def test_a_service_serves_what_the_page_lists_and_nothing_else(site: Site, servi
     assert [name for name in sorted(served) if f"| `{name}` |" not in page] == []
 
 
-def test_the_gateway_serves_the_same_at_its_own_address(site: Site) -> None:
-    at_port = families_served(site, "gateway")
-    site.metrics["gateway"], port = site.gateway.address, site.metrics["gateway"]
-    try:
-        assert families_served(site, "gateway") == at_port
-    finally:
-        site.metrics["gateway"] = port
+def test_who_may_call_the_gateway_reads_no_counts_there(site: Site) -> None:
+    assert get(site.gateway, "/metrics").status_code == 404
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -198,18 +191,15 @@ def test_the_gateway_counts_errors_by_type(site: Site) -> None:
 
 
 def test_a_service_that_is_starting_can_be_scraped(site: Site) -> None:
-    port = site.stack.free_port()
     # A model that is not there: it is never through with starting, but has served its metrics by then.
-    process = site.stack.spawn(
-        "teacher", "--model", str(site.stack.model), "--metrics-port", str(port), module="tests.e2e.never_loads"
-    )
-    site.metrics["starting"] = f"127.0.0.1:{port}"
+    process = site.stack.spawn("teacher", "--model", str(site.stack.model), module="tests.e2e.never_loads")
+    site.processes["starting"] = process
     wait_until(lambda: "foundry_build_info" in site.scrape("starting"), process)
 
 
 def test_a_port_that_is_taken_is_a_typed_error(site: Site) -> None:
     with pytest.raises(PortTaken):
-        serve_metrics("teacher", int(site.metrics["teacher"].rpartition(":")[2]))
+        serve_metrics("teacher", int(site.processes["teacher"].metrics.rpartition(":")[2]))
 
 
 def test_vllm_buckets() -> None:

@@ -14,12 +14,11 @@ from tests.services import open_stack, wait_ready, wait_serving
 @pytest.fixture(scope="package")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_stack(tmp_path_factory.mktemp("gateway")) as stack:
-        metrics_port = stack.free_port()
-        rollout = stack.rollout("--metrics-port", str(metrics_port))
+        rollout = stack.rollout()
         teacher = stack.spawn("teacher", "--model", str(stack.model), "--reserve-tokens", "128")
         gateway = stack.gateway([rollout], "--teacher-address", teacher.address, "--retry-timeout-seconds", "2")
         wait_serving(rollout)
         wait_serving(teacher)
         wait_ready(gateway)
         with FoundryClient(f"http://{gateway.address}") as client:
-            yield Site(stack, rollout, f"127.0.0.1:{metrics_port}", gateway, client)
+            yield Site(stack, rollout, gateway, client)

@@ -17,7 +17,6 @@ DOCUMENT = "The treaty was signed in the spring. " * 8
 class Site:
     stack: Stack
     rollout: Process
-    rollout_metrics: str
     gateway: Process
     client: FoundryClient
 

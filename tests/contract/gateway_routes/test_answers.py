@@ -37,11 +37,11 @@ def test_a_client_that_leaves_ends_the_generation(site: Site) -> None:
     num_tokens, num_choices = 400, 8
 
     def generated() -> float:
-        return metric(site.rollout_metrics, "vllm:generation_tokens_total")
+        return metric(site.rollout.metrics, "vllm:generation_tokens_total")
 
     def idle() -> bool:
-        running = metric(site.rollout_metrics, "vllm:num_requests_running")
-        return running == metric(site.gateway.address, "foundry_gateway_completions_in_flight") == 0
+        running = metric(site.rollout.metrics, "vllm:num_requests_running")
+        return running == metric(site.gateway.metrics, "foundry_gateway_completions_in_flight") == 0
 
     for stream in (True, False):
         wait_until(idle, site.gateway)

@@ -42,8 +42,7 @@ def _read(connection: socket.socket) -> bytes:
 
 
 def _idle(gateway: Process) -> bool:
-    # The one that asks.
-    return metric(gateway.address, "foundry_gateway_connections") == 1
+    return metric(gateway.metrics, "foundry_gateway_connections") == 0
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", _HALF_A_HEAD, _HALF_A_BODY])

@@ -27,7 +27,7 @@ def test_too_many_requests_are_refused_with_a_time_to_come_back(site: Site) -> N
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == "1"
             assert refused.json()["error"]["type"] == "rate_limit_error"
-        wait_until(lambda: metric(gateway.address, "foundry_gateway_completions_in_flight") == 0, gateway)
+        wait_until(lambda: metric(gateway.metrics, "foundry_gateway_completions_in_flight") == 0, gateway)
         assert client.post(url, json=body | {"max_tokens": 1}).status_code == 200
 
 
@@ -39,7 +39,7 @@ def test_a_server_that_dies_is_replaced_or_waited_for(site: Site) -> None:
     alone = site.stack.gateway([other], "--poll-seconds", "3600", "--retry-timeout-seconds", "60")
     wait_ready(both)
     wait_ready(alone)
-    assert metric(both.address, "foundry_gateway_rollouts_reachable") == 2
+    assert metric(both.metrics, "foundry_gateway_rollouts_reachable") == 2
 
     options: dict[str, Any] = {"max_tokens": 4, "temperature": 0}
     with FoundryClient(f"http://{both.address}") as client:
@@ -54,11 +54,11 @@ def test_a_server_that_dies_is_replaced_or_waited_for(site: Site) -> None:
         other.kill()
         assert client.chat(f"moved-{seed}", "Where?", **options).text == before.text
     assert manifest.digest in resident(site.rollout)
-    assert metric(both.address, "foundry_gateway_rollout_retries_total") == 1
+    assert metric(both.metrics, "foundry_gateway_rollout_retries_total") == 1
 
     with FoundryClient(f"http://{alone.address}") as client, ThreadPoolExecutor() as pool:
         asking = pool.submit(client.chat, f"moved-{seed}", "Where?", **options)
-        wait_until(lambda: metric(alone.address, "foundry_gateway_rollout_retries_total") > 0, alone)
+        wait_until(lambda: metric(alone.metrics, "foundry_gateway_rollout_retries_total") > 0, alone)
         assert "no rollout server" in get(alone, "/readyz").json()["reasons"]["rollouts"]
         other.start()
         assert asking.result(timeout=60).text == before.text

@@ -21,17 +21,17 @@ def test_health_and_readiness(site: Site) -> None:
 
 def test_metrics_count_by_route_template(site: Site) -> None:
     def count(**labels: str) -> float:
-        return metric(site.gateway.address, "foundry_gateway_requests_total", **labels)
+        return metric(site.gateway.metrics, "foundry_gateway_requests_total", **labels)
 
     template = "/v1/documents/{digest}"
     before = count(route=template, status="404")
     site.http("GET", "/v1/documents/blake3:" + "a" * 64)
     assert count(route=template, status="404") == before + 1
-    tokens = metric(site.gateway.address, "foundry_gateway_generation_tokens_total")
+    tokens = metric(site.gateway.metrics, "foundry_gateway_generation_tokens_total")
     answer = site.client.chat("tiny", "How?", max_tokens=7, ignore_eos=True)
     assert answer.completion_tokens == 7
-    assert metric(site.gateway.address, "foundry_gateway_generation_tokens_total") == tokens + 7
-    assert metric(site.gateway.address, "foundry_gateway_time_to_first_token_seconds_count") > 0
+    assert metric(site.gateway.metrics, "foundry_gateway_generation_tokens_total") == tokens + 7
+    assert metric(site.gateway.metrics, "foundry_gateway_time_to_first_token_seconds_count") > 0
 
 
 @pytest.mark.parametrize(

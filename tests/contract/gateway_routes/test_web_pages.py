@@ -38,7 +38,7 @@ def test_simple_requests_of_other_pages_are_refused(site: Site, origin: str) -> 
 def test_pages_of_its_own_and_pages_that_are_allowed_may_call(site: Site) -> None:
     gateway = site.stack.gateway([site.rollout], "--allowed-origins", f'["{_APP}"]', "--allowed-hosts", "[]")
     wait_ready(gateway)
-    here = Site(site.stack, site.rollout, site.rollout_metrics, gateway, site.client)
+    here = Site(site.stack, site.rollout, gateway, site.client)
     for origin in (_APP, f"http://{gateway.address}"):
         assert here.http("GET", "/v1/models", headers={"origin": origin}).status_code == 200
     asked = {"origin": _APP, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}

@@ -35,3 +35,7 @@ class KeyLimits(Strict):
 
     stored_bytes: Most = None
     """Bytes of the tenant's documents and durable cartridges."""
+
+    def or_else(self, defaults: KeyLimits) -> KeyLimits:
+        """These, and what `defaults` have where there is none."""
+        return KeyLimits(**(defaults.model_dump() | self.model_dump(exclude_none=True)))

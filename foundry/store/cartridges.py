@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import structlog
+from redis.asyncio import Redis
 
 from foundry.errors import CartridgeNotFound, InvalidArgument, StoreRefused, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
@@ -103,6 +104,11 @@ class CartridgeStore:
             except StoreUnavailable as error:
                 log.warning(without_it, error=error.message)
         return store
+
+    @property
+    def redis(self) -> Redis:
+        """For keys that are none of the store's. Errors are redis-py's: `redis_errors` makes ours of them."""
+        return self._connection.redis
 
     async def close(self) -> None:
         if self._rebuild is not None:

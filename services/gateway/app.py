@@ -16,9 +16,12 @@ from foundry.store import CartridgeStore
 from foundry.tasks import end
 from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
+from services.gateway.access.counters import Counters
+from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
+from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
 from services.gateway.openai import chat, completions, models
@@ -55,6 +58,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         max_bytes=settings.max_request_bytes,
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
+    app.add_middleware(RequestLimits)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -84,6 +88,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             if settings.teacher_address is not None
             else None
         )
+        rates = Rates(Counters(store.redis), settings.limits)
         jobs = None
         watching = asyncio.create_task(usage.watch(store, settings.census_seconds))
         try:
@@ -95,7 +100,8 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
                 jobs = Jobs(settings.jobs, store.runs)
                 jobs.start()
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
-            app.state.gateway = Gateway(settings, store, rollouts, teachers, TokenSpelling(settings.tokenizer), jobs)
+            spelling = TokenSpelling(settings.tokenizer)
+            app.state.gateway = Gateway(settings, store, rollouts, teachers, spelling, rates, jobs)
             yield
         finally:
             await end(watching)
@@ -104,6 +110,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             if teachers is not None:
                 await teachers.close()
             await rollouts.close()
+            await rates.close()
             await store.close()
             # uvicorn ends the process by the signal that stopped it.
             await asyncio.to_thread(flush_traces)

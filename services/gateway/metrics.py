@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from foundry.store.api_keys import KeyLimits
+
 REQUESTS = Counter("foundry_gateway_requests_total", "HTTP requests answered.", ["method", "route", "status"])
 REQUEST_SECONDS = Histogram(
     "foundry_gateway_request_seconds",
@@ -13,6 +15,9 @@ REQUEST_SECONDS = Histogram(
 )
 ERRORS = Counter(
     "foundry_gateway_errors_total", "Requests that ended with an error, by its type (`foundry.errors`).", ["reason"]
+)
+LIMITED = Counter(
+    "foundry_gateway_limited_requests_total", "Requests refused for a limit's sake, by limit (`limits`).", ["limit"]
 )
 CONNECTIONS = Gauge("foundry_gateway_connections", "Open connections of clients.")
 REFUSED_CONNECTIONS = Counter(
@@ -43,6 +48,8 @@ JOBS = Counter(
 
 for _outcome in ("created", "existed", "deleted", "failed", "refused", "error"):
     JOBS.labels(_outcome)
+for _limit in KeyLimits.model_fields:
+    LIMITED.labels(_limit)
 for _reason in ("full", "slow"):
     REFUSED_CONNECTIONS.labels(_reason)
 for _reason in ("INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):

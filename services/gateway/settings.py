@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from foundry.settings import ServiceSettings
+from foundry.store.api_keys import KeyLimits
 from foundry.store.settings import StoreSettings
 
 
@@ -45,6 +46,14 @@ class JobSettings(BaseModel):
     max_nodes: int = Field(default=1, ge=1)
     """Most pods that a run may ask for (`resources.nodes`). More than one need a headless Service, whose name is the
     `subdomain` of the template's pods."""
+
+
+class DefaultLimits(KeyLimits):
+    """How much a key may take that has no limit of its own, or everybody together where there are no keys. Unset: any
+    amount."""
+
+    # The environment has only text.
+    model_config = ConfigDict(strict=False)
 
 
 class GatewaySettings(ServiceSettings):
@@ -102,6 +111,9 @@ class GatewaySettings(ServiceSettings):
 
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
+
+    limits: DefaultLimits = DefaultLimits()
+    """What a key without limits of its own may take; without keys, everybody together (security.md)."""
 
     max_choices: int = Field(default=128, ge=1)
     """Most choices (prompts times n) of one request."""

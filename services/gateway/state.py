@@ -13,6 +13,7 @@ from foundry.errors import ResourceExhausted, Unavailable
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from services.gateway import metrics
+from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.settings import GatewaySettings
@@ -29,6 +30,7 @@ class Gateway:
     rollouts: RolloutBalancer
     teachers: Pods | None
     spelling: TokenSpelling
+    rates: Rates
     # None: runs are trained by workers that take them from the queue.
     jobs: Jobs | None = None
     num_in_flight: int = 0

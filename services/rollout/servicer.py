@@ -60,11 +60,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             async for outputs in submission:
                 for begin in range(0, len(outputs), _CHUNK_TOKENS):
                     for index, some in _by_sequence(outputs[begin : begin + _CHUNK_TOKENS]):
-                        first = not answers[index].num_tokens
-                        piece = answers[index].add(some)
-                        yield rollout_pb2.GenerateChunk(
-                            index=index, identity=answers[index].identity(some[0]) if first else None, **piece
-                        )
+                        answer = answers[index]
+                        first: dict[str, Any] = {}
+                        if not answer.num_tokens:
+                            first = {"identity": answer.identity(some[0]), "prompt_tokens": answer.num_prompt_tokens}
+                        yield rollout_pb2.GenerateChunk(index=index, **first, **answer.add(some))
 
     async def GenerateBatch(
         self, request: rollout_pb2.GenerateBatchRequest, context: Context
@@ -173,7 +173,7 @@ class _Answer:
     def __init__(self, serving: Serving, admission: Admission) -> None:
         self._serving = serving
         self._cartridges = admission.cartridges
-        self._num_prompt_tokens = len(admission.sequences[0].prompt_ids)
+        self.num_prompt_tokens = len(admission.sequences[0].prompt_ids)
         self.num_tokens = 0
 
     def identity(self, output: TokenOutput) -> common_pb2.Identity:
@@ -200,7 +200,7 @@ class _Answer:
         if last.finish_reason is not None:
             fields["finish_reason"] = _FINISH_REASONS[last.finish_reason]
             fields["usage"] = rollout_pb2.Usage(
-                prompt_tokens=self._num_prompt_tokens,
+                prompt_tokens=self.num_prompt_tokens,
                 completion_tokens=self.num_tokens,
                 cartridge_tokens=last.cartridge_tokens,
                 cached_tokens=last.cached_tokens,

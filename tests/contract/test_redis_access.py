@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from limits.aio.storage.redis.bridge import RedisBridge
 from redis.asyncio import Redis
 
 from foundry import store as store_package
@@ -108,6 +109,8 @@ def test_the_documented_rights_are_those_that_are_used() -> None:
     package = Path(store_package.__file__).parent
     sources = "".join(path.read_text() for path in (*package.rglob("*.py"), *package.rglob("*.lua")))
     called = {word.lower() for word in re.findall(r"(?:call\(|\.read\(\s*)['\"]([A-Z]+)['\"]", sources)}
+    windows = RedisBridge.SCRIPT_ACQUIRE_SLIDING_WINDOW + RedisBridge.SCRIPT_SLIDING_WINDOW
+    called |= {word.decode() for word in re.findall(rb"redis\.call\('([a-z]+)'", windows)}
     # By the client's methods, by values of many megabytes, and by the client itself.
     called |= {"get", "set", "xread", "blpop", "evalsha", "script|load", "client|setinfo", "select"}
     granted = {word[1:] for word in documented_rules().split() if word.startswith("+")}

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from docs import make_metrics
 from foundry.errors import BY_REASON, PortTaken
 from foundry.store import CartridgeStore
+from foundry.store.api_keys import KeyLimits
 from foundry.telemetry.metrics import serve_metrics
 from services.rollout import engine_metrics
 from tests.e2e.training import STEPS, create_run, step_events
@@ -41,6 +42,7 @@ WORDS = {
     "direction": {"sent", "received"},
     "durable": {"true", "false"},
     "reason": {*BY_REASON, "INTERNAL", "full", "slow"},
+    "limit": set(KeyLimits.model_fields),
     "kind": {"cartridge", "document", "manifest", "mark", "pointer", "run", "tag"},
     "outcome": {"created", "existed", "deleted", "failed", "refused", "error"},
     "call": {"rollout", "teacher", "store"},

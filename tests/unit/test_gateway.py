@@ -35,6 +35,7 @@ from foundry.rpc.resolve import Endpoint
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway import errors
+from services.gateway.access.principal import Principal
 from services.gateway.balancer import RolloutBalancer, RolloutServer, ServedModel
 from services.gateway.main import listen
 from services.gateway.openai import chat
@@ -68,11 +69,21 @@ class Server:
             await deliver(chunk)
 
 
+class Rates:
+    """Counts what was spent."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    async def spent(self, principal: Principal, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+
+
 def generation_of(server: Server, target: Target, n: int = 1, store: object = None) -> Generation:
     asked = ChatRequest(model="a", n=n, messages=[{"role": "user", "content": "?"}])  # type: ignore[list-item]
     limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
-    gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext, store=store)
-    return Generation(cast(Any, gateway), target, asked, [rollout_pb2.GenerateRequest()], "test")
+    gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext, store=store, rates=Rates())
+    return Generation(cast(Any, gateway), target, asked, [rollout_pb2.GenerateRequest()], "test", Principal())
 
 
 END = rollout_pb2.GenerateChunk(
@@ -111,9 +122,12 @@ async def test_every_choice_is_checked() -> None:
 async def test_an_answer_that_was_cut_short_is_none() -> None:
     (choice,) = await generation_of(Server(END), Target(MODEL, (FIRST,))).gather()
     assert choice.text == "tokens"
-    begun = rollout_pb2.GenerateChunk(text="tok", identity=identity(FIRST))
+    begun = rollout_pb2.GenerateChunk(text="tok", ids=[1, 2], prompt_tokens=3, identity=identity(FIRST))
+    generation = generation_of(Server(begun), Target(MODEL, (FIRST,)))
     with pytest.raises(Unavailable):
-        await generation_of(Server(begun), Target(MODEL, (FIRST,))).gather()
+        await generation.gather()
+    # It was computed all the same.
+    assert cast(Any, generation._gateway.rates).num_tokens == 5
 
 
 class Publishing:
@@ -165,7 +179,7 @@ def app_before(server: object) -> FastAPI:
     app.include_router(chat.router)
     limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
     app.state.gateway = SimpleNamespace(
-        settings=limits, rollouts=server, admitted=nullcontext, spelling=TokenSpelling(None)
+        settings=limits, rollouts=server, admitted=nullcontext, rates=Rates(), spelling=TokenSpelling(None)
     )
     return app
 
@@ -405,7 +419,8 @@ def test_any_json_is_either_refused_or_can_be_sent(data: st.DataObject, kind: ty
     ] or [rollout_pb2.GenerateRequest(conversation=common_pb2.Conversation(messages=messages))]
     limits = SimpleNamespace(max_choices=8)
     try:
-        generation = Generation(cast(Any, SimpleNamespace(settings=limits)), Target(MODEL, ()), asked, prompts, "test")
+        gateway = cast(Any, SimpleNamespace(settings=limits))
+        generation = Generation(gateway, Target(MODEL, ()), asked, prompts, "test", Principal())
     except FoundryError:
         return
     for index in range(len(prompts)):

@@ -33,6 +33,10 @@ Runs:
                                     times in ms
     run-events:<id>         stream  what happened, as JSON in `event`
 
+Of gateways:
+
+    limits:<counter>        string  what a caller used, by the library `limits`, in this minute or the one before
+
 And `epoch`: the run id of the server for which all this was last restored.
 """
 

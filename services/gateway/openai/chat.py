@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
+from services.gateway.access.principal import PrincipalDep
 from services.gateway.bodies import BoundedRoute
 from services.gateway.openai import answers
 from services.gateway.openai.delivery import respond
@@ -21,14 +22,17 @@ router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
-async def chat_completions(asked: ChatRequest, request: Request, gateway: GatewayDep) -> Response:
+async def chat_completions(
+    asked: ChatRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
+) -> Response:
     """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
     target = await Target.resolve(gateway, asked)
     conversation = common_pb2.Conversation(
         messages=[common_pb2.Message(role=_role(message.role), content=message.content) for message in asked.messages]
     )
     prompt = rollout_pb2.GenerateRequest(conversation=conversation)
-    return await respond(_Chat(Generation(gateway, target, asked, [prompt], "chatcmpl"), gateway.spelling), request)
+    generation = Generation(gateway, target, asked, [prompt], "chatcmpl", principal)
+    return await respond(_Chat(generation, gateway.spelling), request)
 
 
 def _role(role: str) -> str:

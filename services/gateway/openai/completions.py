@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
+from services.gateway.access.principal import PrincipalDep
 from services.gateway.bodies import BoundedRoute
 from services.gateway.openai.answers import Completion, TextChoice, TextLogprobs
 from services.gateway.openai.delivery import respond
@@ -21,7 +22,9 @@ router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
 
 
 @router.post("/v1/completions", response_model=Completion)
-async def completions(asked: CompletionRequest, request: Request, gateway: GatewayDep) -> Response:
+async def completions(
+    asked: CompletionRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
+) -> Response:
     """Continue each prompt. Choice i of prompt j has index j * n + i."""
     target = await Target.resolve(gateway, asked)
     prompts = [
@@ -30,7 +33,8 @@ async def completions(asked: CompletionRequest, request: Request, gateway: Gatew
         else rollout_pb2.GenerateRequest(token_ids=common_pb2.TokenIds(ids=prompt))
         for prompt in asked.prompt
     ]
-    return await respond(_Text(Generation(gateway, target, asked, prompts, "cmpl"), gateway.spelling), request)
+    generation = Generation(gateway, target, asked, prompts, "cmpl", principal)
+    return await respond(_Text(generation, gateway.spelling), request)
 
 
 class _Text(Renderer):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from uuid import uuid4
@@ -15,7 +15,7 @@ import structlog
 from foundry.errors import CartridgeNotFound, FoundryError, InvalidArgument, Unavailable
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway import metrics
-from services.gateway.access.principal import ANYBODY, Principal
+from services.gateway.access.principal import Principal
 from services.gateway.openai.answers import CartridgeInfo, FoundryInfo, PromptTokensDetails, UsageInfo
 from services.gateway.openai.fan_in import Deliver, FanIn
 from services.gateway.openai.requests import DEFAULT_MAX_TOKENS, SamplingRequest
@@ -71,7 +71,7 @@ class Generation:
         asked: SamplingRequest,
         prompts: Sequence[rollout_pb2.GenerateRequest],
         id_prefix: str,
-        principal: Principal = ANYBODY,
+        principal: Principal,
     ) -> None:
         """Of each of `prompts` only the prompt is set. Raises InvalidArgument if that makes too many choices."""
         self._num_choices = len(prompts) * asked.num_choices
@@ -87,6 +87,7 @@ class Generation:
         self.created = int(time.time())
         self._began = time.monotonic()
         self._gateway = gateway
+        self._principal = principal
         self._prompts = prompts
         self._caller = principal.caller(self.id)
         self._template_digest = target.model.template_digest
@@ -94,6 +95,9 @@ class Generation:
         self._identified: set[int] = set()
         # Known when the first choice has ended.
         self._cartridge_tokens: int | None = None
+        # Of each prompt whose answer has begun, and of all choices as far as they have come.
+        self._prompt_tokens: dict[int, int] = {}
+        self._completion_tokens = 0
         # Of each prompt, and within it of each choice.
         self._usages: dict[int, dict[int, rollout_pb2.Usage]] = defaultdict(dict)
 
@@ -103,7 +107,7 @@ class Generation:
         While a run publishes, the version that `latest` meant may be swept before a server has fetched it. Then, and
         only before the first token, the reference is resolved anew: the answer names what it was made with.
         """
-        with self._gateway.admitted():
+        async with self._admitted():
             for resolutions_left in reversed(range(_RESOLUTIONS)):
                 try:
                     async with FanIn([partial(self._fetch, index) for index in range(len(self._prompts))]) as arrivals:
@@ -157,6 +161,16 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
 
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        with self._gateway.admitted():
+            try:
+                yield
+            finally:
+                # Also of an answer that was cut short.
+                num_tokens = sum(self._prompt_tokens.values()) + self._completion_tokens
+                await self._gateway.rates.spent(self._principal, num_tokens)
+
     async def _fetch(self, index: int, deliver: Deliver[Chunk]) -> None:
         """All chunks of one prompt."""
         deadline = self._began + self._gateway.settings.request_timeout_seconds
@@ -176,6 +190,8 @@ class Generation:
             if not self._identified:
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._began)
             self._identified.add(choice)
+            self._prompt_tokens[prompt_index] = chunk.prompt_tokens
+        self._completion_tokens += len(chunk.ids)
         if chunk.HasField("usage"):
             self._usages[prompt_index][chunk.index] = chunk.usage
             self._cartridge_tokens = chunk.usage.cartridge_tokens

@@ -29,7 +29,7 @@ from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
 from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from foundry.v1 import common_pb2
-from services.gateway.access.principal import ANYBODY
+from services.gateway.access.principal import PrincipalDep
 from services.gateway.balancer import ServedModel
 from services.gateway.bodies import BoundedRoute
 from services.gateway.resources import documents
@@ -61,7 +61,9 @@ class RunList(Listing):
 
 @router.post("/v1/runs", status_code=201)
 async def create_run(
-    asked: Annotated[RunRequest, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})], gateway: GatewayDep
+    asked: Annotated[RunRequest, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})],
+    gateway: GatewayDep,
+    principal: PrincipalDep,
 ) -> RunCard:
     """Queue a run for a stored `document` (a digest), or for a `text` (and `title`) that is stored with it.
 
@@ -76,8 +78,7 @@ async def create_run(
     texts += [await gateway.store.documents.get(digest) for digest in asked.documents[len(texts) :]]
     num_tokens = None
     if model is not None and gateway.teachers is not None:
-        caller = ANYBODY.caller("")
-        num_tokens = await _context_tokens(texts, model, gateway.teachers, caller)
+        num_tokens = await _context_tokens(texts, model, gateway.teachers, principal.caller(""))
     spec = choose(asked, num_tokens)
     if model is not None:
         _check_model(spec, model)

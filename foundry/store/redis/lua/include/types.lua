@@ -9,7 +9,7 @@ local types = {
   names = set, name = hash, versions = hash, durable = set, damaged = set, steps = hash, pending = hash, tags = hash,
   ['tag-history'] = hash, hot = zset, refs = set, leases = zset, bytes = string, staged = string, events = stream,
   reserving = set, condemned = string, runs = zset, ['runs:bell'] = list, run = hash, ['run-events'] = stream,
-  epoch = string,
+  epoch = string, limits = string,
 }
 
 -- Whether another stands there.

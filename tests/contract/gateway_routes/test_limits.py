@@ -1,0 +1,88 @@
+"""Limits as clients meet them. Each gateway has a database of Redis for itself: where there are no keys, all who ask
+are counted together."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.contract.gateway_routes.site import Site
+from tests.services import Process, metric, wait_ready, wait_until
+
+_DATABASES = count(1)
+BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 5}
+
+
+def limited(site: Site, *options: str) -> Process:
+    database = f"{site.stack.valkey.url}/{next(_DATABASES)}"
+    gateway = site.stack.gateway([site.rollout], "--store.redis-url", database, *options)
+    wait_ready(gateway)
+    return gateway
+
+
+def chat(gateway: Process, **changes: Any) -> httpx.Response:
+    url = f"http://{gateway.address}/v1/chat/completions"
+    return httpx.post(url, json=BODY | {"ignore_eos": True} | changes, trust_env=False, timeout=60)
+
+
+def refused(gateway: Process, limit: str) -> float:
+    return metric(gateway.address, "foundry_gateway_limited_requests_total", limit=limit)
+
+
+def test_answers_say_what_is_left_and_refusals_when_to_come_back(site: Site) -> None:
+    gateway = limited(site, "--limits.requests-per-minute", "3", "--limits.tokens-per-minute", "1000")
+    url = f"http://{gateway.address}"
+    # What is not found counts; what is asked of the gateway itself does not.
+    assert httpx.get(f"{url}/v1/nothing", trust_env=False).headers["x-ratelimit-remaining-requests"] == "2"
+    assert "x-ratelimit-limit-requests" not in httpx.get(f"{url}/healthz", trust_env=False).headers
+    answer = chat(gateway)
+    assert {name: value for name, value in answer.headers.items() if name.startswith("x-ratelimit")} == {
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "1",
+        "x-ratelimit-reset-requests": answer.headers["x-ratelimit-reset-requests"],
+        "x-ratelimit-limit-tokens": "1000",
+        "x-ratelimit-remaining-tokens": "1000",
+        "x-ratelimit-reset-tokens": "0ms",
+    }
+    num_tokens = answer.json()["usage"]["total_tokens"]
+    assert chat(gateway).headers["x-ratelimit-remaining-tokens"] == str(1000 - num_tokens)
+    # Refused unread: nobody looks at what this is.
+    answer = httpx.post(f"{url}/v1/completions", content=b"{" * 1000, trust_env=False)
+    assert answer.status_code == 429
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert 0 < int(answer.headers["retry-after"]) <= 120
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert answer.json()["error"]["code"] == "RESOURCE_EXHAUSTED"
+    assert refused(gateway, "requests_per_minute") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_answers_are_used_up(site: Site, *, stream: bool) -> None:
+    gateway = limited(site, "--limits.tokens-per-minute", "20")
+    # What remains is not asked of an answer: it is as long as it was asked to be.
+    assert chat(gateway, max_tokens=30, stream=stream).status_code == 200
+    answer = chat(gateway)
+    assert answer.status_code == 429
+    assert "20 tokens" in answer.json()["error"]["message"]
+    assert refused(gateway, "tokens_per_minute") == 1
+
+
+def test_an_answer_that_is_left_counts_as_far_as_it_came_and_frees_its_place(site: Site) -> None:
+    gateway = limited(site, "--limits.tokens-per-minute", "100000", "--limits.concurrent-requests", "1")
+    url = f"http://{gateway.address}/v1/chat/completions"
+    whole = chat(gateway, max_tokens=1).json()["usage"]["total_tokens"]
+    body = BODY | {"max_tokens": 400, "stream": True, "ignore_eos": True, "n": 8}
+    with httpx.Client(trust_env=False, timeout=60) as client, client.stream("POST", url, json=body) as held:
+        assert held.status_code == 200
+        answer = chat(gateway)
+        assert answer.status_code == 429
+        assert "1 completions at one time" in answer.json()["error"]["message"]
+    wait_until(lambda: metric(gateway.address, "foundry_gateway_completions_in_flight") == 0, gateway)
+    answer = chat(gateway)
+    assert answer.status_code == 200
+    used = 100_000 - int(answer.headers["x-ratelimit-remaining-tokens"])
+    # Its prompt too, which the first token already says.
+    assert 2 * whole <= used < whole + 8 * 400

@@ -70,17 +70,6 @@ class Reference:
         return f"{self.name}@{self.selector}"
 
 
-def check_tenant(tenant: str, *, field: str = "tenant") -> str:
-    """Raises InvalidArgument unless it may stand before the slash of a name; "" has the names without one."""
-    if tenant and not _TAG.fullmatch(tenant):
-        raise InvalidArgument(
-            f"{tenant[:100]!r} is not a tenant: expected lower-case letters, digits and '._-', starting with a letter "
-            "or digit, at most 63 characters",
-            field=field,
-        )
-    return tenant
-
-
 def check_name(name: str, *, field: str = "name") -> str:
     """Raises InvalidArgument unless `name` is `part` or `tenant/part`."""
     if not _NAME.fullmatch(name):

@@ -23,7 +23,7 @@ from foundry.errors import ResourceExhausted
 from foundry.tasks import end
 from tests.chaos.abuse import Abuse
 from tests.e2e.training import start_trainer
-from tests.services import Process, Stack, open_stack, wait_ready
+from tests.services import Process, Stack, wait_ready
 
 SECONDS = float(os.environ.get("FOUNDRY_ABUSE", "30"))
 SEED = int(os.environ.get("FOUNDRY_ABUSE_SEED", "0"))
@@ -45,8 +45,11 @@ class Held:
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Stack]:
-    with open_stack(tmp_path) as stack:
-        yield stack
+    # Few enough for what runs publish to fill it soon.
+    stack = Stack(tmp_path, environment={"FOUNDRY_CARTRIDGE_BUDGET_BYTES": str(2**20)})
+    asyncio.run(stack.valkey.start())
+    yield stack
+    stack.close()
 
 
 def test_nothing_grows_and_answers_stay_right(stack: Stack) -> None:

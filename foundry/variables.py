@@ -46,6 +46,9 @@ def misspelt(settings: type[BaseModel], within: Path = ()) -> Iterator[str]:
     known = {variable(path).removeprefix(PREFIX) for path in paths(settings, within)}
     for name in sorted(os.environ):
         given = name.upper().removeprefix(PREFIX)
+        if os.environ[name].startswith("fdy_"):
+            # The key that the command line shows (FOUNDRY_API_KEY) is no misspelt `api_keys`.
+            continue
         # What is unknown in a group that is known is refused with its values.
         if name.upper().startswith(PREFIX) and given not in known and given.partition("__")[0] not in known:
             for meant in get_close_matches(given, known, n=1, cutoff=_ALIKE):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,9 +16,13 @@ from foundry.store import CartridgeStore
 from foundry.tasks import end
 from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
+from services.gateway.access.authentication import Authentication
 from services.gateway.access.counters import Counters
+from services.gateway.access.keys import Keys
 from services.gateway.access.rates import Rates
+from services.gateway.access.route import BEARER
 from services.gateway.balancer import RolloutBalancer
+from services.gateway.middleware.authenticated import Authenticated
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
@@ -37,7 +41,6 @@ _ROUTERS = (
     cartridges.router,
     documents.router,
     runs.router,
-    health.router,
 )
 
 
@@ -59,6 +62,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
     app.add_middleware(RequestLimits)
+    app.add_middleware(Authenticated)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -69,14 +73,15 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     app.add_middleware(RequestContext)
     errors.install(app)
     for router in _ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(BEARER)] if settings.api_keys else [])
+    app.include_router(health.router)
     return app
 
 
 def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        token = settings.token_of("gateway")
+        token, admin_key = settings.token_of("gateway"), settings.admin_key
         store = await CartridgeStore.open(settings.store)
         rollouts = RolloutBalancer(
             Pods("rollout", settings.rollout_addresses, settings.tls, token=token),
@@ -90,7 +95,12 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
         )
         rates = Rates(Counters(store.redis), settings.limits)
         jobs = None
-        watching = asyncio.create_task(usage.watch(store, settings.census_seconds))
+        watching = [asyncio.create_task(usage.watch(store, settings.census_seconds))]
+        authentication = None
+        if settings.api_keys:
+            keys = Keys(store.api_keys)
+            authentication = Authentication(keys, admin_key)
+            watching.append(asyncio.create_task(keys.watch(settings.api_keys_refresh_seconds)))
         try:
             await rollouts.start()
             if settings.jobs is not None:
@@ -101,10 +111,10 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
                 jobs.start()
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             spelling = TokenSpelling(settings.tokenizer)
-            app.state.gateway = Gateway(settings, store, rollouts, teachers, spelling, rates, jobs)
+            app.state.gateway = Gateway(settings, store, rollouts, teachers, spelling, rates, jobs, authentication)
             yield
         finally:
-            await end(watching)
+            await end(*watching)
             if jobs is not None:
                 await jobs.close()
             if teachers is not None:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
-from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unavailable
+from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unauthenticated, Unavailable
 from foundry.validation import invalid_argument
 from services.gateway import metrics
 
@@ -80,6 +80,8 @@ def error_body(error: FoundryError) -> dict[str, dict[str, str | None]]:
 def response_of(error: FoundryError) -> JSONResponse:
     metrics.ERRORS.labels(error.reason).inc()
     headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_seconds)))
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)

@@ -12,6 +12,7 @@ from foundry import telemetry
 from foundry.errors import PortTaken
 from services.gateway.app import build_app
 from services.gateway.connections import connections, raise_descriptor_limit
+from services.gateway.middleware.web_pages import hosts_of
 from services.gateway.settings import GatewaySettings
 
 log = structlog.get_logger(__name__)
@@ -47,6 +48,8 @@ def main() -> None:
     # What is there now stays. Looked through by a collection, it would hold up all requests for a tenth of a second.
     gc.collect()
     gc.freeze()
+    if not settings.api_keys and not hosts_of(settings.listen):
+        log.warning("whoever reaches the port may do everything: set api_keys", listen=settings.listen)
     log.info("serving", port=listener.getsockname()[1])
     uvicorn.Server(config).run(sockets=[listener])
 

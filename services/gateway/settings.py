@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from foundry.errors import InvalidArgument
 from foundry.settings import ServiceSettings
 from foundry.store.api_keys import KeyLimits
+from foundry.store.key_store import KeyText
 from foundry.store.settings import StoreSettings
 
 
@@ -61,6 +64,17 @@ class GatewaySettings(ServiceSettings):
 
     listen: str = "127.0.0.1:8000"
     """host:port to serve HTTP on; port 0 takes a free one."""
+
+    api_keys: bool = False
+    """Answer only who shows an API key (docs/security.md). Off: whoever reaches the gateway may do everything, as on a
+    laptop."""
+
+    admin_key_file: Path | None = None
+    """File with an API key (`fdy_ID_SECRET`) that the operator made, besides those of `foundry keys`. It has all
+    scopes, for the names without a tenant."""
+
+    api_keys_refresh_seconds: float = Field(default=10.0, gt=0)
+    """Time between two looks at which API keys there are: a key that is revoked is answered for as long."""
 
     allowed_hosts: list[str] | None = None
     """Names by which clients may call the gateway (`Host`, without port; health by any): a web page can't
@@ -120,3 +134,25 @@ class GatewaySettings(ServiceSettings):
 
     grace_seconds: float = Field(default=30.0, ge=0)
     """How long requests in flight may go on after SIGTERM."""
+
+    @model_validator(mode="after")
+    def _admin_key_is_an_api_key(self) -> Self:
+        if self.admin_key_file is not None and not self.api_keys:
+            raise ValueError("admin_key_file is for api_keys: set that too")
+        return self
+
+    @property
+    def admin_key(self) -> KeyText | None:
+        """Raises InvalidArgument if the file can't be used."""
+        if self.admin_key_file is None:
+            return None
+        try:
+            return KeyText.parse(self.admin_key_file.read_text().strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"admin_key_file can't be read: {error}", field="admin_key_file") from None
+        except InvalidArgument:
+            raise InvalidArgument(
+                f"admin_key_file: {self.admin_key_file} must hold an API key: fdy_ID_SECRET with 12 of the letters a-z "
+                "and 2-7, and 32 to 128 letters, digits, '_' and '-'",
+                field="admin_key_file",
+            ) from None

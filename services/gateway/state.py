@@ -13,6 +13,7 @@ from foundry.errors import ResourceExhausted, Unavailable
 from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from services.gateway import metrics
+from services.gateway.access.authentication import Authentication
 from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.openai.tokens import TokenSpelling
@@ -33,6 +34,8 @@ class Gateway:
     rates: Rates
     # None: runs are trained by workers that take them from the queue.
     jobs: Jobs | None = None
+    # None: everybody may do everything.
+    authentication: Authentication | None = None
     num_in_flight: int = 0
 
     @contextmanager

@@ -83,7 +83,7 @@ def generation_of(server: Server, target: Target, n: int = 1, store: object = No
     asked = ChatRequest(model="a", n=n, messages=[{"role": "user", "content": "?"}])  # type: ignore[list-item]
     limits = SimpleNamespace(max_choices=8, request_timeout_seconds=5)
     gateway = SimpleNamespace(settings=limits, rollouts=server, admitted=nullcontext, store=store, rates=Rates())
-    return Generation(cast(Any, gateway), target, asked, [rollout_pb2.GenerateRequest()], "test", Principal())
+    return Generation(cast(Any, gateway), Principal(), target, asked, [rollout_pb2.GenerateRequest()], "test")
 
 
 END = rollout_pb2.GenerateChunk(
@@ -420,7 +420,7 @@ def test_any_json_is_either_refused_or_can_be_sent(data: st.DataObject, kind: ty
     limits = SimpleNamespace(max_choices=8)
     try:
         gateway = cast(Any, SimpleNamespace(settings=limits))
-        generation = Generation(gateway, Target(MODEL, ()), asked, prompts, "test", Principal())
+        generation = Generation(gateway, Principal(), Target(MODEL, ()), asked, prompts, "test")
     except FoundryError:
         return
     for index in range(len(prompts)):

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.access.principal import PrincipalDep
-from services.gateway.bodies import BoundedRoute
+from services.gateway.access.route import ScopedRoute
 from services.gateway.openai import answers
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
@@ -18,7 +18,7 @@ from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import finite
 from services.gateway.state import GatewayDep
 
-router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
+router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
 
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
@@ -26,12 +26,12 @@ async def chat_completions(
     asked: ChatRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:
     """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
-    target = await Target.resolve(gateway, asked)
+    target = await Target.resolve(gateway, principal, asked)
     conversation = common_pb2.Conversation(
         messages=[common_pb2.Message(role=_role(message.role), content=message.content) for message in asked.messages]
     )
     prompt = rollout_pb2.GenerateRequest(conversation=conversation)
-    generation = Generation(gateway, target, asked, [prompt], "chatcmpl", principal)
+    generation = Generation(gateway, principal, target, asked, [prompt], "chatcmpl")
     return await respond(_Chat(generation, gateway.spelling), request)
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.access.principal import PrincipalDep
-from services.gateway.bodies import BoundedRoute
+from services.gateway.access.route import ScopedRoute
 from services.gateway.openai.answers import Completion, TextChoice, TextLogprobs
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
@@ -18,7 +18,7 @@ from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import finite
 from services.gateway.state import GatewayDep
 
-router = APIRouter(tags=["OpenAI"], route_class=BoundedRoute)
+router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
 
 @router.post("/v1/completions", response_model=Completion)
@@ -26,14 +26,14 @@ async def completions(
     asked: CompletionRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:
     """Continue each prompt. Choice i of prompt j has index j * n + i."""
-    target = await Target.resolve(gateway, asked)
+    target = await Target.resolve(gateway, principal, asked)
     prompts = [
         rollout_pb2.GenerateRequest(text=prompt)
         if isinstance(prompt, str)
         else rollout_pb2.GenerateRequest(token_ids=common_pb2.TokenIds(ids=prompt))
         for prompt in asked.prompt
     ]
-    generation = Generation(gateway, target, asked, prompts, "cmpl", principal)
+    generation = Generation(gateway, principal, target, asked, prompts, "cmpl")
     return await respond(_Text(generation, gateway.spelling), request)
 
 

@@ -67,11 +67,11 @@ class Generation:
     def __init__(
         self,
         gateway: Gateway,
+        principal: Principal,
         target: Target,
         asked: SamplingRequest,
         prompts: Sequence[rollout_pb2.GenerateRequest],
         id_prefix: str,
-        principal: Principal,
     ) -> None:
         """Of each of `prompts` only the prompt is set. Raises InvalidArgument if that makes too many choices."""
         self._num_choices = len(prompts) * asked.num_choices
@@ -118,7 +118,7 @@ class Generation:
                 except CartridgeNotFound:
                     if self._identified or not resolutions_left:
                         raise
-                    target = await Target.resolve(self._gateway, self.asked)
+                    target = await Target.resolve(self._gateway, self._principal, self.asked)
                     if target == self.target:
                         raise
                     self.target = target

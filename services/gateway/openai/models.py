@@ -10,11 +10,14 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from foundry.errors import CartridgeNotFound, InvalidArgument, ModelNotFound
+from services.gateway.access.names import full_text, owned
+from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
 from services.gateway.resources.listing import MAX_PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 _STARTED = int(time.time())
 
 
@@ -38,23 +41,23 @@ class ModelList(Listing):
 
 
 @router.get("/v1/models")
-async def models(gateway: GatewayDep, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
+async def models(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
     """The base model, then cartridges by name. OpenAI's clients take the first page for all there are."""
     served = gateway.rollouts.model()
-    names, next_after = page_of_names(await gateway.store.names(), after, limit)
+    names, next_after = page_of_names(owned(principal, await gateway.store.names()), after, limit)
     cards = await for_each(names, lambda name: _card(gateway, served, name))
     data = cards if after else [_base(served), *cards]
     return ModelList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.get("/v1/models/{model:path}")
-async def model(model: str, gateway: GatewayDep) -> ModelCard:
+async def model(model: str, gateway: GatewayDep, principal: PrincipalDep) -> ModelCard:
     """`model` is the base model or any cartridge reference."""
     served = gateway.rollouts.model()
     if model == served.name:
         return _base(served)
     try:
-        return await _card(gateway, served, model)
+        return await _card(gateway, served, full_text(principal, model, field="model"))
     except (CartridgeNotFound, InvalidArgument) as error:
         raise ModelNotFound(f"there is no model {model!r}: {error.message}", field="model") from error
 

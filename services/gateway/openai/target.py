@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound, NotFound
-from foundry.store import CartridgeId, Reference
+from foundry.store import CartridgeId
 from foundry.v1 import common_pb2
 from services.gateway import metrics
+from services.gateway.access.names import full_reference
+from services.gateway.access.principal import Principal
 from services.gateway.balancer import ServedModel
 from services.gateway.openai.requests import SamplingRequest
 from services.gateway.state import Gateway
@@ -21,15 +23,15 @@ class Target:
     cartridges: tuple[CartridgeId, ...]
 
     @classmethod
-    async def resolve(cls, gateway: Gateway, asked: SamplingRequest) -> Target:
+    async def resolve(cls, gateway: Gateway, principal: Principal, asked: SamplingRequest) -> Target:
         """Raises ModelNotFound, CartridgeNotFound, InvalidArgument, Unavailable."""
         model = gateway.rollouts.model()
         if asked.cartridges is not None:
             if asked.model != model.name:
                 raise InvalidArgument(f"with `cartridges`, model must be the base model {model.name!r}", field="model")
-            cartridges = [await _resolve(gateway, reference, "cartridges") for reference in asked.cartridges]
+            cartridges = [await _resolve(gateway, principal, reference, "cartridges") for reference in asked.cartridges]
         else:
-            cartridges = [] if asked.model == model.name else [await _resolve(gateway, asked.model, "model")]
+            cartridges = [] if asked.model == model.name else [await _resolve(gateway, principal, asked.model, "model")]
         return cls(model, tuple(cartridges))
 
     def check(self, identity: common_pb2.Identity) -> None:
@@ -41,9 +43,9 @@ class Target:
             raise IdentityMismatch(f"the rollout server answered with (model, cartridges) {found}, asked were {wanted}")
 
 
-async def _resolve(gateway: Gateway, reference: str, param: str) -> CartridgeId:
+async def _resolve(gateway: Gateway, principal: Principal, reference: str, param: str) -> CartridgeId:
     try:
-        return await gateway.store.resolve(Reference.parse(reference, field=param))
+        return await gateway.store.resolve(full_reference(principal, reference, field=param))
     except InvalidArgument as error:
         if param == "model":
             raise ModelNotFound(f"there is no model {reference!r}: {error.message}", field=param) from error

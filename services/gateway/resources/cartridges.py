@@ -14,14 +14,16 @@ from fastapi import APIRouter, Response
 from fastapi import Path as InPath
 
 from foundry.errors import CartridgeNotFound
-from foundry.store import Manifest, Reference, check_name, lineage
+from foundry.store import Manifest, Reference, lineage
 from foundry.store.paging import cut
 from foundry.validation import Checked
-from services.gateway.bodies import BoundedRoute
+from services.gateway.access.names import full_name, full_reference, owned
+from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.route import ScopedRoute
 from services.gateway.resources.listing import PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
-router = APIRouter(tags=["cartridges"], route_class=BoundedRoute)
+router = APIRouter(tags=["cartridges"], route_class=ScopedRoute)
 Json = dict[str, Any]
 Name = Annotated[str, InPath(description="`name` or `tenant/name`.")]
 
@@ -40,16 +42,21 @@ class CartridgeList(Listing):
 
 
 @router.get("/v1/cartridges")
-async def cartridges(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> CartridgeList:
+async def cartridges(
+    gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
+) -> CartridgeList:
     """Names in order, each with its newest version and its tags."""
-    names, next_after = page_of_names(await gateway.store.names(), after, limit)
-    data = await for_each(names, lambda name: _summary(gateway, name))
+    names, next_after = page_of_names(owned(principal, await gateway.store.names()), after, limit)
+    data = await for_each(names, lambda name: _summary(gateway, Reference.parse(name)))
     return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.get("/v1/cartridges/{name:path}/versions")
-async def versions(name: Name, gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> CartridgeList:
+async def versions(
+    name: Name, gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
+) -> CartridgeList:
     """Versions by number, the oldest first."""
+    name = full_name(principal, name)
     manifests = {str(manifest.version): manifest for manifest in await gateway.store.versions(name)}
     if not manifests:
         raise CartridgeNotFound(f"there is no cartridge {name}", field="name")
@@ -60,56 +67,61 @@ async def versions(name: Name, gateway: GatewayDep, limit: Limit = PAGE, after: 
 
 
 @router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204)
-async def delete_version(name: Name, version: int, gateway: GatewayDep) -> Response:
+async def delete_version(name: Name, version: int, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Refused with 409 for a version that `latest` or a tag means."""
-    await gateway.store.delete(name, version)
+    missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="name")
+    await gateway.store.delete(full_name(principal, name, missing=missing), version)
     return Response(status_code=204)
 
 
 @router.put("/v1/cartridges/{name:path}/tags/{tag}")
-async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep) -> Json:
+async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Point a tag at a version, which becomes durable. `previous` is what it meant before."""
-    check_name(name)
+    missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.version}", field="version")
+    name = full_name(principal, name, missing=missing)
     previous = await gateway.store.tag(name, tag, asked.version)
     return _tag(name, tag, asked.version, previous=previous)
 
 
 @router.get("/v1/cartridges/{name:path}/tags/{tag}")
-async def get_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+async def get_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """What a tag means and, newest first, what it meant before."""
+    name = full_name(principal, name, missing=_no_tag(name, tag))
     record = await gateway.store.tag_record(name, tag)
     return _tag(name, tag, record.version, history=list(record.history))
 
 
 @router.post("/v1/cartridges/{name:path}/tags/{tag}/rollback")
-async def rollback_tag(name: Name, tag: str, gateway: GatewayDep) -> Json:
+async def rollback_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Let a tag mean what it meant before. 409 if there is no version left that it meant before."""
+    name = full_name(principal, name, missing=_no_tag(name, tag))
     version, previous = await gateway.store.rollback_tag(name, tag)
     return _tag(name, tag, version, previous=previous)
 
 
 @router.delete("/v1/cartridges/{name:path}/tags/{tag}", status_code=204)
-async def delete_tag(name: Name, tag: str, gateway: GatewayDep) -> Response:
-    await gateway.store.untag(name, tag)
+async def delete_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
+    await gateway.store.untag(full_name(principal, name, missing=_no_tag(name, tag)), tag)
     return Response(status_code=204)
 
 
 @router.post("/v1/cartridges/{name:path}/rollback")
-async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep) -> Json:
+async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
-    check_name(name)
-    reference = Reference.parse(asked.to if asked.to.startswith(f"{name}@") else f"{name}@{asked.to}", field="to")
-    return _version(await gateway.store.rollback(name, reference))
+    missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.to}", field="model")
+    whole = full_name(principal, name, missing=missing)
+    selector = asked.to.removeprefix(f"{name}@").removeprefix(f"{whole}@")
+    return _version(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
 
 
 @router.get("/v1/cartridges/{reference:path}")
-async def cartridge(reference: str, gateway: GatewayDep) -> Json:
+async def cartridge(reference: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """The version that a reference means now: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`.
 
     With `lineage` (its parents, the nearest first, the last one without a number where it is not known any more) and
     where its bytes are.
     """
-    manifest, summary = await _found(gateway, reference)
+    manifest, summary = await _found(gateway, full_reference(principal, reference, field="reference"))
     store, name = gateway.store, manifest.name
     known, durable, hot = await asyncio.gather(
         store.versions(name), store.durable_versions(name), store.hot_versions(name)
@@ -122,19 +134,19 @@ async def cartridge(reference: str, gateway: GatewayDep) -> Json:
 
 
 @router.delete("/v1/cartridges/{name:path}", status_code=204)
-async def delete_cartridge(name: Name, gateway: GatewayDep) -> Response:
+async def delete_cartridge(name: Name, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Delete a name with all its versions and tags. Refused with 409 while a run publishes it."""
-    await gateway.store.delete(name)
+    await gateway.store.delete(full_name(principal, name))
     return Response(status_code=204)
 
 
-async def _summary(gateway: Gateway, reference: str) -> Json:
+async def _summary(gateway: Gateway, reference: Reference) -> Json:
     return (await _found(gateway, reference))[1]
 
 
-async def _found(gateway: Gateway, reference: str) -> tuple[Manifest, Json]:
+async def _found(gateway: Gateway, reference: Reference) -> tuple[Manifest, Json]:
     try:
-        found = await gateway.store.resolve(Reference.parse(reference, field="reference"))
+        found = await gateway.store.resolve(reference)
     except CartridgeNotFound as error:
         error.field = "reference"
         raise
@@ -142,6 +154,10 @@ async def _found(gateway: Gateway, reference: str) -> tuple[Manifest, Json]:
         gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)
     )
     return manifest, {"object": "cartridge", "name": found.name, "tags": tags, "version": _version(manifest)}
+
+
+def _no_tag(name: str, tag: str) -> CartridgeNotFound:
+    return CartridgeNotFound(f"cartridge {name} has no tag {tag}", field="tag")
 
 
 def _tag(name: str, tag: str, version: int, **more: Any) -> Json:

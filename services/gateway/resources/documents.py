@@ -11,12 +11,12 @@ from pydantic import BaseModel, Field
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument
 from foundry.store import DocumentInfo
 from foundry.validation import Checked
-from services.gateway.bodies import BoundedRoute
+from services.gateway.access.route import ScopedRoute
 from services.gateway.errors import DocumentTooLarge
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
 
-router = APIRouter(tags=["documents"], route_class=BoundedRoute)
+router = APIRouter(tags=["documents"], route_class=ScopedRoute)
 Title = Annotated[str, Field(max_length=300)]
 
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Body, Depends, Header
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from foundry.errors import (
+    CartridgeNotFound,
     CartridgeTooLong,
     DeadlineExceeded,
     DocumentNotFound,
@@ -29,15 +30,16 @@ from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
 from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
 from foundry.v1 import common_pb2
-from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.names import full_name, full_text
+from services.gateway.access.principal import Principal, PrincipalDep
+from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
-from services.gateway.bodies import BoundedRoute
 from services.gateway.resources import documents
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
 
 log = structlog.get_logger(__name__)
-router = APIRouter(tags=["runs"], route_class=BoundedRoute)
+router = APIRouter(tags=["runs"], route_class=ScopedRoute)
 
 _TEACHER_TIMEOUT_SECONDS = 60.0
 
@@ -70,6 +72,7 @@ async def create_run(
     What is not given follows from the recipe and the document's length. What can be known now is checked now: every
     value, the documents, the model, and how long the document is.
     """
+    asked = await _with_full_names(asked, gateway, principal)
     text = asked.text
     _check_resources(asked, gateway)
     model = _served_model(gateway)
@@ -155,6 +158,21 @@ async def run_events(
             yield ServerSentEvent(id=event_id, data=event)
     except FoundryError as error:
         log.warning("event stream cut short", run_id=run_id, reason=error.reason, error=error.message)
+
+
+async def _with_full_names(asked: RunRequest, gateway: Gateway, principal: Principal) -> RunRequest:
+    foreign = PermissionDenied(
+        f"{asked.name} would be another tenant's than this key's: leave out what stands before the slash", field="name"
+    )
+    changes = {"name": full_name(principal, asked.name, missing=foreign)}
+    if asked.init_version:
+        changes["init_version"] = full_text(principal, asked.init_version, field="init_version")
+        try:
+            await gateway.store.resolve(changes["init_version"])
+        except CartridgeNotFound as error:
+            error.field = "init_version"
+            raise
+    return asked.model_copy(update=changes)
 
 
 def _served_model(gateway: Gateway) -> ServedModel | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from foundry.client import FoundryClient
-from tests.contract.gateway_routes.site import Site
+from tests.contract.gateway_routes.site import ADMIN_KEY, Guarded, Site
 from tests.services import open_stack, wait_ready, wait_serving
 
 
@@ -22,3 +22,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         wait_ready(gateway)
         with FoundryClient(f"http://{gateway.address}") as client:
             yield Site(stack, rollout, gateway, client)
+
+
+@pytest.fixture(scope="package")
+def guarded(site: Site) -> Guarded:
+    """A gateway of the same site that asks for keys."""
+    path = site.stack.directory / "admin-key"
+    path.write_text(f"{ADMIN_KEY}\n")
+    options = ("--api-keys", "--admin-key-file", str(path), "--api-keys-refresh-seconds", "0.5")
+    gateway = site.stack.gateway([site.rollout], *options)
+    wait_ready(gateway)
+    return Guarded(site.stack, gateway)

@@ -1,0 +1,51 @@
+"""Who shows which key."""
+
+from __future__ import annotations
+
+import hmac
+from datetime import UTC, datetime
+
+from foundry.errors import InvalidArgument, Unauthenticated
+from foundry.identity import content_digest
+from foundry.store.key_store import KeyText
+from services.gateway.access.keys import Keys
+from services.gateway.access.principal import Principal
+
+# What an unknown id is compared with, so that the time taken does not tell it from a wrong secret.
+_NOBODYS = content_digest(b"")
+
+
+class Authentication:
+    def __init__(self, keys: Keys, admin: KeyText | None) -> None:
+        """`admin` is the operator's own key, which the store does not know: it may do everything to the names without
+        a tenant."""
+        self._keys = keys
+        self._admin = admin
+
+    async def principal_of(self, authorization: str) -> Principal:
+        """Who sends this header ("": none). Raises Unauthenticated, StoreUnavailable; neither repeats what was sent."""
+        scheme, _, text = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthenticated("the request has no API key: send one as 'Authorization: Bearer fdy_…'")
+        try:
+            given = KeyText.parse(text.strip())
+        except InvalidArgument as error:
+            raise Unauthenticated(error.message) from error
+        if self._admin is not None and given.key_id == self._admin.key_id:
+            if _same(given, self._admin.secret_digest):
+                return Principal(client=given.key_id, tenant="")
+            raise _unknown()
+        key = await self._keys.find(given.key_id)
+        if not _same(given, _NOBODYS if key is None else key.secret_digest) or key is None:
+            raise _unknown()
+        if ended := key.ended(datetime.now(UTC)):
+            raise Unauthenticated(f"the API key {key.key_id} {ended}")
+        return Principal(client=key.key_id, tenant=key.tenant, scopes=frozenset(key.scopes), limits=key.limits)
+
+
+def _same(given: KeyText, secret_digest: str) -> bool:
+    return hmac.compare_digest(given.secret_digest, secret_digest)
+
+
+def _unknown() -> Unauthenticated:
+    return Unauthenticated("the API key is none of this gateway's")

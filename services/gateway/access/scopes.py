@@ -1,0 +1,44 @@
+"""What each route asks of a key. None includes another: a key has as many scopes as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from foundry.store.api_keys import Scope
+
+NEEDED: Mapping[str, Scope] = {
+    "POST /v1/chat/completions": "query",
+    "POST /v1/completions": "query",
+    "GET /v1/models": "query",
+    "GET /v1/models/{model:path}": "query",
+    "GET /v1/cartridges": "query",
+    "GET /v1/cartridges/{reference:path}": "query",
+    "DELETE /v1/cartridges/{name:path}": "admin",
+    "GET /v1/cartridges/{name:path}/versions": "query",
+    "DELETE /v1/cartridges/{name:path}/versions/{version}": "admin",
+    "GET /v1/cartridges/{name:path}/tags/{tag}": "query",
+    "PUT /v1/cartridges/{name:path}/tags/{tag}": "train",
+    "DELETE /v1/cartridges/{name:path}/tags/{tag}": "admin",
+    "POST /v1/cartridges/{name:path}/tags/{tag}/rollback": "train",
+    "POST /v1/cartridges/{name:path}/rollback": "train",
+    "GET /v1/documents": "train",
+    "POST /v1/documents": "train",
+    "GET /v1/documents/{digest}": "train",
+    "GET /v1/documents/{digest}/content": "train",
+    "GET /v1/runs": "train",
+    "POST /v1/runs": "train",
+    "GET /v1/runs/{run_id}": "train",
+    "GET /v1/runs/{run_id}/events": "train",
+    "POST /v1/runs/{run_id}/cancel": "train",
+    "POST /v1/runs/{run_id}/pause": "train",
+    "POST /v1/runs/{run_id}/resume": "train",
+}
+
+# Orchestrators and scrapers have no key, and the documentation says nothing that is not in this repository.
+OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+
+
+def needed(methods: Iterable[str] | None, path: str) -> Scope:
+    """Raises LookupError for a route that is not above, so that none is served without."""
+    (method,) = methods or ()
+    return NEEDED[f"{method} {path}"]

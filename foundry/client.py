@@ -6,6 +6,8 @@ Failures are raised as the types of `foundry.errors` that the services raised.
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ _EVENTS_SILENCE_SECONDS = 60.0
 _EVENTS_RECONNECTS = 5
 # Entries of a list asked for at a time.
 _PAGE = 1000
+# What a header can carry; none where the gateway asks for none.
+_API_KEY = re.compile(r"[!-~]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +108,21 @@ class ChatStream:
 class FoundryClient:
     """`with FoundryClient(url) as client: client.chat("handbook@latest", "What ...?").text`"""
 
-    def __init__(self, base_url: str = "http://127.0.0.1:8000", *, timeout_seconds: float = 600.0) -> None:
-        """`timeout_seconds` is the longest silence of the gateway that is waited out."""
-        self._http = _Http(base_url, timeout_seconds)
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        """`api_key` is what the gateway is shown, FOUNDRY_API_KEY's where that is set; `timeout_seconds` the longest
+        silence that is waited out. Raises InvalidArgument for a key that can't be sent.
+
+        Calls raise Unauthenticated where the gateway does not take the key, PermissionDenied where it lacks the scope.
+        """
+        self._http = _Http(
+            base_url, os.environ.get("FOUNDRY_API_KEY", "") if api_key is None else api_key, timeout_seconds
+        )
         self.documents = Documents(self._http)
         self.cartridges = Cartridges(self._http)
         self.runs = Runs(self._http)
@@ -276,12 +292,16 @@ def _run(run_id: str) -> str:
 class _Http:
     """httpx with our errors."""
 
-    def __init__(self, base_url: str, timeout_seconds: float) -> None:
+    def __init__(self, base_url: str, api_key: str, timeout_seconds: float) -> None:
+        # httpx would say what it can't send.
+        if not _API_KEY.fullmatch(api_key):
+            raise InvalidArgument("the API key has characters that no key has", field="api_key")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._base_url = base_url
         # A proxy of the environment leads out, never to this machine.
         local = httpx.URL(base_url).host in ("127.0.0.1", "localhost", "::1")
         timeout = httpx.Timeout(timeout_seconds, connect=10.0)
-        self._client = httpx.Client(base_url=base_url, timeout=timeout, trust_env=not local)
+        self._client = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, trust_env=not local)
 
     def close(self) -> None:
         self._client.close()

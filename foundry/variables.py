@@ -17,6 +17,8 @@ from pydantic_settings import SettingsError
 PREFIX = "FOUNDRY_"
 # Above how alike settings of two services are (0.829): all of them may stand in one environment.
 _ALIKE = 0.83
+# What clients show a gateway, almost the name of its own `api_keys`.
+_CLIENTS = {"API_KEY"}
 
 Path = tuple[str, ...]
 
@@ -46,11 +48,8 @@ def misspelt(settings: type[BaseModel], within: Path = ()) -> Iterator[str]:
     known = {variable(path).removeprefix(PREFIX) for path in paths(settings, within)}
     for name in sorted(os.environ):
         given = name.upper().removeprefix(PREFIX)
-        if os.environ[name].startswith("fdy_"):
-            # The key that the command line shows (FOUNDRY_API_KEY) is no misspelt `api_keys`.
-            continue
         # What is unknown in a group that is known is refused with its values.
-        if name.upper().startswith(PREFIX) and given not in known and given.partition("__")[0] not in known:
+        if name.upper().startswith(PREFIX) and given not in known | _CLIENTS and given.partition("__")[0] not in known:
             for meant in get_close_matches(given, known, n=1, cutoff=_ALIKE):
                 yield f"{name}: no such setting; {PREFIX}{meant} is one"
 

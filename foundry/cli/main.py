@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foundry.cli import cartridges, chat, doctor, evaluate, runs, size, stack, store, train
+from foundry.cli import cartridges, chat, doctor, evaluate, keys, runs, size, stack, store, train
 from foundry.cli.terminal import CommandGroup
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(cartridges.app, name="cartridges")
 app.command("eval")(evaluate.evaluate)
 app.command()(store.gc)
 app.add_typer(store.app, name="store")
+app.add_typer(keys.app, name="keys")
 app.command()(size.size)
 app.command()(doctor.doctor)
 

@@ -29,6 +29,7 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FOUNDRY_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FOUNDRY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FOUNDRY_GATEWAY", raising=False)
+    monkeypatch.delenv("FOUNDRY_API_KEY", raising=False)
     for variable in [name for name in os.environ if name.startswith("FOUNDRY_STORE__")]:
         monkeypatch.delenv(variable)
 
@@ -69,7 +70,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     listed = foundry("--help").stdout
-    commands = "up down status train runs chat ask cartridges eval gc store size doctor"
+    commands = "up down status train runs chat ask cartridges eval gc store keys size doctor"
     for command in commands.split():
         assert f"\n  {command} " in listed
 
@@ -84,6 +85,7 @@ def test_help_names_every_command() -> None:
         ["gc", "--dry-run"],
         ["store", "verify"],
         ["store", "rebuild"],
+        ["keys", "list"],
     ],
 )
 def test_commands_that_need_the_stack_say_how_to_start_it(arguments: list[str]) -> None:

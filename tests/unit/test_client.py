@@ -7,8 +7,8 @@ import json
 import httpx
 import pytest
 
-from foundry.client import _error_of, _events
-from foundry.errors import FoundryError, ResourceExhausted, Unavailable
+from foundry.client import FoundryClient, _error_of, _events
+from foundry.errors import FoundryError, InvalidArgument, ResourceExhausted, Unavailable
 
 
 class Cut(httpx.SyncByteStream):
@@ -60,3 +60,12 @@ def test_answers_that_are_not_the_gateways_are_errors_too(
     status: int, content: bytes, kind: type[FoundryError]
 ) -> None:
     assert type(_error_of(response(status, content))) is kind
+
+
+@pytest.mark.parametrize("key", ["fdy_secret\n", "fdy secret", "fdy_sécret"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOUNDRY_API_KEY", key)
+    for make in (FoundryClient, lambda: FoundryClient(api_key=key)):
+        with pytest.raises(InvalidArgument) as caught:
+            make()
+        assert "cret" not in caught.value.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -12,13 +13,16 @@ from typing import get_args
 import pytest
 from fastapi import APIRouter
 from fastapi.routing import iter_route_contexts
+from typer.testing import CliRunner, Result
 
-from foundry.errors import InvalidArgument, StoreUnavailable, Unauthenticated
+from foundry.cli.main import app
+from foundry.client import FoundryClient
+from foundry.errors import InvalidArgument, PermissionDenied, StoreUnavailable, Unauthenticated
 from foundry.identity import content_digest
 from foundry.store import CartridgeStore, KeyStore, Objects
 from foundry.store.api_keys import Scope
 from foundry.store.credentials import S3Access
-from foundry.store.key_store import KnownKey
+from foundry.store.key_store import KeyText, KnownKey
 from services.gateway.access.authentication import Authentication
 from services.gateway.access.keys import Keys
 from services.gateway.access.route import ScopedRoute
@@ -146,6 +150,51 @@ def test_the_log_says_who_asked_and_holds_no_key(guarded: Guarded) -> None:
     assert '"tenant": "acme"' in line
     for secret in (text, ADMIN_KEY):
         assert secret.rpartition("_")[2] not in guarded.gateway.log.read_text()
+
+
+def test_the_command_makes_keys_that_the_sdk_shows(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOUNDRY_STORE__REDIS_URL", guarded.stack.settings.redis_url.get_secret_value())
+    monkeypatch.setenv("FOUNDRY_STORE__OBJECTS_URL", guarded.stack.settings.objects_url)
+    monkeypatch.setenv("FOUNDRY_GATEWAY", f"http://{guarded.gateway.address}")
+    monkeypatch.delenv("FOUNDRY_API_KEY", raising=False)
+
+    def foundry(*arguments: str, status: int = 0) -> Result:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == status, result.output
+        return result
+
+    assert "has no API key" in foundry("cartridges", "ls", status=1).stderr
+    options = ("--tenant", "initech", "--label", "of the wiki", "--expires-days", "7", "--tokens-per-minute", "9")
+    made = foundry("keys", "create", "--scope", "query", "--scope", "train", *options)
+    text = made.stdout.strip()
+    key_id = KeyText.parse(text).key_id
+    assert text not in made.stderr
+    (listed,) = [key for key in json.loads(foundry("keys", "list", "--json").stdout) if key["key_id"] == key_id]
+    assert (listed["tenant"], listed["scopes"], listed["limits"]["tokens_per_minute"]) == (
+        "initech",
+        ["query", "train"],
+        9,
+    )
+    table = foundry("keys", "list").stdout
+    assert key_id in table
+    for shown in (table, str(listed)):
+        assert text.rpartition("_")[2] not in shown
+    assert "secret_digest" not in listed
+
+    monkeypatch.setenv("FOUNDRY_API_KEY", text)
+    assert json.loads(foundry("cartridges", "ls", "--json").stdout) == []
+    with FoundryClient(f"http://{guarded.gateway.address}", api_key=text) as client:
+        assert client.models()[0]["id"] == "tiny"
+        with pytest.raises(PermissionDenied, match="needs the scope admin"):
+            client.cartridges.delete("manual")
+    foundry("keys", "revoke", key_id)
+    assert "was revoked" in foundry("keys", "list").stdout
+    with FoundryClient(f"http://{guarded.gateway.address}") as client:
+        wait_until(lambda: guarded.http("GET", "/v1/models", text).status_code == 401, guarded.gateway)
+        with pytest.raises(Unauthenticated, match="was revoked"):
+            client.models()
+    assert "scopes.0 must be" in foundry("keys", "create", "--scope", "root", status=1).stderr
+    assert "there is no key" in foundry("keys", "revoke", "a" * 12, status=1).stderr
 
 
 def test_without_keys_a_gateway_that_others_reach_says_so(site: Site) -> None:

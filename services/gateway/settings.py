@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from foundry.errors import InvalidArgument
 from foundry.settings import ServiceSettings
 from foundry.store.api_keys import KeyLimits
 from foundry.store.key_store import KeyText
 from foundry.store.settings import StoreSettings
+from services.gateway.access.issuer import check_url
+
+PrivateUrl = Annotated[str, AfterValidator(check_url)]
 
 
 class JobSettings(BaseModel):
@@ -57,6 +60,33 @@ class DefaultLimits(KeyLimits):
 
     # The environment has only text.
     model_config = ConfigDict(strict=False)
+
+
+class OidcSettings(BaseModel):
+    """Tokens of an OIDC issuer, which are taken beside API keys (docs/security.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    issuer: PrivateUrl
+    """URL of the issuer, written as in its tokens (`iss`): https, or http on this machine."""
+
+    audience: str = Field(min_length=1)
+    """What a token must be for (`aud`)."""
+
+    jwks_url: PrivateUrl | None = None
+    """URL of the issuer's keys. Unset: what its discovery document says, `ISSUER/.well-known/openid-configuration`."""
+
+    tenant_claim: str = "tenant"
+    """Claim that names the tenant. Empty: all who have a token ask for the names without a tenant."""
+
+    scopes_claim: str = "scope"
+    """Claim that names the scopes, with spaces between them or as a list."""
+
+    scope_prefix: str = "foundry:"
+    """What stands before a scope there: `foundry:query`. Others are passed over."""
+
+    leeway_seconds: float = Field(default=30.0, ge=0, le=600)
+    """How far the issuer's clock may be from the gateway's."""
 
 
 class GatewaySettings(ServiceSettings):

@@ -18,7 +18,9 @@ from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
 from services.gateway.access.authentication import Authentication
 from services.gateway.access.counters import Counters
+from services.gateway.access.issuer import Issuer
 from services.gateway.access.keys import Keys
+from services.gateway.access.oidc import Oidc
 from services.gateway.access.rates import Rates
 from services.gateway.access.route import BEARER
 from services.gateway.balancer import RolloutBalancer
@@ -98,9 +100,13 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
         watching = [asyncio.create_task(usage.watch(store, settings.census_seconds))]
         authentication = None
         if settings.api_keys:
-            keys = Keys(store.api_keys)
-            authentication = Authentication(keys, admin_key)
+            keys, oidc = Keys(store.api_keys), None
             watching.append(asyncio.create_task(keys.watch(settings.api_keys_refresh_seconds)))
+            if settings.oidc is not None:
+                issuer = Issuer(settings.oidc.issuer, settings.oidc.jwks_url)
+                watching.append(asyncio.create_task(issuer.watch()))
+                oidc = Oidc(settings.oidc, issuer)
+            authentication = Authentication(keys, admin_key, oidc)
         try:
             await rollouts.start()
             if settings.jobs is not None:

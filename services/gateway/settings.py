@@ -106,6 +106,9 @@ class GatewaySettings(ServiceSettings):
     api_keys_refresh_seconds: float = Field(default=10.0, gt=0)
     """Time between two looks at which API keys there are: a key that is revoked is answered for as long."""
 
+    oidc: OidcSettings | None = None
+    """Answer also who shows a token of this OIDC issuer; only with api_keys. Unset: nobody's."""
+
     allowed_hosts: list[str] | None = None
     """Names by which clients may call the gateway (`Host`, without port; health by any): a web page can't
     make a name of its own mean it. An empty list: any. Unset: `localhost` and such where it listens on loopback, any
@@ -166,9 +169,10 @@ class GatewaySettings(ServiceSettings):
     """How long requests in flight may go on after SIGTERM."""
 
     @model_validator(mode="after")
-    def _admin_key_is_an_api_key(self) -> Self:
-        if self.admin_key_file is not None and not self.api_keys:
-            raise ValueError("admin_key_file is for api_keys: set that too")
+    def _keys_are_asked_for(self) -> Self:
+        for name in ("admin_key_file", "oidc"):
+            if getattr(self, name) is not None and not self.api_keys:
+                raise ValueError(f"{name} is for api_keys: set that too")
         return self
 
     @property

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jwt
@@ -31,11 +31,9 @@ def issuer() -> Iterator[OidcIssuer]:
 
 
 @pytest.fixture
-async def keys(issuer: OidcIssuer) -> AsyncIterator[Issuer]:
+def keys(issuer: OidcIssuer) -> Issuer:
     """They look as often as they are asked."""
-    keys = Issuer(issuer.url, None, min_seconds=0)
-    yield keys
-    await keys.close()
+    return Issuer(issuer.url, None, min_seconds=0)
 
 
 @pytest.fixture
@@ -198,7 +196,6 @@ async def test_unknown_keys_cost_the_issuer_one_look(issuer: OidcIssuer) -> None
             await oidc.principal_of(issuer.token(kid=f"unknown-{number}"))
     await oidc.principal_of(issuer.token())
     assert issuer.num_looks == 1
-    await keys.close()
 
 
 async def test_while_the_issuer_is_away_known_keys_stand(issuer: OidcIssuer, oidc: Oidc) -> None:

@@ -1,4 +1,4 @@
-"""Who shows which key."""
+"""Who shows which key, or whose token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from foundry.errors import InvalidArgument, Unauthenticated
 from foundry.identity import content_digest
 from foundry.store.key_store import KeyText
 from services.gateway.access.keys import Keys
+from services.gateway.access.oidc import Oidc
 from services.gateway.access.principal import Principal
 
 # What an unknown id is compared with, so that the time taken does not tell it from a wrong secret.
@@ -16,17 +17,21 @@ _NOBODYS = content_digest(b"")
 
 
 class Authentication:
-    def __init__(self, keys: Keys, admin: KeyText | None) -> None:
+    def __init__(self, keys: Keys, admin: KeyText | None, oidc: Oidc | None = None) -> None:
         """`admin` is the operator's own key, which the store does not know: it may do everything to the names without
-        a tenant."""
+        a tenant. `oidc` judges what is no key."""
         self._keys = keys
         self._admin = admin
+        self._oidc = oidc
 
     async def principal_of(self, authorization: str) -> Principal:
-        """Who sends this header ("": none). Raises Unauthenticated, StoreUnavailable; neither repeats what was sent."""
+        """Who sends this header ("": none). Raises Unauthenticated, PermissionDenied, Unavailable; none repeats what
+        was sent."""
         scheme, _, text = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthenticated("the request has no API key: send one as 'Authorization: Bearer fdy_…'")
+        if self._oidc is not None and not text.strip().startswith("fdy_"):
+            return await self._oidc.principal_of(text.strip())
         try:
             given = KeyText.parse(text.strip())
         except InvalidArgument as error:

@@ -42,16 +42,13 @@ class Issuer:
         self.name = name
         self._jwks_url = jwks_url
         self._min_seconds = min_seconds
-        # A proxy of the environment leads out, never to this machine.
-        self._http = httpx.AsyncClient(trust_env=not is_loopback(urlsplit(name).hostname or ""))
+        # Made once: it reads all certificates of authorities.
+        self._tls = httpx.create_ssl_context()
         self._keys: Mapping[str, PyJWK] = {}
         self._looking = asyncio.Lock()
         # When the last look began, in `time.monotonic()`.
         self._looked_at = -math.inf
         self._failed = True
-
-    async def close(self) -> None:
-        await self._http.aclose()
 
     async def watch(self) -> None:
         """Look at the keys now and then, until cancelled."""
@@ -77,33 +74,38 @@ class Issuer:
                 return
             self._looked_at, self._failed = time.monotonic(), True
             try:
-                async with asyncio.timeout(_DEADLINE_SECONDS):
-                    self._keys = await self._published()
+                async with asyncio.timeout(_DEADLINE_SECONDS), self._client() as client:
+                    self._keys = await self._published(client)
                 self._failed = False
             except _FAULTS as error:
                 log.warning("issuer's keys not read: the last known ones stand", issuer=self.name, error=repr(error))
 
-    async def _published(self) -> dict[str, PyJWK]:
-        url = self._jwks_url or await self._discovered()
-        return {key.key_id: key for key in PyJWKSet.from_dict(await self._json(url)) if key.key_id is not None}
+    def _client(self) -> httpx.AsyncClient:
+        # A proxy of the environment leads out, never to this machine.
+        return httpx.AsyncClient(verify=self._tls, trust_env=not is_loopback(urlsplit(self.name).hostname or ""))
 
-    async def _discovered(self) -> str:
+    async def _published(self, client: httpx.AsyncClient) -> dict[str, PyJWK]:
+        url = self._jwks_url or await self._discovered(client)
+        return {key.key_id: key for key in PyJWKSet.from_dict(await _json(client, url)) if key.key_id is not None}
+
+    async def _discovered(self, client: httpx.AsyncClient) -> str:
         """OpenID Connect Discovery 1.0, section 4."""
-        found = await self._json(self.name.rstrip("/") + _DISCOVERY)
+        found = await _json(client, self.name.rstrip("/") + _DISCOVERY)
         if found["issuer"] != self.name:
             raise InvalidArgument(f"the discovery document is of the issuer {str(found['issuer'])[:200]!r}")
         return check_url(found["jwks_uri"])
 
-    async def _json(self, url: str) -> dict[str, Any]:
-        content = b""
-        async with self._http.stream("GET", url) as response:
-            if response.status_code != httpx.codes.OK:
-                raise InvalidArgument(f"{url} answered {response.status_code}")
-            async for part in response.aiter_bytes():
-                content += part
-                if len(content) > _MAX_BYTES:
-                    raise InvalidArgument(f"{url} answered more than {_MAX_BYTES} bytes")
-        return parse_object(content)
+
+async def _json(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+    content = b""
+    async with client.stream("GET", url) as response:
+        if response.status_code != httpx.codes.OK:
+            raise InvalidArgument(f"{url} answered {response.status_code}")
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > _MAX_BYTES:
+                raise InvalidArgument(f"{url} answered more than {_MAX_BYTES} bytes")
+    return parse_object(content)
 
 
 def check_url(url: str) -> str:

@@ -97,6 +97,15 @@ def tenant_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
+def check_tenant_of(tenant: str, name: str) -> str:
+    """Raises InvalidArgument unless a run of `tenant` may publish under `name`: one of "" may under any."""
+    if check_tenant(tenant) not in ("", tenant_of(name)):
+        raise InvalidArgument(
+            f"cartridge {name} is not tenant {tenant}'s: its names begin with {tenant}/", field="name"
+        )
+    return tenant
+
+
 def check_tag(tag: str, *, field: str = "tag") -> str:
     """Raises InvalidArgument unless `tag` can be told from a version, from `latest` and from a digest."""
     if tag == LATEST:

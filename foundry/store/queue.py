@@ -15,7 +15,7 @@ from typing import Any
 
 from foundry.errors import DigestMismatch, Fenced, InvalidArgument, RunNotFound, RunOver
 from foundry.identity import Buffer
-from foundry.store.names import check_run
+from foundry.store.names import check_run, check_tenant_of
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import Objects
 from foundry.store.objects.runs import FinalState, RunArchive
@@ -105,13 +105,14 @@ class RunQueue:
             await self.finish(run_id, attempt, RunState.CANCELLED)
         else:
             try:
-                with reading(f"the spec of run {run_id} in Redis"):
+                with reading(f"{key('run', run_id)} in Redis"):
                     spec = RunSpec.from_json(reply[3])
+                    tenant = check_tenant_of(reply[5], spec.name)
             except DigestMismatch as error:
                 # Whoever claimed it next would meet the same.
                 await self.finish(run_id, attempt, RunState.FAILED, error=f"{error.reason}: {error.message}")
             else:
-                return ClaimedRun(run_id=run_id, attempt=attempt, spec=spec, desired=desired)
+                return ClaimedRun(run_id=run_id, attempt=attempt, spec=spec, desired=desired, tenant=tenant)
         return None
 
     async def heartbeat(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from foundry.store.names import check_tenant_of
 from foundry.store.objects.runs import ArchivedRun
 from foundry.store.redis.keys import key
 from foundry.store.spec import RunSpec
@@ -48,6 +49,7 @@ class ClaimedRun:
     attempt: int
     spec: RunSpec
     desired: Desired
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,9 @@ class RunRecord(Checked):
 
     spec: RunSpec
     """What was asked for."""
+
+    tenant: str = Field(default="", exclude_if=lambda value: not value)
+    """Whose documents and data sets it uses; not shown where it is nobody's."""
 
     state: RunState
     """`paused` by a person's wish, `waiting` for a service to come back."""
@@ -104,9 +109,11 @@ class RunRecord(Checked):
 def record_of(run_id: str, fields: Mapping[str, str]) -> RunRecord:
     """What Redis holds of a run. Raises DigestMismatch if that is damaged."""
     with reading(f"{key('run', run_id)} in Redis"):
+        spec = RunSpec.from_json(fields["spec"])
         return RunRecord(
             run_id=run_id,
-            spec=RunSpec.from_json(fields["spec"]),
+            spec=spec,
+            tenant=check_tenant_of(fields.get("tenant", ""), spec.name),
             state=RunState(fields["state"]),
             attempt=parse_count(fields["attempt"]),
             desired=desired_of(fields["desired"]),
@@ -128,6 +135,7 @@ def archived_record(run: ArchivedRun) -> RunRecord:
     return RunRecord(
         run_id=run.run_id,
         spec=RunSpec.from_json(run.spec),
+        tenant=run.tenant,
         state=state,
         attempt=run.attempt,
         desired=desired_of(run.desired),

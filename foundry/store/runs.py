@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from foundry.errors import Conflict, DigestMismatch, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
-from foundry.store.names import check_run
+from foundry.store.names import check_run, check_tenant, check_tenant_of
 from foundry.store.paging import Page, cut
 from foundry.store.queue import RunQueue, to_ms
 from foundry.store.record import (
@@ -35,8 +35,12 @@ _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 class RunStore(RunQueue):
     """All that is done with runs: this and `RunQueue`."""
 
-    async def create(self, spec: RunSpec) -> str:
-        """Queue a run and return its id, such as `run-k3v7q2xa`."""
+    async def create(self, spec: RunSpec, tenant: str = "") -> str:
+        """Queue a run that uses the documents of `tenant`, and return its id, such as `run-k3v7q2xa`.
+
+        Raises InvalidArgument unless the name is the tenant's; a run of "" may have any.
+        """
+        check_tenant_of(tenant, spec.name)
         run_id = "run-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
         # Asked first, so that a run is not left in object storage, to start later, for a caller who was refused.
         await self._connection.read("EXISTS", key("run", run_id))
@@ -44,37 +48,45 @@ class RunStore(RunQueue):
             run_id,
             spec=spec.to_json(),
             name=spec.name,
+            tenant=tenant,
             created_ms=time.time_ns() // 10**6,
             traceparent=current_traceparent(),
         )
         try:
-            await self._run("runs/enqueue", run_id, spec.to_json(), spec.name, self._events_length)
+            await self._run("runs/enqueue", run_id, spec.to_json(), spec.name, tenant, self._events_length)
         except FoundryError:
             await self._archive.forget(run_id)
             raise
         return run_id
 
-    async def get(self, run_id: str) -> RunRecord:
-        """Raises RunNotFound. Without Redis, what object storage knows."""
-        check_run(run_id, field="run_id")
+    async def get(self, run_id: str, *, tenant: str | None = None) -> RunRecord:
+        """Raises RunNotFound, also for another tenant's than `tenant`, if that is given. Without Redis, what object
+        storage knows."""
+        record = await self._get(check_run(run_id, field="run_id"))
+        if tenant not in (None, record.tenant):
+            raise _not_found(run_id)
+        return record
+
+    async def _get(self, run_id: str) -> RunRecord:
         try:
             fields = await self._connection.read("HGETALL", key("run", run_id))
         except StoreUnavailable:
             return archived_record(await self._archive.run(run_id))
         if not fields:
-            raise RunNotFound(f"there is no run {run_id}", field="run_id")
+            raise _not_found(run_id)
         return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
-    async def ids(self) -> builtins.list[str]:
-        """Ids of all runs that Redis knows, newest first."""
-        return [str(run_id) for run_id in await self._connection.read("ZREVRANGE", key("runs"), 0, -1)]
+    async def ids(self, tenant: str | None = None) -> builtins.list[str]:
+        """Ids of all runs that Redis knows, or of a tenant's, newest first."""
+        return [str(run_id) for run_id in await self._connection.read("ZREVRANGE", _index(tenant), 0, -1)]
 
-    async def listed(self, run_id: str) -> RunRecord:
-        """A run that Redis lists. Raises DigestMismatch if there is none of that id."""
+    async def listed(self, run_id: str, tenant: str | None = None) -> RunRecord:
+        """A run that Redis lists, among a tenant's if that is given. Raises DigestMismatch if there is none of that id,
+        or it is another tenant's."""
         try:
-            return await self.get(run_id)
+            return await self.get(run_id, tenant=tenant)
         except (RunNotFound, InvalidArgument) as error:
-            raise DigestMismatch(f"{key('runs')} in Redis is damaged: {error.message}. {RESTORE}") from error
+            raise DigestMismatch(f"{_index(tenant)} in Redis is damaged: {error.message}. {RESTORE}") from error
 
     async def request_cancel(self, run_id: str) -> None:
         """The worker ends the run at its next heartbeat; a run that nobody works on ends now.
@@ -159,6 +171,7 @@ class RunStore(RunQueue):
                     run.run_id,
                     run.spec,
                     run.name,
+                    run.tenant,
                     run.created_ms,
                     run.attempt,
                     run.desired,
@@ -171,25 +184,35 @@ class RunStore(RunQueue):
         return sum(run.final is None for run in runs)
 
     # Last, because after it `list` means this method.
-    async def list(self) -> list[RunRecord]:
-        """All runs that can be read, newest first. Without Redis' list of them, what object storage knows."""
-        return (await self.page(limit=sys.maxsize)).items
+    async def list(self, *, tenant: str | None = None) -> list[RunRecord]:
+        """All runs that can be read, or a tenant's, newest first. Without Redis' list of them, what object storage
+        knows."""
+        return (await self.page(limit=sys.maxsize, tenant=tenant)).items
 
-    async def page(self, *, after: str = "", limit: int) -> Page[RunRecord]:
+    async def page(self, *, after: str = "", limit: int, tenant: str | None = None) -> Page[RunRecord]:
         """Some of them, behind the run `after`. Raises InvalidArgument."""
         run_ids = None
-        with suppress(StoreUnavailable), skipped("run", key("runs")):
-            run_ids = await self.ids()
+        with suppress(StoreUnavailable), skipped("run", _index(tenant)):
+            run_ids = await self.ids(tenant)
         if run_ids is None:
-            archived = {run.run_id: run for run in reversed(await self._archive.runs())}
+            runs = reversed(await self._archive.runs())
+            archived = {run.run_id: run for run in runs if tenant in (None, run.tenant)}
             some, next_after = cut(list(archived), after, limit)
             return Page([archived_record(archived[run_id]) for run_id in some], next_after)
         some, next_after = cut(run_ids, after, limit)
         records = []
         for run_id in some:
             with skipped("run", key("run", run_id)):
-                records.append(await self.listed(run_id))
+                records.append(await self.listed(run_id, tenant))
         return Page(records, next_after)
+
+
+def _index(tenant: str | None) -> str:
+    return key("runs") if tenant is None else key("tenant-runs", check_tenant(tenant))
+
+
+def _not_found(run_id: str) -> RunNotFound:
+    return RunNotFound(f"there is no run {run_id}", field="run_id")
 
 
 def _position(event_id: str) -> tuple[int, int]:

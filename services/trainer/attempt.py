@@ -10,6 +10,7 @@ from foundry.rpc.retry import Retry
 from foundry.store import (
     CartridgeStore,
     ClaimedRun,
+    DatasetStore,
     DatasetSummary,
     Desired,
     Manifest,
@@ -87,7 +88,7 @@ class Attempt:
     # What it reads and keeps
 
     async def document(self, digest: str) -> str:
-        return await self.retry.call("store", lambda: self._store.documents.get(digest))
+        return await self.retry.call("store", lambda: self._store.documents.of(self.claimed.tenant).get(digest))
 
     async def save_checkpoint(self, step: int, content: bytes) -> None:
         await self.retry.call("store", lambda: self._runs.save_checkpoint(*self._held, step, [content]))
@@ -97,13 +98,17 @@ class Attempt:
         kept = await self.retry.call("store", lambda: self._runs.load_checkpoint(self.claimed.run_id))
         return kept[1] if kept is not None else None
 
+    @property
+    def _datasets(self) -> DatasetStore:
+        return self._store.datasets.of(self.claimed.tenant)
+
     async def read_shard(self, dataset: str, family: str, number: int) -> list[Json] | None:
         """None if it is not written yet."""
-        return await self.retry.call("store", lambda: self._store.datasets.shard(dataset, family, number))
+        return await self.retry.call("store", lambda: self._datasets.shard(dataset, family, number))
 
     async def append_shard(self, dataset: str, family: str, number: int, rows: Sequence[Json]) -> list[Json]:
         """Returns what stands: an attempt that was first may have written it."""
-        return await self.retry.call("store", lambda: self._store.datasets.append(dataset, family, number, rows))
+        return await self.retry.call("store", lambda: self._datasets.append(dataset, family, number, rows))
 
     async def finish_dataset(self, dataset: str, summary: DatasetSummary) -> DatasetSummary:
-        return await self.retry.call("store", lambda: self._store.datasets.finish(dataset, summary))
+        return await self.retry.call("store", lambda: self._datasets.finish(dataset, summary))

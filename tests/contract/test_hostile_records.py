@@ -110,7 +110,7 @@ class Site:
             await datasets.finish(DATASET, DatasetSummary(digest=DATASET, families={"prompts": {"conversations": 1}}))
         document = await store.documents.put("a text to keep")
         for _ in range(2):
-            await store.runs.create(run_spec("trained"))
+            await store.runs.create(run_spec("acme/trained"), tenant="acme")
             claimed = await claim(store.runs, lease_seconds=3600)
             await store.runs.save_checkpoint(claimed.run_id, 1, 1, [b"state"])
         await store.runs.finish(claimed.run_id, 1, RunState.SUCCEEDED, result={"loss": 0.5})
@@ -167,6 +167,8 @@ async def gone_through(store: CartridgeStore) -> None:
                 await typed(store.manifest(found.name, found.version))
                 await typed(store.fetch(found.digest))
         await typed(store.tag_record(name, "best"))
+    for tenant in TENANTS:
+        await store.runs.list(tenant=tenant)
     for run in await store.runs.list():
         await typed(store.runs.load_checkpoint(run.run_id))
         await typed(store.runs._archive.events(run.run_id))
@@ -195,7 +197,8 @@ async def served(store: CartridgeStore, kept: Kept) -> None:
     assert await store.documents.get(kept.document) == "a text to keep"
     assert kept.api_key in [key.key_id for key in await store.api_keys.list()]
     assert (await store.api_keys.refreshed({}))[kept.api_key].key == await store.api_keys.get(kept.api_key)
-    assert kept.run in [run.run_id for run in await store.runs.list()]
+    for tenant in (None, ""):
+        assert kept.run in [run.run_id for run in await store.runs.list(tenant=tenant)]
     assert (await store.runs.get(kept.run)).spec.name == "kept-run"
 
 

@@ -9,8 +9,8 @@
                                                             there is no document
     datasets/[<tenant>/]<hex>/<family>-<n:06d>.json         {family, number, rows}: a shard of what runs train on
     datasets/[<tenant>/]<hex>/dataset.json                  {digest, families}, written last: all shards are there
-    runs/<id>/run.json                                      {spec, name, created_ms}, and the traceparent of the request
-                                                            if that was traced
+    runs/<id>/run.json                                      {spec, name, created_ms}, the tenant if it has one, and the
+                                                            traceparent of the request if that was traced
     runs/<id>/attempts/<n:06d>                              one for each time a worker took the run up
     runs/<id>/desired.json                                  {desired: pause | cancel | ""}, the last that was asked for
     runs/<id>/events.jsonl                                  {id, event} a line, written when the run ends

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from foundry.errors import InvalidArgument, NotFound, RunNotFound
+from foundry.store.names import check_tenant_of
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
@@ -35,6 +36,7 @@ class ArchivedRun:
     run_id: str
     spec: str
     name: str
+    tenant: str
     created_ms: int
     attempt: int
     desired: str
@@ -52,6 +54,7 @@ class _Begun(Checked):
     spec: str
     name: str
     created_ms: Milliseconds
+    tenant: str = ""
     traceparent: str = ""
 
 
@@ -63,9 +66,12 @@ class RunArchive:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
-    async def create(self, run_id: str, *, spec: str, name: str, created_ms: int, traceparent: str = "") -> None:
-        values = {"spec": spec, "name": name, "created_ms": created_ms}
-        content = seal(values | {"traceparent": traceparent} if traceparent else values)
+    async def create(
+        self, run_id: str, *, spec: str, name: str, created_ms: int, tenant: str = "", traceparent: str = ""
+    ) -> None:
+        # What is not said is left out: releases that don't know it read the record.
+        more = {key: value for key, value in (("tenant", tenant), ("traceparent", traceparent)) if value}
+        content = seal({"spec": spec, "name": name, "created_ms": created_ms, **more})
         await self._objects.put_if_absent(layout.run_record(run_id, "run.json"), content.encode())
 
     async def traceparent(self, run_id: str) -> str:
@@ -133,6 +139,7 @@ class RunArchive:
             run_id=run_id,
             spec=begun.spec,
             name=begun.name,
+            tenant=begun.tenant,
             created_ms=begun.created_ms,
             attempt=max(attempts, default=0),
             desired=desired,
@@ -144,6 +151,7 @@ def _begun(content: bytes) -> _Begun:
     begun = _Begun.model_validate(unseal(content))
     if (name := RunSpec.from_json(begun.spec).name) != begun.name:
         raise InvalidArgument(f"it is of {begun.name}, its spec of {name}")
+    check_tenant_of(begun.tenant, begun.name)
     return begun
 
 

@@ -26,11 +26,12 @@ Cartridges:
 Runs:
 
     runs                    zset    run id -> created, ms
+    tenant-runs:<tenant>    zset    those of a tenant, ""'s too
     runs:queue              zset    run id -> queued, ms
     runs:leases             zset    run id -> when its worker is given up, ms
     runs:bell               list    wakes waiting workers; what is in it means nothing
-    run:<id>                hash    spec, name, state, attempt, worker, desired, waiting_for, error, result, last_event,
-                                    times in ms
+    run:<id>                hash    spec, name, tenant, state, attempt, worker, desired, waiting_for, error, result,
+                                    last_event, times in ms
     run-events:<id>         stream  what happened, as JSON in `event`
 
 Of gateways:

@@ -4,7 +4,7 @@
 -- The reply to the worker that holds the run from now on; nil if it is to pause, which it then does, `damaged` if
 -- nobody can work on it.
 local function take(id, worker, lease_ms, length)
-  local known = redis.pcall('HMGET', run_key(id), 'attempt', 'spec', 'desired')
+  local known = redis.pcall('HMGET', run_key(id), 'attempt', 'spec', 'desired', 'tenant')
   if known.err or not number(known[1]) or not known[2] then return {'damaged'} end
   local now, desired = now_ms(), known[3]
   if desired == 'pause' then
@@ -17,5 +17,5 @@ local function take(id, worker, lease_ms, length)
   call('HSETNX', run_key(id), 'started', ms(now))
   call('ZADD', 'foundry:runs:leases', ms(now + tonumber(lease_ms)), id)
   tell_state(id, 'running', length)
-  return {'ok', id, attempt, call('HGET', run_key(id), 'spec'), desired or ''}
+  return {'ok', id, attempt, call('HGET', run_key(id), 'spec'), desired or '', known[4] or ''}
 end

@@ -5,6 +5,13 @@ local function run_key(id) return key('run', id) end
 local function ms(value) return string.format('%d', value) end
 local over = {succeeded = true, failed = true, cancelled = true}
 
+-- From now on it is seen.
+local function list(id, tenant, created)
+  call('HSET', run_key(id), 'tenant', tenant)
+  call('ZADD', 'foundry:runs', created, id)
+  call('ZADD', 'foundry:tenant-runs:' .. tenant, created, id)
+end
+
 local function tell(id, event, length)
   return call('XADD', 'foundry:run-events:' .. id, 'MAXLEN', '~', length, '*', 'event', event)
 end

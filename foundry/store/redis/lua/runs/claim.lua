@@ -1,4 +1,4 @@
--- worker, lease ms, events -> ok, id, attempt, spec, desired | none, ms until the next lease ends or -1
+-- worker, lease ms, events -> ok, id, attempt, spec, desired, tenant | none, ms until the next lease ends or -1
 --@include claiming
 
 while true do

@@ -1,5 +1,5 @@
 -- id, worker, lease ms, events
--- -> ok, id, attempt, spec, desired | none, ms until its lease ends or -1 (it is paused) | over, state | missing | damaged
+-- -> ok, id, attempt, spec, desired, tenant | none, ms until its lease ends or -1 (it is paused) | over, state | missing | damaged
 --@include claiming
 
 local id = ARGV[1]

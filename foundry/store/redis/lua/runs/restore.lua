@@ -1,15 +1,15 @@
 -- Runs before the pointers are restored.
--- server run, id, spec, name, created ms, attempt, desired, lease ms, state or '', error, result, finished ms
+-- server run, id, spec, name, tenant, created ms, attempt, desired, lease ms, state or '', error, result, finished ms
 -- -> ok | over: another restored it, or another server is there now
 --@include runs
 
 if restored or server_run ~= ARGV[1] then return {'over'} end
-local _, id, spec, name, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
+local _, id, spec, name, tenant, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
 local run = run_key(id)
 local known = call('HMGET', run, 'attempt', 'state')
 if (number(known[1]) or 0) > tonumber(attempt) then attempt = known[1] end
 call('HSET', run, 'spec', spec, 'name', name, 'created', created, 'attempt', attempt, 'desired', desired)
-call('ZADD', 'foundry:runs', created, id)
+list(id, tenant, created)
 local pointer = 'foundry:name:' .. name
 local owner = call('HMGET', pointer, 'owner_run', 'owner_attempt')
 if final ~= '' then

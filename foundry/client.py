@@ -178,6 +178,10 @@ class Documents:
         with self._http.stream("GET", f"/v1/documents/{quote(digest)}/content") as response:
             return response.read().decode()
 
+    def delete(self, digest: str) -> None:
+        """Cartridges that were trained on it stay."""
+        self._http.json("DELETE", f"/v1/documents/{quote(digest)}")
+
     def list(self) -> list[Json]:
         return self._http.listing("/v1/documents")
 
@@ -247,6 +251,10 @@ class Runs:
 
     def resume(self, run_id: str) -> Json:
         return self._http.json("POST", f"{_run(run_id)}/resume")
+
+    def delete(self, run_id: str) -> None:
+        """The versions that it published stay. Raises Conflict unless it is over."""
+        self._http.json("DELETE", _run(run_id))
 
     def events(self, run_id: str, *, after: str | None = None) -> Iterator[Json]:
         """What happened and happens, until the run has ended, each with its `id`; `after` is the last id already seen.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from foundry.cli.gateway import connect
-from foundry.cli.terminal import Json, note, print_json, print_table
+from foundry.cli.terminal import Json, Yes, confirm, note, print_json, print_table
 from foundry.errors import InvalidArgument
 
 app = typer.Typer(
@@ -151,7 +151,7 @@ def rollback(
 @app.command()
 def rm(
     reference: Annotated[str, typer.Argument(help="name (with all its versions) or name@17 (one version).")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Delete a cartridge, or one version of it. What is deleted is gone."""
     name, at, version = reference.partition("@")
@@ -163,8 +163,7 @@ def rm(
     with connect(start=False) as client:
         # Not looked at first: what is damaged can be deleted too.
         what = f"version {version} of {name}" if at else f"{name} and all its versions"
-        if not yes:
-            typer.confirm(f"Delete {what}?", abort=True, err=True)
+        confirm(f"Delete {what}?", yes)
         client.cartridges.delete(name, int(version) if at else None)
     note(f"Deleted {what}.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from foundry.cli import cartridges, chat, doctor, evaluate, keys, runs, size, stack, store, train
+from foundry.cli import cartridges, chat, doctor, documents, evaluate, keys, runs, size, stack, store, train
 from foundry.cli.terminal import CommandGroup
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(runs.app, name="runs")
 app.command()(chat.chat)
 app.command()(chat.ask)
 app.add_typer(cartridges.app, name="cartridges")
+app.add_typer(documents.app, name="documents")
 app.command("eval")(evaluate.evaluate)
 app.command()(store.gc)
 app.add_typer(store.app, name="store")

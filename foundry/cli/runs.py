@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundry.cli.gateway import connect
-from foundry.cli.terminal import Json, note, print_json, print_table
+from foundry.cli.terminal import Json, Yes, confirm, note, print_json, print_table
 from foundry.errors import FoundryError
 
 if TYPE_CHECKING:
     from foundry.client import FoundryClient
 
-app = typer.Typer(help="List, show, follow and cancel training runs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, show, follow, cancel and remove training runs.", no_args_is_help=True, rich_markup_mode=None
+)
 RunId = Annotated[str, typer.Argument(help="The run's id, e.g. run-k3v7q2xa.")]
 
 
@@ -57,6 +59,15 @@ def cancel(run_id: RunId) -> None:
     with connect(start=False) as client:
         run = client.runs.cancel(run_id)
     note(f"{run_id} is cancelled." if run["state"] == "cancelled" else f"{run_id} ends after the step in hand.")
+
+
+@app.command()
+def rm(run_id: RunId, yes: Yes = False) -> None:
+    """Delete a run that is over, with its events and checkpoints. The versions that it published stay."""
+    with connect(start=False) as client:
+        confirm(f"Delete {run_id}, its events and checkpoints?", yes)
+        client.runs.delete(run_id)
+    note(f"Deleted {run_id}.")
 
 
 @app.command()

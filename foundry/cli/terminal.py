@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from foundry.errors import FoundryError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
 class CommandGroup(TyperGroup):
@@ -33,6 +34,12 @@ def fail(message: str) -> None:
 def note(line: str) -> None:
     """One line about what is going on: on standard error, so that standard output holds the answer only."""
     print(line, file=sys.stderr, flush=True)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask, unless it was answered on the command line; anything but yes ends the command."""
+    if not yes:
+        typer.confirm(question, abort=True, err=True)
 
 
 def print_json(values: Any) -> None:

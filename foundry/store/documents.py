@@ -96,10 +96,13 @@ class DocumentStore:
 
     async def delete(self, digest: str) -> None:
         """Raises DocumentNotFound. Runs and cartridges that name the document keep its digest."""
-        if not await self._objects.exists(self._record_of(digest)):
+        # The text first: what a crash leaves is still listed, `verify` says that its text is missing, and it can be
+        # deleted again. A text without a record is what a `put` left that was cut off.
+        keys = (layout.document(self._tenant, digest), self._record_of(digest))
+        if not any([await self._objects.exists(key) for key in keys]):
             raise DocumentNotFound(f"there is no document {digest}", field="document")
-        await self._objects.delete(self._record_of(digest))
-        await self._objects.delete(layout.document(self._tenant, digest))
+        for key in keys:
+            await self._objects.delete(key)
 
     # Last, because after it `list` means this method.
     async def list(self) -> list[DocumentInfo]:

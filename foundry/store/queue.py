@@ -210,7 +210,9 @@ class RunQueue:
         return events
 
     async def _held(self, script: str, run_id: str, attempt: int, *args: str | int) -> Reply:
-        reply = await self._run(script, run_id, attempt, *args)
+        reply = await self._connection.run(script, run_id, attempt, *args)
+        if reply[0] == "missing":
+            raise Fenced(f"attempt {attempt} does not hold run {run_id}: there is no such run, or not any more")
         if reply[0] == "fenced":
             raise Fenced(f"attempt {attempt} does not hold run {run_id}: it is {reply[2]}, attempt {reply[1]}")
         return reply

@@ -72,7 +72,7 @@ class RunStore(RunQueue):
             fields = await self._connection.read("HGETALL", key("run", run_id))
         except StoreUnavailable:
             return archived_record(await self._archive.run(run_id))
-        if not fields:
+        if not fields or "deleted" in fields:
             raise _not_found(run_id)
         return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
@@ -104,6 +104,30 @@ class RunStore(RunQueue):
     async def request_resume(self, run_id: str) -> None:
         """Raises RunNotFound, Conflict if the run is over or being cancelled."""
         await self._request(run_id, "resume")
+
+    async def delete(self, run_id: str, *, tenant: str | None = None) -> None:
+        """Delete a run that is over, with its events and checkpoints; the versions that it published stay.
+
+        Raises RunNotFound, also for another tenant's than `tenant`, if that is given; Conflict if it is not over.
+        """
+        asked = key("run", check_run(run_id, field="run_id"))
+        # Not all of it: what is damaged can be deleted too.
+        state, of_tenant = await self._connection.read("HMGET", asked, "state", "tenant")
+        if not state or tenant not in (None, of_tenant or ""):
+            raise _not_found(run_id)
+        if state not in {each.value for each in RunState if each.over}:
+            raise Conflict(f"run {run_id} is {state}: cancel it before it is deleted", field="run_id")
+        await self.drop(run_id)
+
+    async def drop(self, run_id: str) -> None:
+        """Delete a run that is known to be over. May be repeated."""
+        # First what makes it a run, or a loss of Redis after a crash would bring it back, and without its result queue
+        # it again. Until it has left Redis too it is shown and can be deleted once more. What a crash leaves behind
+        # that, or a worker writes that was replaced, is no run's: `gc` takes it. A run that is over stays so, so that
+        # nobody takes it up meanwhile.
+        await self._archive.forget(run_id)
+        await self._run("runs/delete", run_id)
+        await self._archive.clear(run_id)
 
     async def _request(self, run_id: str, wish: str) -> Reply:
         reply = await self._run("runs/request", check_run(run_id, field="run_id"), wish, self._events_length)
@@ -160,7 +184,9 @@ class RunStore(RunQueue):
     # For rebuild
 
     async def restore(self, server_run: str) -> int:
-        """Put all runs back into the Redis of that run id; returns how many are not over."""
+        """Put all runs back into the Redis of that run id, and no others; returns how many are not over."""
+        kept = json.dumps(dict.fromkeys(await self._archive.ids(), True))
+        await self._connection.run_restoring("runs/keep", server_run, kept)
         runs = await self._archive.runs()
         for run in runs:
             final = run.final

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from foundry.errors import DigestMismatch, DocumentNotFound, DocumentTooLong, DocumentUnreadable, InvalidArgument
+from foundry.errors import (
+    DigestMismatch,
+    DocumentNotFound,
+    DocumentTooLong,
+    DocumentUnreadable,
+    InvalidArgument,
+    StoreUnavailable,
+)
 from foundry.identity import content_digest
 from foundry.store import DatasetStore, DocumentStore, Objects
 
@@ -49,6 +56,27 @@ async def test_a_deleted_document_is_not_found(documents: DocumentStore) -> None
     for refused in (documents.get, documents.info, documents.delete):
         with pytest.raises(DocumentNotFound):
             await refused(digest)
+
+
+async def test_a_deletion_that_was_cut_off_can_be_repeated(
+    documents: DocumentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, delete = await documents.put("text"), documents._objects.delete
+    for left in (".json", ".txt"):
+
+        async def cut_off(key: str, left: str = left) -> None:
+            if key.endswith(left):
+                raise StoreUnavailable("away")
+            await delete(key)
+
+        monkeypatch.setattr(documents._objects, "delete", cut_off)
+        with pytest.raises(StoreUnavailable):
+            await documents.delete(digest)
+        monkeypatch.setattr(documents._objects, "delete", delete)
+        assert [info.digest for info in await documents.list()] == [digest]
+        await documents.delete(digest)
+        assert await documents._objects.keys("documents") == []
+        await documents.put("text")
 
 
 async def test_a_damaged_document_is_a_digest_mismatch(documents: DocumentStore, tmp_path: Path) -> None:

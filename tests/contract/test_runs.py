@@ -432,8 +432,10 @@ async def test_a_run_without_a_name_of_its_own_leaves_other_owners_alone(store: 
 async def test_unknown_runs_are_not_found(runs: RunStore) -> None:
     with pytest.raises(RunNotFound):
         await runs.get("run-absent")
-    with pytest.raises(RunNotFound):
+    with pytest.raises(Fenced):
         await runs.heartbeat("run-absent", 1, 60)
+    with pytest.raises(RunNotFound):
+        await runs.delete("run-absent")
     with pytest.raises(RunNotFound):
         await runs.request_cancel("run-absent")
     with pytest.raises(RunNotFound):

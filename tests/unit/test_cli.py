@@ -70,7 +70,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     listed = foundry("--help").stdout
-    commands = "up down status train runs chat ask cartridges eval gc store keys size doctor"
+    commands = "up down status train runs chat ask cartridges documents eval gc store keys size doctor"
     for command in commands.split():
         assert f"\n  {command} " in listed
 
@@ -82,6 +82,9 @@ def test_help_names_every_command() -> None:
         ["runs", "show", "run-1"],
         ["cartridges", "ls"],
         ["cartridges", "rm", "handbook"],
+        ["runs", "rm", "run-1"],
+        ["documents", "ls"],
+        ["documents", "rm", "blake3:0"],
         ["gc", "--dry-run"],
         ["store", "verify"],
         ["store", "rebuild"],

@@ -79,8 +79,13 @@ class RunArchive:
         return (await self._objects.record(layout.run_record(run_id, "run.json"), _begun)).traceparent
 
     async def forget(self, run_id: str) -> None:
-        """Undo `create`."""
+        """Undo `create`: what is left of the run is none."""
         await self._objects.delete(layout.run_record(run_id, "run.json"))
+
+    async def clear(self, run_id: str) -> None:
+        """Delete all that is left of a run, its checkpoints too."""
+        for key in await self._objects.keys(layout.run(run_id)):
+            await self._objects.delete(key)
 
     async def begin_attempt(self, run_id: str, attempt: int) -> bool:
         """False if it had begun before."""
@@ -100,6 +105,12 @@ class RunArchive:
             key = layout.run_record(run_id, "events.jsonl")
             return await self._objects.record(key, _events, max_bytes=_MAX_EVENTS_BYTES)
         return []
+
+    async def ids(self) -> set[str]:
+        """Those of all runs, also of those that can't be read."""
+        return {
+            match["run"] for key in await self._objects.keys(layout.RUNS) if (match := layout.RUN_RECORD.fullmatch(key))
+        }
 
     async def runs(self) -> list[ArchivedRun]:
         """All runs that can be read, oldest first: a damaged one must not take the others with it."""

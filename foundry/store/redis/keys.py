@@ -31,7 +31,7 @@ Runs:
     runs:leases             zset    run id -> when its worker is given up, ms
     runs:bell               list    wakes waiting workers; what is in it means nothing
     run:<id>                hash    spec, name, tenant, state, attempt, worker, desired, waiting_for, error, result,
-                                    last_event, times in ms
+                                    last_event, times in ms; for a day after it was deleted: deleted, attempt
     run-events:<id>         stream  what happened, as JSON in `event`
 
 Of gateways:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
@@ -81,6 +81,13 @@ async def document(digest: str, gateway: GatewayDep) -> DocumentCard:
 @router.get("/v1/documents/{digest}/content")
 async def document_content(digest: str, gateway: GatewayDep) -> PlainTextResponse:
     return PlainTextResponse(await gateway.store.documents.get(digest))
+
+
+@router.delete("/v1/documents/{digest}", status_code=204)
+async def delete_document(digest: str, gateway: GatewayDep) -> Response:
+    """What was trained on it stays; a run that is not over and needs it fails."""
+    await gateway.store.documents.delete(digest)
+    return Response(status_code=204)
 
 
 async def put(gateway: Gateway, text: str | bytes, title: str) -> DocumentCard:

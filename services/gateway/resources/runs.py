@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Literal
 
 import structlog
-from fastapi import APIRouter, Body, Depends, Header
+from fastapi import APIRouter, Body, Depends, Header, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from foundry.errors import (
@@ -133,6 +133,13 @@ async def resume_run(run_id: str, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_resume(run_id)
     _look_at_jobs(gateway)
     return await _card_of(run_id, gateway)
+
+
+@router.delete("/v1/runs/{run_id}", status_code=204)
+async def delete_run(run_id: str, gateway: GatewayDep) -> Response:
+    """Delete a run with its events and checkpoints. Its versions stay. Refused with 409 unless it is over."""
+    await gateway.store.runs.delete(run_id)
+    return Response(status_code=204)
 
 
 async def _position(run_id: str, gateway: GatewayDep, last_event_id: Annotated[str | None, Header()] = None) -> str:

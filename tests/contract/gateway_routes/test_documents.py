@@ -48,6 +48,15 @@ def test_a_body_beyond_the_limit_is_never_held(site: Site) -> None:
     assert site.http("POST", "/v1/chat/completions", json=big).status_code == 413
 
 
+def test_a_deleted_document_is_gone(site: Site) -> None:
+    digest = site.client.documents.create("A text that nobody needs.")["digest"]
+    assert site.http("DELETE", f"/v1/documents/{digest}").status_code == 204
+    for gone in (site.client.documents.get, site.client.documents.text, site.client.documents.delete):
+        with pytest.raises(DocumentNotFound):
+            gone(digest)
+    assert digest not in [card["digest"] for card in site.client.documents.list()]
+
+
 def test_unknown_documents_are_not_found(site: Site) -> None:
     with pytest.raises(DocumentNotFound):
         site.client.documents.get("blake3:" + "0" * 64)

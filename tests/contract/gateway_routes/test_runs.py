@@ -211,3 +211,16 @@ def test_runs_are_paused_resumed_and_cancelled(site: Site) -> None:
     for unknown in (runs.get, runs.cancel, runs.pause, runs.resume):
         with pytest.raises(RunNotFound):
             unknown("run-aaaaaaaa")
+
+
+def test_a_run_is_deleted_once_it_is_over(site: Site) -> None:
+    runs = site.client.runs
+    run_id = runs.create(**specification(text=DOCUMENT))["id"]
+    refused = site.http("DELETE", f"/v1/runs/{run_id}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "CONFLICT")
+    runs.cancel(run_id)
+    runs.delete(run_id)
+    for gone in (runs.get, runs.delete, runs.wait):
+        with pytest.raises(RunNotFound):
+            gone(run_id)
+    assert run_id not in [run["id"] for run in runs.list()]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from foundry.store import CartridgeStore, StoreSettings
+from foundry.store import CartridgeStore, RunState, StoreSettings
 from tests.contract.redis_loss.versions import publish
+from tests.store_data import run_spec
 from tests.valkey import Valkey
 
 pytestmark = pytest.mark.storages("file", "s3")
@@ -95,3 +96,22 @@ async def test_a_redis_set_back_in_time_learns_what_happened_since(
     assert await kept.tags("report") == {"moved": 3}
     assert [manifest.version for manifest in await kept.versions("report")] == [1, 3, before.version]
     assert (await publish(kept, 5)).version > newest.version
+
+
+async def test_a_redis_set_back_in_time_brings_no_deleted_run_back(
+    kept: CartridgeStore, persistent: Valkey, tmp_path: Path
+) -> None:
+    """Set back to when the run was trained, it would have it trained once more."""
+    run_id = await kept.runs.create(run_spec())
+    assert await kept.runs.claim("worker-0", 0.001) is not None
+    await stop_cleanly(kept, persistent)
+    await asyncio.to_thread(shutil.copytree, tmp_path / "appendonlydir", tmp_path / "snapshot")
+    await persistent.start()
+    await kept.runs.finish(run_id, 1, RunState.SUCCEEDED)
+    await kept.runs.delete(run_id)
+    await stop_cleanly(kept, persistent)
+    await asyncio.to_thread(shutil.rmtree, tmp_path / "appendonlydir")
+    await asyncio.to_thread(shutil.copytree, tmp_path / "snapshot", tmp_path / "appendonlydir")
+    await persistent.start()
+    assert await kept.runs.claim("worker-1", 60) is None
+    assert await kept.runs.list() == []

@@ -35,10 +35,22 @@ local function enqueue(id, length)
   ring()
 end
 
+-- Forget a run. What is left for a day keeps a worker that slept through all this from taking up the name: no attempt of
+-- its is that high.
+local function drop(id)
+  local tenant = call('HGET', run_key(id), 'tenant') or ''
+  for _, listed in ipairs({'runs', 'tenant-runs:' .. tenant, 'runs:queue', 'runs:leases'}) do
+    call('ZREM', 'foundry:' .. listed, id)
+  end
+  call('UNLINK', run_key(id), 'foundry:run-events:' .. id)
+  call('HSET', run_key(id), 'deleted', '1', 'attempt', '9007199254740991')
+  call('EXPIRE', run_key(id), 86400)
+end
+
 -- The answer to whoever does not hold the run, or nil.
 local function fence(id, attempt)
   local held = call('HMGET', run_key(id), 'attempt', 'state')
-  if not held[1] then return {'missing'} end
+  if not held[1] or not held[2] then return {'missing'} end
   if held[1] ~= attempt or over[held[2]] or held[2] == 'queued' then return {'fenced', held[1], held[2]} end
   return nil
 end

@@ -1,0 +1,5 @@
+-- id -> ok
+--@include runs
+
+drop(ARGV[1])
+return {'ok'}

@@ -11,7 +11,15 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from foundry.errors import Conflict, DigestMismatch, FoundryError, InvalidArgument, RunNotFound, StoreUnavailable
+from foundry.errors import (
+    Conflict,
+    DigestMismatch,
+    FoundryError,
+    InvalidArgument,
+    ResourceExhausted,
+    RunNotFound,
+    StoreUnavailable,
+)
 from foundry.store.names import check_run, check_tenant, check_tenant_of
 from foundry.store.paging import Page, cut
 from foundry.store.queue import RunQueue, to_ms
@@ -35,10 +43,11 @@ _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 class RunStore(RunQueue):
     """All that is done with runs: this and `RunQueue`."""
 
-    async def create(self, spec: RunSpec, tenant: str = "") -> str:
+    async def create(self, spec: RunSpec, *, tenant: str = "", most_open: int | None = None) -> str:
         """Queue a run that uses the documents of `tenant`, and return its id, such as `run-k3v7q2xa`.
 
-        Raises InvalidArgument unless the name is the tenant's; a run of "" may have any.
+        Raises InvalidArgument unless the name is the tenant's; a run of "" may have any. Raises ResourceExhausted if
+        `most_open` runs of the tenant are not over.
         """
         check_tenant_of(tenant, spec.name)
         run_id = "run-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
@@ -53,11 +62,21 @@ class RunStore(RunQueue):
             traceparent=current_traceparent(),
         )
         try:
-            await self._run("runs/enqueue", run_id, spec.to_json(), spec.name, tenant, self._events_length)
+            most = "" if most_open is None else most_open
+            reply = await self._run(
+                "runs/enqueue", run_id, spec.to_json(), spec.name, tenant, self._events_length, most
+            )
+            if reply[0] == "full":
+                raise _too_many(int(reply[1]))
         except FoundryError:
             await self._archive.forget(run_id)
             raise
         return run_id
+
+    async def check_open(self, tenant: str, most_open: int) -> None:
+        """Raises ResourceExhausted as `create` would now."""
+        if (num_open := int((await self._run("runs/open", tenant))[1])) >= most_open:
+            raise _too_many(num_open)
 
     async def get(self, run_id: str, *, tenant: str | None = None) -> RunRecord:
         """Raises RunNotFound, also for another tenant's than `tenant`, if that is given. Without Redis, what object
@@ -72,7 +91,7 @@ class RunStore(RunQueue):
             fields = await self._connection.read("HGETALL", key("run", run_id))
         except StoreUnavailable:
             return archived_record(await self._archive.run(run_id))
-        if not fields or "deleted" in fields:
+        if not fields or "deleted" in fields[::2]:
             raise _not_found(run_id)
         return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
@@ -239,6 +258,12 @@ def _index(tenant: str | None) -> str:
 
 def _not_found(run_id: str) -> RunNotFound:
     return RunNotFound(f"there is no run {run_id}", field="run_id")
+
+
+def _too_many(num_open: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"{num_open} runs are not over, and no more may be at one time: wait until one of them is, or cancel it"
+    )
 
 
 def _position(event_id: str) -> tuple[int, int]:

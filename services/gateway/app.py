@@ -21,6 +21,7 @@ from services.gateway.access.counters import Counters
 from services.gateway.access.issuer import Issuer
 from services.gateway.access.keys import Keys
 from services.gateway.access.oidc import Oidc
+from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
 from services.gateway.access.route import BEARER
 from services.gateway.balancer import RolloutBalancer
@@ -96,6 +97,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             else None
         )
         rates = Rates(Counters(store.redis), settings.limits)
+        quotas = Quotas(store.runs, settings.limits)
         jobs = None
         watching = [asyncio.create_task(usage.watch(store, settings.census_seconds))]
         authentication = None
@@ -117,7 +119,9 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
                 jobs.start()
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             spelling = TokenSpelling(settings.tokenizer)
-            app.state.gateway = Gateway(settings, store, rollouts, teachers, spelling, rates, jobs, authentication)
+            app.state.gateway = Gateway(
+                settings, store, rollouts, teachers, spelling, rates, quotas, jobs, authentication
+            )
             yield
         finally:
             await end(*watching)

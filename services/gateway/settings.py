@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from foundry.errors import InvalidArgument
 from foundry.settings import ServiceSettings
-from foundry.store.api_keys import KeyLimits
+from foundry.store.api_keys import KeyLimits, Most
 from foundry.store.key_store import KeyText
 from foundry.store.settings import StoreSettings
 from services.gateway.access.issuer import check_url
@@ -55,11 +55,17 @@ class JobSettings(BaseModel):
 
 
 class DefaultLimits(KeyLimits):
-    """How much a key may take that has no limit of its own, or everybody together where there are no keys. Unset: any
+    """How much a key may take that has no limit of its own, or everybody together where there are no keys. None: any
     amount."""
 
     # The environment has only text.
     model_config = ConfigDict(strict=False)
+
+    concurrent_runs: Most = 100
+    """Runs of a tenant that are not over, paused ones too."""
+
+    steps_per_run: Most = 100_000
+    """Optimiser steps of one run; the largest recipe takes 4,000."""
 
 
 class OidcSettings(BaseModel):

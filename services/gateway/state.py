@@ -14,6 +14,7 @@ from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from services.gateway import metrics
 from services.gateway.access.authentication import Authentication
+from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.openai.tokens import TokenSpelling
@@ -32,6 +33,7 @@ class Gateway:
     teachers: Pods | None
     spelling: TokenSpelling
     rates: Rates
+    quotas: Quotas
     # None: runs are trained by workers that take them from the queue.
     jobs: Jobs | None = None
     # None: everybody may do everything.

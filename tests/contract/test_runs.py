@@ -13,6 +13,7 @@ from foundry.errors import (
     DigestMismatch,
     Fenced,
     InvalidArgument,
+    ResourceExhausted,
     RunNotFound,
     RunOver,
 )
@@ -322,6 +323,35 @@ async def test_active_runs_are_held_or_wait_for_a_worker(runs: RunStore) -> None
         while (active := await runs.active()).held != {held}:
             pass
     assert active.waiting == {lost, queued}
+
+
+async def test_runs_of_a_tenant_that_are_not_over_are_limited(store: CartridgeStore) -> None:
+    runs = store.runs
+
+    async def create() -> str:
+        return await runs.create(run_spec(), most_open=3)
+
+    run_ids = [await create() for _ in range(3)]
+    await runs.request_pause(run_ids[0])
+    held = await claim(runs)
+    await store._connection.redis.flushall()
+    for making in (create(), runs.check_open("", 3)):
+        with pytest.raises(ResourceExhausted, match="3 runs are not over"):
+            await making
+    # What was refused is nowhere.
+    assert len(await runs._archive.runs()) == 3
+    await runs.create(run_spec(), tenant="acme", most_open=1)
+    await runs.finish(held.run_id, held.attempt, RunState.FAILED, error="no luck")
+    await runs.request_cancel(run_ids[0])
+    await runs.check_open("", 2)
+    await create()
+    await create()
+    with pytest.raises(ResourceExhausted):
+        await create()
+    # Who has no limit may make more, which count.
+    await runs.create(run_spec())
+    with pytest.raises(ResourceExhausted, match="4 runs are not over"):
+        await runs.check_open("", 4)
 
 
 async def test_a_queued_run_can_say_what_it_waits_for(runs: RunStore) -> None:

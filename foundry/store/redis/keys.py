@@ -27,6 +27,7 @@ Runs:
 
     runs                    zset    run id -> created, ms
     tenant-runs:<tenant>    zset    those of a tenant, ""'s too
+    open-runs               hash    run id -> tenant, of runs that are not over
     runs:queue              zset    run id -> queued, ms
     runs:leases             zset    run id -> when its worker is given up, ms
     runs:bell               list    wakes waiting workers; what is in it means nothing

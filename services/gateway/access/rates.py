@@ -11,9 +11,9 @@ from typing import Literal
 from foundry.errors import ResourceExhausted
 from foundry.store.api_keys import KeyLimits
 from foundry.tasks import end
+from services.gateway import metrics
 from services.gateway.access.counters import Counters
 from services.gateway.access.principal import Principal
-from services.gateway.access.refusals import exhausted
 from services.gateway.access.window import Window, duration
 
 
@@ -62,9 +62,10 @@ class Rates:
     @contextmanager
     def _in_flight(self, principal: Principal, most: int | None) -> Iterator[None]:
         if most is not None and self._num_in_flight[principal.client] >= most:
-            raise exhausted(
-                "concurrent_requests",
-                f"the limit is {most} completions at one time, and as many are being answered: wait for one of them",
+            metrics.LIMITED.labels("concurrent_requests").inc()
+            # Nobody knows when one of them will end.
+            raise ResourceExhausted(
+                f"the limit is {most} completions at one time, and as many are being answered: wait for one of them"
             )
         self._num_in_flight[principal.client] += 1
         try:
@@ -82,8 +83,8 @@ def _tokens_of(principal: Principal) -> str:
 def _used_up(window: Window, kind: Literal["requests", "tokens"]) -> ResourceExhausted:
     wait = window.seconds_until_room
     when = "this key may use none" if wait is None else f"try again in {duration(wait)}"
-    return exhausted(
-        f"{kind}_per_minute",
+    metrics.LIMITED.labels(f"{kind}_per_minute").inc()
+    return ResourceExhausted(
         f"the limit is {window.most} {kind} in {duration(window.seconds)}, and they are used up: {when}",
         retry_after_seconds=wait,
     )

@@ -74,6 +74,9 @@ async def create_run(
     """
     asked = await _with_full_names(asked, gateway, principal)
     text = asked.text
+    await gateway.quotas.check_runs(principal)
+    if "num_steps" in asked.model_fields_set:
+        gateway.quotas.check_steps(principal, asked.num_steps)
     _check_resources(asked, gateway)
     model = _served_model(gateway)
     await _check_prompts(asked, gateway)
@@ -83,6 +86,7 @@ async def create_run(
     if model is not None and gateway.teachers is not None:
         num_tokens = await _context_tokens(texts, model, gateway.teachers, principal.caller(""))
     spec = choose(asked, num_tokens)
+    gateway.quotas.check_steps(principal, spec.num_steps)
     if model is not None:
         _check_model(spec, model)
         if num_tokens is not None and spec.num_tokens > num_tokens:
@@ -93,7 +97,7 @@ async def create_run(
             )
     if text is not None:
         await documents.put(gateway, text, asked.title or "")
-    run_id = await gateway.store.runs.create(spec)
+    run_id = await gateway.quotas.create_run(principal, spec)
     _look_at_jobs(gateway)
     card = await _card_of(run_id, gateway)
     if num_tokens is None:

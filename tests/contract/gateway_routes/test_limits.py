@@ -1,24 +1,29 @@
-"""Limits as clients meet them. Each gateway has a database of Redis for itself: where there are no keys, all who ask
-are counted together."""
+"""Limits as clients meet them. Each gateway has a store for itself: where there are no keys, all who ask are counted
+together."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.contract.gateway_routes.site import Site
-from tests.services import Process, metric, wait_ready, wait_until
+from foundry.client import FoundryClient
+from foundry.errors import InvalidArgument
+from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
+from tests.services import Process, metric, wait_ready, wait_serving, wait_until
 
 _DATABASES = count(1)
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 5}
 
 
 def limited(site: Site, *options: str) -> Process:
-    database = f"{site.stack.valkey.url}/{next(_DATABASES)}"
-    gateway = site.stack.gateway([site.rollout], "--store.redis-url", database, *options)
+    number = next(_DATABASES)
+    redis, objects = f"{site.stack.valkey.url}/{number}", f"file://{site.stack.directory}/limited-{number}"
+    store = ("--store.redis-url", redis, "--store.objects-url", objects)
+    gateway = site.stack.gateway([site.rollout], *store, *options)
     wait_ready(gateway)
     return gateway
 
@@ -86,3 +91,43 @@ def test_an_answer_that_is_left_counts_as_far_as_it_came_and_frees_its_place(sit
     used = 100_000 - int(answer.headers["x-ratelimit-remaining-tokens"])
     # Its prompt too, which the first token already says.
     assert 2 * whole <= used < whole + 8 * 400
+
+
+def test_runs_that_are_not_over_are_limited_whoever_asks_first(site: Site) -> None:
+    gateway = limited(site, "--limits.concurrent-runs", "2")
+
+    def create(number: int) -> httpx.Response:
+        body = specification(name=f"name-{number}", text=f"{DOCUMENT} {number}")
+        return httpx.post(f"http://{gateway.address}/v1/runs", json=body, trust_env=False, timeout=60)
+
+    with FoundryClient(f"http://{gateway.address}") as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(create, range(8)))
+        first, second = [answer.json()["id"] for answer in answers if answer.status_code == 201]
+        num_documents = len(client.documents.list())
+        answer = create(8)
+        assert answer.status_code == 429
+        assert "2 runs are not over" in answer.json()["error"]["message"]
+        assert "retry-after" not in answer.headers
+        # Nothing was stored for it.
+        assert len(client.documents.list()) == num_documents
+        client.runs.pause(first)
+        assert create(9).status_code == 429
+        client.runs.cancel(second)
+        assert create(10).status_code == 201
+    assert refused(gateway, "concurrent_runs") == 8
+
+
+def test_a_run_has_so_many_steps_at_most_whoever_chose_them(site: Site) -> None:
+    teacher = site.stack.spawn("teacher", "--model", str(site.stack.model))
+    wait_serving(teacher)
+    gateway = limited(site, "--limits.steps-per-run", "20", "--teacher-address", teacher.address)
+    asked = specification(text=DOCUMENT)
+    del asked["num_steps"]
+    with FoundryClient(f"http://{gateway.address}") as client:
+        for more in ({"num_steps": 21}, {"recipe": "thorough"}):
+            with pytest.raises(InvalidArgument, match="the limit is 20") as raised:
+                client.runs.create(**asked | more)
+            assert raised.value.field == "num_steps"
+        # What a recipe may choose is judged when it has.
+        assert client.runs.create(**asked, recipe="quick")["spec"]["num_steps"] == 20
+    assert refused(gateway, "steps_per_run") == 2

@@ -12,6 +12,15 @@ local function list(id, tenant, created)
   call('ZADD', 'foundry:tenant-runs:' .. tenant, created, id)
 end
 
+-- Runs of a tenant that are not over. Those of a tenant are few: there is a limit.
+local function num_open(tenant)
+  local count = 0
+  for _, each in ipairs(call('HVALS', 'foundry:open-runs')) do
+    if each == tenant then count = count + 1 end
+  end
+  return count
+end
+
 local function tell(id, event, length)
   return call('XADD', 'foundry:run-events:' .. id, 'MAXLEN', '~', length, '*', 'event', event)
 end

@@ -8,7 +8,8 @@ local list, stream = {'LTRIM', 0, -1}, {'XREVRANGE', '+', '-', 'COUNT', 1}
 local types = {
   names = set, name = hash, versions = hash, durable = set, damaged = set, steps = hash, pending = hash, tags = hash,
   ['tag-history'] = hash, hot = zset, refs = set, leases = zset, bytes = string, staged = string, events = stream,
-  reserving = set, condemned = string, runs = zset, ['tenant-runs'] = zset, ['runs:bell'] = list, run = hash, ['run-events'] = stream,
+  reserving = set, condemned = string, runs = zset, ['tenant-runs'] = zset, ['open-runs'] = hash, ['runs:bell'] = list, run = hash,
+  ['run-events'] = stream,
   epoch = string, limits = string,
 }
 

@@ -10,6 +10,7 @@ if refused then return refused end
 call('HSET', run_key(id), 'state', state, 'error', ARGV[4], 'result', ARGV[5], 'worker', '', 'desired', '',
      'waiting_for', '', 'finished', ms(now_ms()))
 call('ZREM', 'foundry:runs:leases', id)
+call('HDEL', 'foundry:open-runs', id)
 tell(id, ARGV[6], ARGV[7])
 -- Followers have a day; after that the archive answers.
 call('EXPIRE', 'foundry:run-events:' .. id, 86400)

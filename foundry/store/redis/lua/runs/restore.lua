@@ -16,6 +16,7 @@ if final ~= '' then
   call('HSET', run, 'state', final, 'error', error, 'result', result, 'finished', finished)
   call('ZREM', 'foundry:runs:leases', id)
   call('ZREM', 'foundry:runs:queue', id)
+  call('HDEL', 'foundry:open-runs', id)
   if owner[1] == id then call('HSET', pointer, 'released', '1') end
 elseif over[known[2]] then
   return {'ok'}
@@ -35,4 +36,5 @@ else
   call('ZADD', 'foundry:runs:queue', 'NX', created, id)
   ring()
 end
+if final == '' then call('HSET', 'foundry:open-runs', id, tenant) end
 return {'ok'}

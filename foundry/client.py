@@ -309,7 +309,11 @@ class _Http:
         # A proxy of the environment leads out, never to this machine.
         local = httpx.URL(base_url).host in ("127.0.0.1", "localhost", "::1")
         timeout = httpx.Timeout(timeout_seconds, connect=10.0)
-        self._client = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, trust_env=not local)
+        # Authorities of the environment (SSL_CERT_FILE) are for any gateway.
+        verify = httpx.create_ssl_context()
+        self._client = httpx.Client(
+            base_url=base_url, headers=headers, timeout=timeout, verify=verify, trust_env=not local
+        )
 
     def close(self) -> None:
         self._client.close()

@@ -7,6 +7,7 @@ with LocalStack(model="demo") as stack:
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from foundry import extras
-from foundry.errors import BY_REASON, Conflict, FoundryError, Unavailable
+from foundry.errors import BY_REASON, Conflict, FoundryError, InvalidArgument, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
 from foundry.local.home import Home, StackState
 from foundry.local.log_files import earlier
@@ -54,11 +55,12 @@ class LocalStack:
     def up(self, *, tied: bool = False) -> StackState:
         """Start the stack, unless it is running, and return when it is ready. It outlives this process unless `tied`.
 
-        Raises ExtraMissing, HomeUnusable, Conflict if it is running with another model or port, PortTaken,
-        ModelNotFound, or Unavailable with the end of the log of the service that did not start. Interrupted, it leaves
-        no process behind.
+        Raises ExtraMissing, InvalidArgument if certificates are set, HomeUnusable, Conflict if it is running with
+        another model or port, PortTaken, ModelNotFound, or Unavailable with the end of the log of the service that did
+        not start. Interrupted, it leaves no process behind.
         """
         extras.require("local", extras.LOCAL)
+        _refuse_certificates()
         self.home.create()
         with self._lock_up():
             running = self.home.running()
@@ -182,4 +184,13 @@ class LocalStack:
                 f"the stack in {self.home.path} is running at {running.gateway_url}; run 'foundry down' first to move "
                 "it to another port",
                 field="port",
+            )
+
+
+def _refuse_certificates() -> None:
+    """Every service would get them, and nobody here would reach it."""
+    for name in sorted(os.environ):
+        if name.startswith(("FOUNDRY_TLS_", "FOUNDRY_HTTPS_")):
+            raise InvalidArgument(
+                f"{name} is set: services of 'foundry up' listen on loopback only, without certificates; unset it"
             )

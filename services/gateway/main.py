@@ -36,10 +36,11 @@ def main() -> None:
     settings = GatewaySettings.parse()
     telemetry.start("gateway", settings)
     raise_descriptor_limit(settings.max_connections)
+    https = settings.https
     listener = listen(settings.listen)
     config = uvicorn.Config(
         build_app(settings),
-        http=connections(settings.max_connections, settings.max_upload_seconds),
+        http=connections(settings.max_connections, settings.max_upload_seconds, https),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -50,7 +51,7 @@ def main() -> None:
     gc.freeze()
     if not settings.api_keys and not hosts_of(settings.listen):
         log.warning("whoever reaches the port may do everything: set api_keys", listen=settings.listen)
-    log.info("serving", port=listener.getsockname()[1])
+    log.info("serving", port=listener.getsockname()[1], https=https is not None)
     uvicorn.Server(config).run(sockets=[listener])
 
 

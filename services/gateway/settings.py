@@ -13,6 +13,7 @@ from foundry.store.api_keys import KeyLimits, Most
 from foundry.store.key_store import KeyText
 from foundry.store.settings import StoreSettings
 from services.gateway.access.issuer import check_url
+from services.gateway.https import Https
 
 PrivateUrl = Annotated[str, AfterValidator(check_url)]
 
@@ -96,7 +97,7 @@ class OidcSettings(BaseModel):
 
 
 class GatewaySettings(ServiceSettings):
-    """The gateway: the REST API for people and applications. It is served as plain HTTP, with the TLS files set too."""
+    """The gateway: the REST API for people and applications."""
 
     listen: str = "127.0.0.1:8000"
     """host:port to serve HTTP on; port 0 takes a free one."""
@@ -114,6 +115,14 @@ class GatewaySettings(ServiceSettings):
 
     oidc: OidcSettings | None = None
     """Answer also who shows a token of this OIDC issuer; only with api_keys. Unset: nobody's."""
+
+    https_server_certificate_file: Path | None = None
+    """Certificate (PEM), with those between it and its authority, by which people and applications know the gateway.
+    With it HTTPS is served, and no plain HTTP. Files that are renewed in place are read anew. The `tls_*` files are for
+    gRPC."""
+
+    https_server_key_file: Path | None = None
+    """Private key of that certificate (PEM, without a password)."""
 
     allowed_hosts: list[str] | None = None
     """Names by which clients may call the gateway (`Host`, without port; health by any): a web page can't
@@ -196,3 +205,18 @@ class GatewaySettings(ServiceSettings):
                 "and 2-7, and 32 to 128 letters, digits, '_' and '-'",
                 field="admin_key_file",
             ) from None
+
+    @model_validator(mode="after")
+    def _https_files_belong_together(self) -> Self:
+        if (self.https_server_certificate_file is None) != (self.https_server_key_file is None):
+            raise ValueError(
+                "https_server_certificate_file and https_server_key_file belong together: set both or none"
+            )
+        return self
+
+    @property
+    def https(self) -> Https | None:
+        """None where plain HTTP is served. Raises InvalidArgument if a file can't be used."""
+        if self.https_server_certificate_file is None or self.https_server_key_file is None:
+            return None
+        return Https(self.https_server_certificate_file, self.https_server_key_file)

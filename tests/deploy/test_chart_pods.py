@@ -115,6 +115,24 @@ def test_the_gateway_takes_traffic_without_the_store() -> None:
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
 
 
+def test_a_gateway_with_a_certificate_is_asked_by_https() -> None:
+    manifests = rendered("https")
+    gateway = service_pods(manifests)["gateway"]["spec"]
+    (container,) = gateway["containers"]
+    for kind in ("startup", "readiness", "liveness"):
+        assert container[f"{kind}Probe"]["httpGet"]["scheme"] == "HTTPS"
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "https"]
+    files = {each["value"] for each in container["env"] if each["name"].startswith("FOUNDRY_HTTPS_")}
+    assert files == {f"{mount['mountPath']}/tls.{end}" for end in ("crt", "key")}
+    (secret,) = [volume["secret"] for volume in gateway["volumes"] if volume["name"] == "https"]
+    assert secret["secretName"] == "llm-example-tls"
+    for pod in of_kind(manifests, "Pod"):
+        (tester,) = pod["spec"]["containers"]
+        assert tester["args"][1] == f"https://{NAME}-gateway:8000"
+        (mounted,) = [volume["secret"] for volume in pod["spec"]["volumes"] if volume["name"] == "https"]
+        assert mounted["items"] == [{"key": "tls.crt", "path": "tls.crt"}]
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_grace_periods_add_up(name: str) -> None:
     for service, pod in service_pods(rendered(name)).items():

@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 
 from foundry.client import FoundryClient
-from foundry.errors import Conflict, FoundryError, PortTaken, Unavailable
+from foundry.errors import Conflict, FoundryError, InvalidArgument, PortTaken, Unavailable
 from foundry.local import health, ports
 from foundry.local.home import Home, StackState
 from foundry.local.process import start_time
@@ -273,6 +273,16 @@ def test_port_that_is_taken_is_a_typed_error(home: Path, model: str) -> None:
         assert f"error: port {port} is taken" in refused.stderr
         assert "Traceback" not in refused.stderr
     assert processes_of(home) == []
+
+
+@pytest.mark.parametrize("name", ["FOUNDRY_TLS_CA_FILE", "FOUNDRY_HTTPS_SERVER_KEY_FILE"])
+def test_certificates_are_not_for_a_stack_on_loopback(
+    home: Path, model: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "key.pem")
+    with pytest.raises(InvalidArgument, match=f"{name} is set"):
+        LocalStack(home, model, say=quiet).up()
+    assert not home.exists()
 
 
 TAKEN = ["stack.json/", "stack.json.new/", "up.lock/", "supervisor.lock/", "valkey.conf/", "logs", "objects"]

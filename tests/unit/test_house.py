@@ -20,7 +20,10 @@ FLOORS = (
     {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
-    {"foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"},
+    {
+        *("foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"),
+        "foundry.certificates",
+    },
     {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted"},
     {"foundry.errors"},
     {"foundry.v1"},

@@ -84,6 +84,9 @@ spec:
         {{- if $root.Values.tls.enabled }}
         - {name: tls, mountPath: /etc/foundry/tls, readOnly: true}
         {{- end }}
+        {{- if and (eq .name "gateway") $values.https.existingSecret }}
+        - {name: https, mountPath: /etc/foundry/https, readOnly: true}
+        {{- end }}
         {{- with $values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -112,6 +115,12 @@ spec:
       secret:
         secretName: {{ include "foundry.tls.secretName" . }}
         items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}, {key: ca.crt, path: ca.crt}]
+    {{- end }}
+    {{- if and (eq .name "gateway") $values.https.existingSecret }}
+    - name: https
+      secret:
+        secretName: {{ $values.https.existingSecret }}
+        items: [{key: tls.crt, path: tls.crt}, {key: tls.key, path: tls.key}]
     {{- end }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}

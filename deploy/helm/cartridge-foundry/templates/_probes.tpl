@@ -10,6 +10,9 @@ being drained included. Under mutual TLS, and before 1.24, the kubelet cannot as
   httpGet:
     path: {{ ternary "/readyz?exclude=store" "/healthz" (eq $kind "readiness") }}
     port: http
+    {{- if $.root.Values.gateway.https.existingSecret }}
+    scheme: HTTPS
+    {{- end }}
   {{- else if eq $kind "liveness" }}
   exec: {command: [python, -m, foundry.rpc.probe, --live]}
   {{- else if $native }}

@@ -15,6 +15,10 @@
 {{- $_ := set $settings (printf "tls_%s_file" $setting) (printf "/etc/foundry/tls/%s" $file) }}
 {{- end -}}
 {{- end -}}
+{{- if and (eq .name "gateway") $values.https.existingSecret }}
+{{- $_ := set $settings "https_server_certificate_file" "/etc/foundry/https/tls.crt" }}
+{{- $_ := set $settings "https_server_key_file" "/etc/foundry/https/tls.key" }}
+{{- end -}}
 {{- if .root.Values.rpc.tokens.enabled }}{{ $_ := set $settings "rpc_tokens_directory" "/run/secrets/foundry/rpc" }}{{ end -}}
 {{- if eq .name "rollout" }}{{ $_ := set $settings "model_name" (include "foundry.model.name" .root) }}{{ end -}}
 {{- if has .name (list "gateway" "trainer") }}

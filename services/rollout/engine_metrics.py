@@ -28,7 +28,9 @@ _REQUEST_TOKENS = (*(mantissa * 10**exponent for exponent in range(6) for mantis
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 NUM_REQUESTS_RUNNING = Gauge("vllm:num_requests_running", "Sequences in the batch.", _LABELS)
-NUM_REQUESTS_WAITING = Gauge("vllm:num_requests_waiting", "Sequences that wait for a slot.", _LABELS)
+NUM_REQUESTS_WAITING = Gauge(
+    "vllm:num_requests_waiting", "Sequences that wait for their turn, in the queue or for a slot.", _LABELS
+)
 KV_CACHE_USAGE = Gauge("vllm:kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", _LABELS)
 PREFIX_CACHE_QUERIES = Counter(
     "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", _LABELS
@@ -58,7 +60,7 @@ E2E_REQUEST_LATENCY = Histogram(
 )
 REQUEST_QUEUE_TIME = Histogram(
     "vllm:request_queue_time_seconds",
-    "How long a sequence waited for its slot, from when its cartridges were there.",
+    "How long a sequence waited for its turn and its slot, from when its cartridges were there.",
     _LABELS,
     buckets=_REQUEST_SECONDS,
 )

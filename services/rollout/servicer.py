@@ -155,7 +155,9 @@ async def _submitted(serving: Serving, admissions: Sequence[Admission], arrived_
     hold = await serving.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
     try:
         fitting = [serving.admissions.fit(admission, hold.num_tokens) for admission in admissions]
-        submission = serving.driver.submit([each for fit in fitting for each in fit.sequences], arrived_at=arrived_at)
+        submission = serving.driver.submit(
+            admissions[0].client, [each for fit in fitting for each in fit.sequences], arrived_at=arrived_at
+        )
     except BaseException:
         hold.release()
         raise

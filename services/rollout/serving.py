@@ -59,7 +59,12 @@ class Serving:
                 host_budget_bytes=_host_budget_bytes(settings),
                 element_bytes=resolve_dtype(settings.dtype, settings.device).itemsize,
             ),
-            driver=Driver(engine, EngineMetrics(model_name), max_sequences=max_sequences),
+            driver=Driver(
+                engine,
+                EngineMetrics(model_name),
+                max_sequences=max_sequences,
+                max_queue_seconds=settings.max_queue_seconds,
+            ),
         )
 
 

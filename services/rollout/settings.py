@@ -60,7 +60,12 @@ class RolloutSettings(ModelSettings):
     vLLM on the CPU does not cut them."""
 
     max_waiting: int = Field(default=256, ge=0)
-    """Sequences that may wait for a slot; more are refused with RESOURCE_EXHAUSTED."""
+    """Sequences that may wait for their turn; more are refused with RESOURCE_EXHAUSTED. A client that has none may
+    bring a call nevertheless."""
+
+    max_queue_seconds: float = Field(default=60.0, gt=0)
+    """How long a call may wait until the first of its sequences is decoded. One that would wait longer, by what steps
+    and answers lately took, is refused at once, with the time to come back."""
 
     cartridge_budget_bytes: int = Field(default=4 * 1024**3, ge=1)
     """Memory for resident cartridges; of those that no sequence uses, the least recently used are dropped first."""

@@ -360,8 +360,8 @@ class CartridgeStore:
     # Upkeep
 
     async def usage(self) -> Usage:
-        """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and one listing."""
-        return await take_usage(self._connection, self._pointers, self._durable)
+        """How much is kept where. Needs Redis; costs it a few milliseconds for each 100 names, and two listings."""
+        return await take_usage(self._connection, self._pointers, self._durable, self.objects)
 
     def gc(
         self, *, keep_last: int | None = None, max_age_days: float | None = None, dry_run: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
@@ -24,6 +25,7 @@ from services.gateway.access.oidc import Oidc
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
 from services.gateway.access.route import BEARER
+from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.middleware.authenticated import Authenticated
 from services.gateway.middleware.body_limit import BodyLimit
@@ -97,9 +99,10 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             else None
         )
         rates = Rates(Counters(store.redis), settings.limits)
-        quotas = Quotas(store.runs, settings.limits)
+        stored = StoredBytes()
+        quotas = Quotas(store.runs, stored, settings.limits)
         jobs = None
-        watching = [asyncio.create_task(usage.watch(store, settings.census_seconds))]
+        watching = [asyncio.create_task(usage.watch(partial(stored.look, store), settings.census_seconds))]
         authentication = None
         if settings.api_keys:
             keys, oidc = Keys(store.api_keys), None

@@ -159,8 +159,8 @@ class GatewaySettings(ServiceSettings):
     """Time between two looks at which rollout servers there are and what they serve."""
 
     census_seconds: float = Field(default=60.0, gt=0)
-    """Time between two looks at how much the store holds, for /metrics: each costs Redis a few milliseconds for 100
-    names, and one listing of the blobs in object storage."""
+    """Time between two looks at how much the store holds, for /metrics and `limits.stored_bytes`: each costs Redis a
+    few milliseconds for 100 names, and a listing of the blobs and of the documents in object storage."""
 
     max_request_bytes: int = Field(default=3 * 1024**2, ge=1024, le=3 * 1024**2)
     """Largest request body, documents apart (those: `store.max_document_bytes`). A prompt must fit a gRPC message."""

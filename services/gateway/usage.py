@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 from prometheus_client import Gauge
 
 from foundry.errors import FoundryError
-from foundry.store import CartridgeStore
+from foundry.store.upkeep.usage import Usage
 
 log = structlog.get_logger(__name__)
 
@@ -26,11 +27,11 @@ for _state in ("queued", "held"):
     RUNS.labels(_state)
 
 
-async def watch(store: CartridgeStore, period_seconds: float) -> None:
+async def watch(look: Callable[[], Awaitable[Usage]], period_seconds: float) -> None:
     """Look now and every `period_seconds`, until cancelled. What can't be known now keeps its last value."""
     while True:
         try:
-            await _look(store)
+            _report(await look())
         except FoundryError as error:
             log.warning("store not looked at", error=error.message)
         except Exception:
@@ -39,8 +40,7 @@ async def watch(store: CartridgeStore, period_seconds: float) -> None:
         await asyncio.sleep(period_seconds)
 
 
-async def _look(store: CartridgeStore) -> None:
-    usage = await store.usage()
+def _report(usage: Usage) -> None:
     NAMES.set(usage.names)
     HOT_VERSIONS.set(usage.hot_versions)
     HOT_BYTES.set(usage.hot_bytes)

@@ -14,7 +14,10 @@ from foundry.store import CartridgeStore
 from foundry.store.api_keys import KeyLimits
 from services.gateway.access.counters import Counters
 from services.gateway.access.principal import Principal
+from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
+from services.gateway.access.stored import StoredBytes
+from tests.store_data import cartridge, draft
 from tests.valkey import Valkey
 
 # The shortest that the library counts in.
@@ -125,6 +128,35 @@ async def test_a_key_has_so_many_completions_at_one_time(gateway: Open) -> None:
     # Those that were refused, as the one that is refused here for its number, hold no place.
     assert "3 requests" in (await refusal(rates, principal)).message
     assert not rates._num_in_flight
+
+
+async def test_what_a_tenant_has_is_its_documents_and_what_is_durable_of_its_cartridges(store: CartridgeStore) -> None:
+    for name, contents in {"acme/a": (0, 1, 2), "acme/b": (1,), "handbook": (1,)}.items():
+        await store.acquire(name, "run-a", 1)
+        for step, content in enumerate(contents):
+            await store.publish(cartridge(content), draft(name, step=step), durable=content != 2)
+    digest = await store.documents.put("The treaty.")
+    hexdigits = digest.removeprefix("blake3:")
+    await store.objects.put(f"documents/acme/{hexdigits}.txt", [b"The treaty. "])
+    stored = StoredBytes()
+    usage = await stored.look(store)
+    blob = usage.durable_bytes // 2
+    assert usage.tenant_bytes == {"acme": 2 * blob + 12, "": blob + 11}
+    assert (stored.of("acme"), stored.of(""), stored.of("nobody")) == (2 * blob + 12, blob + 11, 0)
+    assert stored.of(None) == 3 * blob + 23
+    quotas = Quotas(store.runs, stored, KeyLimits(stored_bytes=stored.of("acme") + 8))
+    with quotas.storing(caller(), 8):
+        # Counted from the beginning.
+        for_others = Principal(client="key-c", tenant="")
+        quotas.check_stored(for_others)
+        with pytest.raises(ResourceExhausted, match="and 1 more would be beyond"):
+            quotas.check_stored(caller())
+    await store.documents.delete(digest)
+    with suppress(ResourceExhausted), quotas.storing(for_others, 5):
+        raise ResourceExhausted("the storage")
+    await stored.look(store)
+    # What was put and is not there is not counted any more, and what failed never was.
+    assert (stored.of("acme"), stored.of("")) == (2 * blob + 12, blob)
 
 
 async def test_without_limits_nothing_is_asked_of_redis(gateway: Open, valkey: Valkey) -> None:

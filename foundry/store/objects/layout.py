@@ -44,6 +44,7 @@ DOCUMENTS = "documents"
 RUNS = "runs"
 MARKS = "condemned"
 
+TEXT = re.compile(r"documents/(?:(?P<tenant>[^/]+)/)?[0-9a-f]{64}\.txt")
 # What is spelt otherwise is not ours: we never wrote it.
 KEY_ID = "[a-z2-7]{12}"
 API_KEY = re.compile(rf"api-keys/(?P<id>{KEY_ID})\.json")

@@ -9,8 +9,9 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument
-from foundry.store import DocumentInfo
+from foundry.store import DocumentInfo, DocumentStore
 from foundry.validation import Checked
+from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.errors import DocumentTooLarge
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
@@ -54,48 +55,68 @@ _BODY: dict[str, Any] = {
 
 @router.post("/v1/documents", status_code=201, openapi_extra=_BODY)
 async def put_document(
-    request: Request, gateway: GatewayDep, title: Annotated[Title, Query(description="Of a text/plain body.")] = ""
+    request: Request,
+    gateway: GatewayDep,
+    principal: PrincipalDep,
+    title: Annotated[Title, Query(description="Of a text/plain body.")] = "",
 ) -> DocumentCard:
     """Keep a text: JSON {text, title?}, or the text itself as text/plain. The same text again is the same document."""
+    gateway.quotas.check_stored(principal)
     if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
         asked = DocumentRequest.model_validate(await request.json())
-        return await put(gateway, asked.text, asked.title)
+        return await put(gateway, principal, asked.text, asked.title)
     if request.headers.get("content-type", "").startswith("text/plain"):
-        return await put(gateway, await request.body(), title)
+        return await put(gateway, principal, await request.body(), title)
     raise InvalidArgument("send a document as application/json or as text/plain")
 
 
 @router.get("/v1/documents")
-async def documents(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> DocumentList:
+async def documents(
+    gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
+) -> DocumentList:
     """Oldest first."""
-    page = await gateway.store.documents.page(after=after, limit=limit)
+    page = await of(principal, gateway).page(after=after, limit=limit)
     data = [DocumentCard.of(info) for info in page.items]
     return DocumentList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
 @router.get("/v1/documents/{digest}")
-async def document(digest: str, gateway: GatewayDep) -> DocumentCard:
-    return DocumentCard.of(await gateway.store.documents.info(digest))
+async def document(digest: str, gateway: GatewayDep, principal: PrincipalDep) -> DocumentCard:
+    return DocumentCard.of(await of(principal, gateway).info(digest))
 
 
 @router.get("/v1/documents/{digest}/content")
-async def document_content(digest: str, gateway: GatewayDep) -> PlainTextResponse:
-    return PlainTextResponse(await gateway.store.documents.get(digest))
+async def document_content(digest: str, gateway: GatewayDep, principal: PrincipalDep) -> PlainTextResponse:
+    return PlainTextResponse(await of(principal, gateway).get(digest))
 
 
 @router.delete("/v1/documents/{digest}", status_code=204)
-async def delete_document(digest: str, gateway: GatewayDep) -> Response:
+async def delete_document(digest: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """What was trained on it stays; a run that is not over and needs it fails."""
-    await gateway.store.documents.delete(digest)
+    await of(principal, gateway).delete(digest)
     return Response(status_code=204)
 
 
-async def put(gateway: Gateway, text: str | bytes, title: str) -> DocumentCard:
-    """Store a text that came as the parameter `text`. Raises DocumentUnreadable, DocumentTooLarge."""
+def of(principal: Principal, gateway: Gateway) -> DocumentStore:
+    """The documents that the principal's runs may use."""
+    return gateway.store.documents.of(principal.tenant or "")
+
+
+async def put(gateway: Gateway, principal: Principal, text: str | bytes, title: str) -> DocumentCard:
+    """Store a text that came as the parameter `text`.
+
+    Raises DocumentUnreadable, DocumentTooLarge, ResourceExhausted beyond the tenant's limit.
+    """
     try:
-        digest = await gateway.store.documents.put(text, title=title)
+        with gateway.quotas.storing(principal, num_bytes_of(text)):
+            digest = await of(principal, gateway).put(text, title=title)
     except DocumentTooLong as error:
         raise DocumentTooLarge(error.message, field="text") from error
     except DocumentUnreadable as error:
         raise DocumentUnreadable(error.message, field="text") from error
-    return DocumentCard.of(await gateway.store.documents.info(digest))
+    return DocumentCard.of(await of(principal, gateway).info(digest))
+
+
+def num_bytes_of(text: str | bytes) -> int:
+    # What is no text is refused by the store.
+    return len(text) if isinstance(text, bytes) else len(text.encode(errors="replace"))

@@ -28,7 +28,7 @@ from foundry.recipes import choose, describe
 from foundry.rpc.pods import Pods
 from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
-from foundry.store import DocumentPrompts, RunRecord, RunRequest, RunSpec
+from foundry.store import DocumentPrompts, DocumentStore, RunRecord, RunRequest, RunSpec
 from foundry.v1 import common_pb2
 from services.gateway.access.names import full_name, full_text
 from services.gateway.access.principal import Principal, PrincipalDep
@@ -61,6 +61,15 @@ class RunList(Listing):
     data: list[RunCard]
 
 
+async def _own_run(run_id: str, gateway: GatewayDep, principal: PrincipalDep) -> str:
+    """Raises RunNotFound, for another tenant's too."""
+    await gateway.store.runs.get(run_id, tenant=principal.tenant)
+    return run_id
+
+
+OwnRun = Annotated[str, Depends(_own_run)]
+
+
 @router.post("/v1/runs", status_code=201)
 async def create_run(
     asked: Annotated[RunRequest, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})],
@@ -75,13 +84,14 @@ async def create_run(
     asked = await _with_full_names(asked, gateway, principal)
     text = asked.text
     await gateway.quotas.check_runs(principal)
+    gateway.quotas.check_stored(principal)
     if "num_steps" in asked.model_fields_set:
         gateway.quotas.check_steps(principal, asked.num_steps)
     _check_resources(asked, gateway)
     model = _served_model(gateway)
-    await _check_prompts(asked, gateway)
+    await _check_prompts(asked, documents.of(principal, gateway))
     texts = [text] if text is not None else []
-    texts += [await gateway.store.documents.get(digest) for digest in asked.documents[len(texts) :]]
+    texts += [await documents.of(principal, gateway).get(digest) for digest in asked.documents[len(texts) :]]
     num_tokens = None
     if model is not None and gateway.teachers is not None:
         num_tokens = await _context_tokens(texts, model, gateway.teachers, principal.caller(""))
@@ -96,7 +106,7 @@ async def create_run(
                 field="num_tokens",
             )
     if text is not None:
-        await documents.put(gateway, text, asked.title or "")
+        await documents.put(gateway, principal, text, asked.title or "")
     run_id = await gateway.quotas.create_run(principal, spec)
     _look_at_jobs(gateway)
     card = await _card_of(run_id, gateway)
@@ -106,20 +116,20 @@ async def create_run(
 
 
 @router.get("/v1/runs")
-async def runs(gateway: GatewayDep, limit: Limit = PAGE, after: After = "") -> RunList:
+async def runs(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = "") -> RunList:
     """Newest first."""
-    page = await gateway.store.runs.page(after=after, limit=limit)
+    page = await gateway.store.runs.page(after=after, limit=limit, tenant=principal.tenant)
     data = [_card(record, gateway) for record in page.items]
     return RunList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
 @router.get("/v1/runs/{run_id}")
-async def run(run_id: str, gateway: GatewayDep) -> RunCard:
+async def run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/cancel")
-async def cancel_run(run_id: str, gateway: GatewayDep) -> RunCard:
+async def cancel_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     """The worker ends the run after the step in hand; a run that waits ends now."""
     await gateway.store.runs.request_cancel(run_id)
     _look_at_jobs(gateway)
@@ -127,28 +137,27 @@ async def cancel_run(run_id: str, gateway: GatewayDep) -> RunCard:
 
 
 @router.post("/v1/runs/{run_id}/pause")
-async def pause_run(run_id: str, gateway: GatewayDep) -> RunCard:
+async def pause_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_pause(run_id)
     return await _card_of(run_id, gateway)
 
 
 @router.post("/v1/runs/{run_id}/resume")
-async def resume_run(run_id: str, gateway: GatewayDep) -> RunCard:
+async def resume_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_resume(run_id)
     _look_at_jobs(gateway)
     return await _card_of(run_id, gateway)
 
 
 @router.delete("/v1/runs/{run_id}", status_code=204)
-async def delete_run(run_id: str, gateway: GatewayDep) -> Response:
+async def delete_run(run_id: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Delete a run with its events and checkpoints. Its versions stay. Refused with 409 unless it is over."""
-    await gateway.store.runs.delete(run_id)
+    await gateway.store.runs.delete(run_id, tenant=principal.tenant)
     return Response(status_code=204)
 
 
-async def _position(run_id: str, gateway: GatewayDep, last_event_id: Annotated[str | None, Header()] = None) -> str:
+async def _position(run_id: OwnRun, last_event_id: Annotated[str | None, Header()] = None) -> str:
     """Where an event stream begins. A dependency, since the stream's status is sent before its first event."""
-    await gateway.store.runs.get(run_id)
     if not last_event_id:
         return "0-0"
     if not _EVENT_ID.fullmatch(last_event_id):
@@ -228,11 +237,11 @@ def _check_model(spec: RunSpec, model: ServedModel) -> None:
         )
 
 
-async def _check_prompts(spec: RunSpec, gateway: Gateway) -> None:
+async def _check_prompts(spec: RunSpec, stored: DocumentStore) -> None:
     for name in ("prompts", "heldout"):
         if isinstance(prompts := getattr(spec, name), DocumentPrompts):
             try:
-                text = await gateway.store.documents.get(prompts.digest)
+                text = await stored.get(prompts.digest)
             except DocumentNotFound as error:
                 error.field = f"{name}.digest"
                 raise

@@ -131,3 +131,30 @@ def test_a_run_has_so_many_steps_at_most_whoever_chose_them(site: Site) -> None:
         # What a recipe may choose is judged when it has.
         assert client.runs.create(**asked, recipe="quick")["spec"]["num_steps"] == 20
     assert refused(gateway, "steps_per_run") == 2
+
+
+def test_documents_and_runs_are_refused_once_the_bytes_are_used_up(site: Site) -> None:
+    gateway = limited(site, "--limits.stored-bytes", "1000", "--census-seconds", "0.2")
+    url = f"http://{gateway.address}"
+    text = {"content-type": "text/plain"}
+
+    def put(content: bytes) -> int:
+        return httpx.post(f"{url}/v1/documents", content=content, headers=text, trust_env=False).status_code
+
+    def run() -> int:
+        return httpx.post(f"{url}/v1/runs", json=specification(document=digest), trust_env=False).status_code
+
+    with FoundryClient(url) as client:
+        digest = client.documents.create("a" * 600)["digest"]
+        assert put(b"b" * 401) == 429
+        # What was refused for another reason takes nothing.
+        assert put(b"\0" * 400) == 400
+        client.documents.create("b" * 400)
+        assert put(b"c") == 429
+        assert run() == 429
+        # What is found is what was put.
+        looked = "foundry_store_census_timestamp_seconds"
+        before = metric(gateway.address, looked)
+        wait_until(lambda: metric(gateway.address, looked) > before + 0.2, gateway)
+        assert put(b"c") == run() == 429
+    assert refused(gateway, "stored_bytes") == 5

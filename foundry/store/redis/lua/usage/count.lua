@@ -1,11 +1,19 @@
--- name... -> ok, durable versions, hot versions, [digest, what is said of its bytes] of each digest among them, names that
--- were left out: a key of theirs has another type
+-- name... -> ok, [name, digests of its durable versions], hot versions, [digest, what is said of its bytes] of each digest
+-- among them, names that were left out: a key of theirs has another type
 --@include pointers
 
-local durable, hot, seen, kept, damaged = 0, 0, {}, {}, {}
+local durable, hot, seen, kept, damaged = {}, 0, {}, {}, {}
+-- Lua takes so many arguments, and some more.
+local at_a_time = 1000
 
 local function count(name)
-  local num_durable = call('SCARD', key('durable', name))
+  local versions, digests = call('SMEMBERS', key('durable', name)), {}
+  for begin = 1, #versions, at_a_time do
+    local some = {unpack(versions, begin, math.min(begin + at_a_time - 1, #versions))}
+    for _, value in ipairs(call('HMGET', key('versions', name), unpack(some))) do
+      table.insert(digests, value and digest_of(value) or '')
+    end
+  end
   for _, version in ipairs(call('ZRANGE', key('hot', name), 0, -1)) do
     local value = call('HGET', key('versions', name), version)
     local digest = value and digest_of(value)
@@ -16,7 +24,7 @@ local function count(name)
       seen[digest] = true
     end
   end
-  durable = durable + num_durable
+  table.insert(durable, {name, digests})
 end
 
 for _, name in ipairs(ARGV) do

@@ -39,6 +39,7 @@ OWNED = {
     *("listen", "metrics_port", "dry_run", "otlp_endpoint"),
     *("tls_certificate_file", "tls_key_file", "tls_ca_file", "rpc_tokens_directory"),
     *("https_server_certificate_file", "https_server_key_file"),
+    *("api_keys", "admin_key_file"),
     *("model", "model_name", "rollout_addresses", "teacher_address", "store", "worker", "run"),
     *("jobs.template", "jobs.namespace"),
 }

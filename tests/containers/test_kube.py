@@ -32,7 +32,8 @@ ENGINE = os.environ.get("FOUNDRY_ENGINE", "torch")
 VALUES: dict[str, Any] = {
     "global": {"image": {"registry": os.environ.get("FOUNDRY_REGISTRY", ""), "tag": os.environ.get("FOUNDRY_TAG", "")}},
     "model": {"name": MODEL},
-    "gateway": {"replicas": 2, "resources": SMALL},
+    # The API server's proxy, through which these tests reach the gateway, keeps `Authorization` for itself.
+    "gateway": {"replicas": 2, "resources": SMALL, "apiKeys": {"enabled": False}},
     "rollout": {
         "replicas": 1,
         "resources": SMALL,
@@ -273,6 +274,24 @@ def test_rolling_update_and_drain_fail_no_stream(
     assert streams.completed > before > 0
     TIMINGS["longest stream meanwhile"] = streams.longest_seconds
     TIMINGS["longest gap in a stream meanwhile"] = streams.longest_gap_seconds
+
+
+@pytest.mark.timeout(1200)
+def test_with_api_keys_only_their_owners_are_answered(cluster: Cluster, trained: dict[str, Any]) -> None:
+    before = cluster.revision()
+    cluster.upgrade({"gateway": {"apiKeys": {"enabled": True}}})
+    cluster.wait_ready("gateway", 2)
+    # The chat has the operator's key.
+    cluster.test()
+    pod = cluster.pods("gateway")[0].metadata.name
+    gateway = ("exec", pod, "-c", "gateway", "--", "env", "FOUNDRY_GATEWAY=http://127.0.0.1:8000")
+    key = cluster.kubectl(*gateway, "foundry", "keys", "create", "--tenant", "acme", "--scope", "query").strip()
+    assert cluster.kubectl(*gateway, "foundry", "cartridges", "ls", check=False) == ""
+    shown = (*gateway, f"FOUNDRY_API_KEY={key}", "foundry", "cartridges")
+    assert json.loads(cluster.kubectl(*shown, "ls", "--json")) == []
+    assert cluster.kubectl(*shown, "show", "handbook", check=False) == ""
+    cluster.rollback(before)
+    cluster.wait_ready("gateway", 2)
 
 
 @pytest.mark.timeout(1800)

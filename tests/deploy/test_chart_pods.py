@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from base64 import b64decode
+from typing import Any
 
 import pytest
 import yaml
 
 from foundry.rpc.tokens import HOLDERS, holder_of
+from foundry.store.key_store import KeyText
 from tests.deploy.chart import (
     CHART,
     NAME,
@@ -236,6 +238,27 @@ def test_tokens_are_random_ones_or_those_of_a_secret_or_off() -> None:
         assert f"{NAME}-rpc" not in {manifest["metadata"]["name"] for manifest in of_kind(manifests, "Secret")}
         found = rpc_tokens(one(manifests, "Deployment", "rollout")["spec"]["template"])
         assert (found and found[0]) == secret
+
+
+def test_gateway_and_the_chat_test_have_the_operators_key_and_nobody_else() -> None:
+    manifests = rendered("default")
+    (key,) = one(manifests, "Secret", "api-key")["data"].values()
+    KeyText.parse(b64decode(key).decode())
+    with_key = {owner for owner, pod in pods(manifests) if f"{NAME}-api-key" in json.dumps(pod)}
+    assert with_key == {f"Deployment/{NAME}-gateway", f"Pod/{NAME}-test-chat"}
+
+
+@pytest.mark.parametrize(("values", "secret"), [({"existingSecret": "mine"}, "mine"), ({"enabled": False}, None)])
+def test_the_operators_key_is_of_a_secret_or_off(values: dict[str, Any], secret: str | None) -> None:
+    manifests = render({"gateway": {"apiKeys": values}})
+    assert f"{NAME}-api-key" not in {manifest["metadata"]["name"] for manifest in of_kind(manifests, "Secret")}
+    pod = one(manifests, "Deployment", "gateway")["spec"]["template"]["spec"]
+    found = [each["secret"]["secretName"] for each in pod["volumes"] if each["name"] == "api-key"]
+    assert found == ([secret] if secret else [])
+    named = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    path = "/run/secrets/foundry/api-key/api-key" if secret else None
+    assert named.get("FOUNDRY_ADMIN_KEY_FILE") == path
+    assert named.get("FOUNDRY_API_KEYS") == ("true" if secret else None)
 
 
 def test_a_changed_password_rolls_the_pods() -> None:

@@ -65,6 +65,7 @@ PORTS = {
 # The second pod of a run that has two.
 _SECOND_TRAINER = "trainer-1"
 _RENDEZVOUS_PORT = 29500
+_API_KEY = "fdy_bootstrapkey_" + "k" * 43
 # Everything that a flow depends on is enabled, and whoever can be named is.
 VALUES: dict[str, Any] = {
     # There are no Services here: a name is a pod's address.
@@ -238,8 +239,9 @@ class Release:
     ) -> httpx.Response:
         """HTTP from one host to another, on a connection of its own. Raises httpx.TransportError."""
         url = f"http://{self.peers[target].address}:{port}{path}"
+        key = {"authorization": f"Bearer {_API_KEY}"}
         return self.hosts[source].call(
-            lambda: httpx.request(method, url, json=body, timeout=10, trust_env=False, verify=False)
+            lambda: httpx.request(method, url, json=body, headers=key, timeout=10, trust_env=False, verify=False)
         )
 
     def run(self, name: str, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -316,6 +318,7 @@ class Release:
         (container,) = self.pods[name]["spec"]["containers"]
         rendered = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
         secrets = {
+            "FOUNDRY_ADMIN_KEY_FILE": _API_KEY,
             "FOUNDRY_STORE__REDIS_PASSWORD_FILE": valkey.PASSWORD,
             "FOUNDRY_STORE__OBJECTS_ACCESS_KEY_ID_FILE": seaweed.KEY,
             "FOUNDRY_STORE__OBJECTS_SECRET_ACCESS_KEY_FILE": seaweed.SECRET,

@@ -3,6 +3,7 @@
 {{- $root := .root -}}
 {{- $values := index $root.Values .name -}}
 {{- $service := index (include "foundry.services" $root | fromYaml) .name -}}
+{{- $keys := and (eq .name "gateway") $root.Values.gateway.apiKeys.enabled -}}
 {{- $calls := and (eq .name "gateway") (eq $root.Values.trainer.mode "jobs") -}}
 metadata:
   labels:
@@ -81,6 +82,9 @@ spec:
         {{- if $root.Values.rpc.tokens.enabled }}
         - {name: rpc-tokens, mountPath: /run/secrets/foundry/rpc, readOnly: true}
         {{- end }}
+        {{- if $keys }}
+        - {name: api-key, mountPath: /run/secrets/foundry/api-key, readOnly: true}
+        {{- end }}
         {{- if $root.Values.tls.enabled }}
         - {name: tls, mountPath: /etc/foundry/tls, readOnly: true}
         {{- end }}
@@ -109,6 +113,9 @@ spec:
           {{- range splitList " " (include "foundry.rpc.roles" .) }}
           - {key: {{ . }}, path: {{ . }}}
           {{- end }}
+    {{- end }}
+    {{- if $keys }}
+    {{- include "foundry.gateway.keyVolume" $root | nindent 4 }}
     {{- end }}
     {{- if $root.Values.tls.enabled }}
     - name: tls

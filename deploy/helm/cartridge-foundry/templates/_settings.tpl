@@ -26,6 +26,10 @@
 {{- $_ := set $settings "rollout_addresses" (list (printf "%s:7001" $rollout)) }}
 {{- $_ := set $settings "teacher_address" (printf "%s:7002" (include "foundry.name" (dict "root" .root "name" "teacher"))) }}
 {{- end -}}
+{{- if and (eq .name "gateway") .root.Values.gateway.apiKeys.enabled }}
+{{- $_ := set $settings "api_keys" true }}
+{{- $_ := set $settings "admin_key_file" "/run/secrets/foundry/api-key/api-key" }}
+{{- end -}}
 {{- if and (eq .name "gateway") (eq .root.Values.trainer.mode "jobs") }}
 {{- $_ := set $settings "jobs__template" (include "foundry.name" (dict "root" .root "name" "trainer-job")) }}
 {{- end -}}

@@ -2,6 +2,7 @@
 
 import ssl
 import sys
+from pathlib import Path
 
 import httpx
 
@@ -12,9 +13,12 @@ if url.startswith("https:"):
     tls.load_verify_locations("/etc/foundry/https/tls.crt")
     tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     tls.check_hostname = False
+# Mounted where the gateway asks for one.
+key = Path("/run/secrets/foundry/api-key/api-key")
 answer = httpx.post(
     f"{url}/v1/chat/completions",
     json={"model": model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8},
+    headers={"authorization": f"Bearer {key.read_text().strip()}"} if key.exists() else {},
     timeout=timeout_seconds,
     verify=tls,
 )

@@ -145,7 +145,7 @@ def fetch_model(release: Release, seconds: float) -> None:
 
 def helm_test(release: Release, seconds: float) -> None:
     """The pod of `helm test` finds the gateway by its name."""
-    _eventually(lambda: _run_pod(release, "test", {}, {}), seconds)
+    _eventually(lambda: _run_pod(release, "test", {}, {4: str(release.key_file)}), seconds)
 
 
 _TRAINED = Need(train)

@@ -115,6 +115,7 @@ class Release:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.key_file = directory / "FOUNDRY_ADMIN_KEY_FILE"
         self._manifests = render(VALUES)
         jobs = [job_of(manifest) for manifest in self._manifests if "job.yaml" in manifest.get("data", {})]
         # By component; of several pods of one, such as tests, all are the same to a policy.

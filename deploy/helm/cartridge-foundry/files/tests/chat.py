@@ -6,19 +6,18 @@ from pathlib import Path
 
 import httpx
 
-url, model, timeout_seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+url, model, timeout_seconds, *key_file = sys.argv[1], sys.argv[2], float(sys.argv[3]), *sys.argv[4:]
 tls = ssl.create_default_context()
 if url.startswith("https:"):
     # The gateway's own certificate is enough, whoever issued it. It names the host that people use, not the Service.
     tls.load_verify_locations("/etc/foundry/https/tls.crt")
     tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     tls.check_hostname = False
-# Mounted where the gateway asks for one.
-key = Path("/run/secrets/foundry/api-key/api-key")
 answer = httpx.post(
     f"{url}/v1/chat/completions",
     json={"model": model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8},
-    headers={"authorization": f"Bearer {key.read_text().strip()}"} if key.exists() else {},
+    # Where the gateway asks for a key.
+    headers={"authorization": f"Bearer {Path(key_file[0]).read_text().strip()}"} if key_file else {},
     timeout=timeout_seconds,
     verify=tls,
 )

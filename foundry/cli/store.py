@@ -37,7 +37,7 @@ def gc(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sweep the store: versions beyond retention, blobs and bytes that nothing needs, checkpoints of ended runs.
+    """Sweep the store: versions, runs and documents beyond retention, what nothing needs, checkpoints of ended runs.
 
     Tagged, leased and latest versions stay, and those of a run that still holds the name. Safe beside publishers.
     """

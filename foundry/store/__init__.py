@@ -15,7 +15,7 @@ from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
 from foundry.store.spec import DocumentPrompts, Prompts, Resources, RunRequest, RunSpec, SelfStudyPrompts
 from foundry.store.tags import TagRecord
-from foundry.store.upkeep.gc import Collected
+from foundry.store.upkeep.retention import Collected
 
 __all__ = [
     "ActiveRuns",

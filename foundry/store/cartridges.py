@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import structlog
@@ -40,9 +41,11 @@ from foundry.store.settings import StoreSettings
 from foundry.store.tags import TagRecord
 from foundry.store.unreadable import skipped
 from foundry.store.upkeep import rebuild
-from foundry.store.upkeep.gc import Collected, Collector, Retention
+from foundry.store.upkeep.gc import Collector
+from foundry.store.upkeep.gc_records import RecordCollector
 from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
+from foundry.store.upkeep.retention import Collected, Retention
 from foundry.store.upkeep.usage import Usage, take_usage
 from foundry.store.upkeep.verified import Verified
 from foundry.store.upkeep.verify import Verifier
@@ -369,24 +372,22 @@ class CartridgeStore:
         """Remove what nothing needs, and yield it; with `dry_run` only yield it. The limits default to the settings'.
 
         Needs Redis. May be stopped at any point and run again. Raises DigestMismatch, after the rest is done, if a
-        manifest can't be read: then no blob goes.
+        manifest can't be read: then no blob or document goes; or a run: then no document.
         """
         settings = self.settings
         retention = Retention(
             keep_last=settings.keep_durable if keep_last is None else keep_last,
             max_age_days=settings.keep_durable_days if max_age_days is None else max_age_days,
+            keep_runs_days=settings.keep_runs_days,
+            keep_documents_days=settings.keep_documents_days,
             grace_seconds=settings.sweep_grace_seconds,
             keep_hot=settings.keep_hot,
         )
-        return Collector(
-            self._connection,
-            self._pointers,
-            self._durable,
-            self._marks,
-            Checkpoints(self.objects),
-            retention,
-            dry_run=dry_run,
-        ).collect()
+        began = datetime.now(UTC)
+        stores = (self.objects, self.runs, self.documents, self.datasets)
+        records = RecordCollector(*stores, retention, began=began, dry_run=dry_run)
+        pointers = (self._connection, self._pointers, self._durable, self._marks)
+        return Collector(*pointers, records, retention, began=began, dry_run=dry_run).collect()
 
     def verify(self) -> AsyncIterator[Verified]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""

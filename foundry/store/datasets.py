@@ -75,6 +75,13 @@ class DatasetStore:
             raise DigestMismatch(f"data set {dataset} holds {summary.digest}, its record says {stands.digest}")
         return stands
 
+    async def delete(self, dataset: str) -> None:
+        """Nothing to delete is no error."""
+        # What says that it is whole goes first.
+        whole = layout.dataset_summary(self._tenant, dataset)
+        for key in [whole, *await self._objects.keys(layout.dataset(self._tenant, dataset))]:
+            await self._objects.delete(key)
+
     async def summary(self, dataset: str) -> DatasetSummary:
         """Raises NotFound while the data set is not whole, DigestMismatch if its record is damaged."""
         return await self._objects.record(

@@ -192,15 +192,17 @@ class RunStore(RunQueue):
         """Say what a run in the queue waits for; without effect once a worker has it."""
         await self._run("runs/explain_queued", check_run(run_id, field="run_id"), waiting_for, self._events_length)
 
-    # For verify
+    # For upkeep
+
+    async def asked(self, run_id: str) -> tuple[str, RunSpec]:
+        """Tenant and what was asked for, as object storage has it. Raises NotFound, DigestMismatch."""
+        return await self._archive.asked(run_id)
 
     async def check(self, run_id: str) -> int:
         """Bytes that were hashed of what object storage has of a run. Raises RunNotFound, DigestMismatch."""
         await self._archive.run(run_id)
         await self._archive.events(run_id)
         return 0
-
-    # For rebuild
 
     async def restore(self, server_run: str) -> int:
         """Put all runs back into the Redis of that run id, and no others; returns how many are not over."""

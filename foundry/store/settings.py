@@ -99,6 +99,14 @@ class StoreSettings(BaseModel):
     keep_durable_days: float | None = Field(default=None, gt=0)
     """Age beyond which `foundry gc` removes durable versions, with the same exceptions; none: they don't age."""
 
+    keep_runs_days: float | None = Field(default=None, gt=0)
+    """How long after its end `foundry gc` keeps a run, in object storage and Redis; none: for ever. Its versions have
+    limits of their own."""
+
+    keep_documents_days: float | None = Field(default=None, gt=0)
+    """How long after it was last put `foundry gc` keeps a document that neither a run nor a manifest names, and a data
+    set of a tenant whose runs are all over; none: for ever."""
+
     sweep_grace_seconds: float = Field(default=3600.0, ge=0)
     """Younger objects are never swept: longer than any publication takes, and than clocks differ."""
 

@@ -302,6 +302,12 @@ class RunSpec(Checked):
         return tuple(dict.fromkeys((self.document, *self.more_documents)))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Digests of all stored texts that it needs."""
+        files = [each.digest for each in (self.prompts, self.heldout) if isinstance(each, DocumentPrompts)]
+        return (*self.documents, *files, *([self.init_text] if self.init_text else []))
+
+    @property
     def num_off_policy_steps(self) -> int:
         """The first so many steps train on answers that were there before them."""
         share = {"on": 0.0, "off": 1.0, "hybrid": self.off_policy_share}[self.mode]

@@ -14,6 +14,7 @@ from foundry.errors import CartridgeNotFound, DigestMismatch, StoreUnavailable
 from foundry.store import CartridgeStore, Collected, Manifest, RunState, StoreSettings
 from foundry.store.upkeep import marks
 from foundry.store.upkeep.gc import Collector
+from tests.contract.sweep import gc, keys
 from tests.store_data import cartridge, draft, run_spec
 from tests.valkey import Valkey
 
@@ -32,21 +33,6 @@ async def collecting(valkey: Valkey, tmp_path: Path) -> AsyncIterator[CartridgeS
 
 async def publish(store: CartridgeStore, step: int, *, durable: bool = True, name: str = "report") -> Manifest:
     return await store.publish(cartridge(step), draft(name, step=step), durable=durable)
-
-
-async def gc(store: CartridgeStore, **values: object) -> list[Collected]:
-    """What a collection takes; a dry run before it must say the same and change nothing."""
-    announced = [collected async for collected in store.gc(dry_run=True, **values)]  # type: ignore[arg-type]
-    again = [collected async for collected in store.gc(dry_run=True, **values)]  # type: ignore[arg-type]
-    assert announced == again
-    collected = [each async for each in store.gc(**values)]  # type: ignore[arg-type]
-    assert announced == collected
-    assert [each async for each in store.gc(dry_run=True, **values)] == []  # type: ignore[arg-type]
-    return collected
-
-
-def keys(collected: list[Collected], kind: str) -> list[str]:
-    return [each.key for each in collected if each.kind == kind]
 
 
 async def blobs(store: CartridgeStore) -> set[str]:

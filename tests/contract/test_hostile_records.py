@@ -79,6 +79,7 @@ class Site:
         self.server = Valkey(directory)
         self.runner.run(self.server.start())
         values = {"redis_url": self.server.url, "objects_url": (directory / "objects").as_uri(), "keep_hot": 2}
+        values |= {"keep_runs_days": 1, "keep_documents_days": 1}
         self.store = self.runner.run(CartridgeStore.open(StoreSettings.model_validate(values)))
         self.kept = self.runner.run(self._fill())
         kept = (

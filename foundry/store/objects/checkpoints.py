@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
-from datetime import datetime
+from collections.abc import Iterable
 
 import structlog
 from blake3 import blake3
@@ -19,7 +17,7 @@ from pydantic import Field
 from foundry.errors import DigestMismatch, NotFound
 from foundry.identity import Buffer, content_digest
 from foundry.store.objects import layout
-from foundry.store.objects.objects import ObjectInfo, Objects
+from foundry.store.objects.objects import Objects
 from foundry.store.spec import Digest
 from foundry.store.unreadable import reading
 from foundry.untrusted import parse_object
@@ -75,20 +73,6 @@ class Checkpoints:
             raise failure
         return None
 
-    async def of_runs_that_ended(self, *, before: datetime) -> AsyncIterator[ObjectInfo]:
-        """The files of all runs whose result was written before a time: of a checkpoint the json comes first."""
-        over: set[str] = set()
-        files: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
-        async for entry in self._objects.scan(layout.RUNS):
-            run = entry.key.split("/")[1]
-            if entry.key == layout.run_record(run, "result.json") and entry.last_modified < before:
-                over.add(run)
-            elif layout.CHECKPOINT.fullmatch(entry.key):
-                files[run].append(entry)
-        for run in sorted(over & files.keys()):
-            for entry in sorted(files[run], key=lambda entry: entry.key):
-                yield entry
-
     async def check(self, stem: str) -> int:
         """Bytes of a checkpoint, hashed range by range. Raises NotFound if it is gone, DigestMismatch."""
         record, key = await self._record(stem), f"{stem}.safetensors"
@@ -102,9 +86,6 @@ class Checkpoints:
         if (found := f"blake3:{hasher.hexdigest()}") != record.digest:
             raise DigestMismatch(f"{key} hashes to {found}, expected {record.digest}")
         return size
-
-    async def delete(self, entry: ObjectInfo) -> None:
-        await self._objects.delete(entry.key)
 
     async def _read(self, stem: str) -> bytes:
         record = await self._record(stem)

@@ -55,9 +55,14 @@ LIMIT = re.compile(rf"counters/(?P<name>{NAME})/(?P<limit>[0-9]{{16}})")
 # The tenant is "" where none stands there.
 _OF_TENANT = rf"(?P<tenant>{TENANT}(?=/)|)/?(?P<hex>[0-9a-f]{{64}})"
 DOCUMENT = re.compile(rf"documents/{_OF_TENANT}\.json")
+# Of a document or data set.
+TEXT_FILE = re.compile(rf"(documents|datasets)/{_OF_TENANT}(\.txt|\.json|/[^/]+\.json)")
 SHARD = re.compile(rf"datasets/{_OF_TENANT}/(?P<family>[^/]+)-(?P<number>[0-9]{{6,16}})\.json")
 SUMMARY = re.compile(rf"datasets/{_OF_TENANT}/dataset\.json")
 RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
+RUN_FILE = re.compile(
+    rf"runs/(?P<run>{RUN})/((run|desired|result)\.json|events\.jsonl|attempts/[0-9]+|checkpoints/[0-9-]+\.[a-z]+)"
+)
 ATTEMPT = re.compile(r".*/attempts/(?P<attempt>[0-9]{6,16})")
 CHECKPOINT = re.compile(r"(?P<stem>.*/(?P<attempt>[0-9]{6,16})-(?P<step>[0-9]{10,16}))\.(json|safetensors)")
 

@@ -78,6 +78,11 @@ class RunArchive:
         """Of the request that made the run; "" if it was not traced. Raises NotFound, DigestMismatch."""
         return (await self._objects.record(layout.run_record(run_id, "run.json"), _begun)).traceparent
 
+    async def asked(self, run_id: str) -> tuple[str, RunSpec]:
+        """Tenant and what was asked for. Raises NotFound, DigestMismatch."""
+        begun = await self._objects.record(layout.run_record(run_id, "run.json"), _begun)
+        return begun.tenant, RunSpec.from_json(begun.spec)
+
     async def forget(self, run_id: str) -> None:
         """Undo `create`: what is left of the run is none."""
         await self._objects.delete(layout.run_record(run_id, "run.json"))

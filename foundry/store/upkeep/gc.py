@@ -3,10 +3,10 @@
     hot         bytes in Redis beyond `keep_hot`, whose trimming a lease had put off
     version     durable versions beyond retention, and manifests that publishers left who were replaced or died
     blob        tensors that no manifest names
-    checkpoint  of runs that are over
 
-Why none of this takes what a publisher at work or a reader needs is argued in docs/store-protocol.md. Tombstones
-stay: there is one for each publication that was cut off, and each is needed as long as its publisher might wake up.
+And what gc_records.py takes. Why none of this takes what a publisher at work or a reader needs is argued in
+docs/store-protocol.md. Tombstones stay: there is one for each publication that was cut off, and each is needed as long
+as its publisher might wake up.
 
 Memory: the digest and the key of each version, about 300 bytes; never manifests or tensors. At most `_PARALLEL`
 requests are under way at a time.
@@ -20,19 +20,21 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from foundry.errors import DigestMismatch, StoreUnavailable
 from foundry.store.manifest import Manifest
-from foundry.store.objects.checkpoints import Checkpoints
+from foundry.store.names import tenant_of
 from foundry.store.objects.objects import ObjectInfo
 from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import Pointers
 from foundry.store.unreadable import skipped
+from foundry.store.upkeep.gc_records import RecordCollector
 from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, GcMarks
+from foundry.store.upkeep.retention import Collected, Retention
 
 _PARALLEL = 16
 # Blobs that are marked at a time: few enough that their deletion ends well before the marks do.
@@ -43,30 +45,11 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Retention:
-    """Which durable versions of a name are wanted. None: no such limit. Either limit alone lets a version go."""
-
-    keep_last: int | None
-    max_age_days: float | None
-    grace_seconds: float
-    keep_hot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """One thing that went, or would go. `num_bytes` is 0 for bytes that another version still needs."""
-
-    kind: Literal["hot", "version", "blob", "checkpoint"]
-    key: str
-    num_bytes: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Version:
     name: str
     version: int
     digest: str
+    document: str | None
     created_at: datetime
     entry: ObjectInfo
 
@@ -80,31 +63,35 @@ class Collector:
         pointers: Pointers,
         durable: Durable,
         marks: GcMarks,
-        checkpoints: Checkpoints,
+        records: RecordCollector,
         retention: Retention,
         *,
+        began: datetime,
         dry_run: bool,
     ) -> None:
         self._connection, self._pointers, self._durable = connection, pointers, durable
-        self._marks, self._checkpoints = marks, checkpoints
-        self._retention, self._dry_run = retention, dry_run
-        self._began = datetime.now(UTC)
-        # Compared with the object storage's clock: the grace covers what it is off.
-        self._old = self._began - timedelta(seconds=retention.grace_seconds)
-        # Digests of manifests that stay, and the keys of all manifests that were read.
+        self._marks, self._records = marks, records
+        self._retention, self._began, self._dry_run = retention, began, dry_run
+        self._old = retention.old(began)
+        # Digests of manifests that stay, the documents that they name with their tenants, and the keys of all
+        # manifests that were read.
         self._needed: set[str] = set()
+        self._documents: set[tuple[str, str]] = set()
         self._read: set[str] = set()
         self._unreadable: list[str] = []
         # Digest -> versions whose hot bytes go: in a dry run Redis still counts them.
         self._hot_gone: defaultdict[str, set[str]] = defaultdict(set)
 
     async def collect(self) -> AsyncIterator[Collected]:
-        """Raises StoreUnavailable; DigestMismatch, after all else, if a manifest can't be read: then no blob goes."""
+        """Raises StoreUnavailable; DigestMismatch, after all else, if a manifest can't be read: then no blob goes, and
+        no document, which takes all runs to be read too."""
         if not self._dry_run:
             await self._marks.forget_dead()
-        for part in (self._collect_hot, self._collect_versions, self._collect_checkpoints, self._collect_blobs):
+        for part in (self._collect_hot, self._collect_versions, self._records.runs, self._collect_blobs):
             async for collected in part():
                 yield collected
+        async for collected in self._records.texts(self._documents):
+            yield collected
 
     # Hot bytes
 
@@ -143,7 +130,8 @@ class Collector:
                 known = await self._pointers.durable(name)
             if known is None:
                 # Nobody can say what Redis still needs of the name.
-                self._needed.update(each.digest for each in found)
+                for each in found:
+                    self._keep(each)
                 continue
             async for collected in self._collect_withdrawn(name, listed, found, known):
                 yield collected
@@ -153,7 +141,7 @@ class Collector:
                 why = self._beyond_retention(index, version)
                 retired = await self._retire(version) if why else None
                 if why is None or retired is None:
-                    self._needed.add(version.digest)
+                    self._keep(version)
                     continue
                 yield Collected("version", f"{name}@{version.version}", version.entry.size, why)
                 for collected in self._hot(name, retired, why):
@@ -163,7 +151,13 @@ class Collector:
                     why = "left by a publication or a deletion that was cut off"
                     yield Collected("version", f"{name}@{version.version}", version.entry.size, why)
                 else:
-                    self._needed.add(version.digest)
+                    self._keep(version)
+
+    def _keep(self, version: _Version) -> None:
+        self._needed.add(version.digest)
+        if version.document:
+            # Whose it is the manifest does not say: a run without a tenant may publish under the name of one.
+            self._documents |= {(tenant, version.document) for tenant in ("", tenant_of(version.name))}
 
     async def _collect_withdrawn(
         self, name: str, listed: list[ObjectInfo], found: list[_Version], known: set[int]
@@ -297,18 +291,10 @@ class Collector:
             raise StoreUnavailable(f"object storage did not delete the blob of {digest} in time") from error
         return True
 
-    # Checkpoints
-
-    async def _collect_checkpoints(self) -> AsyncIterator[Collected]:
-        async for entry in self._checkpoints.of_runs_that_ended(before=self._old):
-            if not self._dry_run:
-                await self._checkpoints.delete(entry)
-            yield Collected("checkpoint", entry.key, entry.size, "its run is over")
-
 
 def _version_of(manifest: Manifest, entry: ObjectInfo) -> _Version:
     created_at = datetime.fromisoformat(manifest.created_at)
-    return _Version(manifest.name, manifest.version, manifest.digest, created_at, entry)
+    return _Version(manifest.name, manifest.version, manifest.digest, manifest.document, created_at, entry)
 
 
 async def _in_parallel(function: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> AsyncIterator[Result]:

@@ -98,6 +98,9 @@ bench-sync: install  ## how long a new version takes from the end of a step to i
 bench-bodies: install  ## what request bodies that are made to hurt cost a gateway, and who waits meanwhile
 	$(BIN)/python -m benchmarks.bodies
 
+bench-fairness: install  ## what one client that asks for very much costs the others (3 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.fairness
+
 # make images REPOSITORY=registry.example/foundry TAG=1.2.3 ACCELERATOR=cuda BUILD='--build-arg NAME=VALUE'
 # ENGINE=vllm builds the rollout with vLLM, tagged TAG-vllm; make image-rollout ENGINE=vllm builds it alone, beside the others.
 REPOSITORY ?= cartridge-foundry
@@ -145,4 +148,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties fuzz bench-sync bench-bodies images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

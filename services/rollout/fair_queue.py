@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 MEMORY_SECONDS = 30.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Call:
     client: Hashable
     waiting: deque[int]
@@ -39,7 +39,7 @@ class _Call:
 class _Client:
     came_at: float
     # Most others that were there at once lately when it came.
-    num_before: int
+    num_met: int
     num_running: int = 0
     num_waiting: int = 0
     # Those with sequences that wait; the next is the first.
@@ -68,6 +68,10 @@ class FairQueue:
     @property
     def num_waiting(self) -> int:
         return len(self._calls) - len(self.running)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self._clients)
 
     def num_of(self, client: Hashable) -> int:
         """Sequences of a client that run or wait."""
@@ -117,6 +121,11 @@ class FairQueue:
             self._left[call.client] = now
         self._count(now)
 
+    def num_before(self, sequence_id: int) -> int:
+        """How many calls of its client have their turn before that of a sequence that waits."""
+        call = self._calls[sequence_id]
+        return self._clients[call.client].calls.index(call)
+
     def has_begun(self, sequence_ids: Iterable[int]) -> bool:
         """Whether any of them got a place, or has ended."""
         return any(each not in self._calls or each in self.running for each in sequence_ids)
@@ -155,14 +164,14 @@ class FairQueue:
         )
 
     def _may_take(self, client: _Client, num_free: int, num_had: int, now: float) -> bool:
-        num_before = client.num_before if now < client.came_at + MEMORY_SECONDS else 0
-        num_others = max(num_before, self._most_clients.at(now, client.came_at) - 1)
+        num_met = client.num_met if now < client.came_at + MEMORY_SECONDS else 0
+        num_others = max(num_met, self._most_clients.at(now, client.came_at) - 1)
         if client.num_running < self._share_of(num_others + 1):
             return True
         if client.calls[0].repeatable and len(self._clients) == 1:
             return True
         num_wanted = self._most_wanted.at(now, client.came_at) - min(client.num_open, self._share)
-        num_kept = max(num_before, num_wanted) - (num_had - min(client.num_running, self._share))
+        num_kept = max(num_met, num_wanted) - (num_had - min(client.num_running, self._share))
         return num_free > min(num_kept, self._num_places // 2)
 
     def _share_of(self, num_clients: int) -> int:
@@ -197,8 +206,11 @@ class _RecentMost:
         """Of the values that it had after `since`."""
         while self._left and self._left[0][0] < now - MEMORY_SECONDS:
             self._left.popleft()
-        # The first of them is the largest.
-        return next((max(self._value, value) for left_at, value in self._left if left_at > since), self._value)
+        for left_at, value in self._left:
+            if left_at > since:
+                # The first of them is the largest.
+                return max(self._value, value)
+        return self._value
 
     def copy(self) -> _RecentMost:
         copied = _RecentMost()

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from services.rollout.fair_queue import FairQueue
 
+# Ends of sequences that are played, besides; what comes then goes on at their pace. It takes the event loop's time.
+_NUM_ENDS = 16
 # Of the newest step, or answer, in the means.
 _WEIGHT = 0.1
 
@@ -26,24 +28,26 @@ class WaitingTime:
         """Of one that ended by itself."""
         self._said = _mean(self._said, num_tokens / max_new_tokens)
 
-    def seconds(
-        self, queue: FairQueue, sequence_ids: Sequence[int], tokens_left: Mapping[int, int], now: float
-    ) -> float:
-        """Until one of `sequence_ids`, which are a call in `queue`, has a place. `tokens_left` is what each sequence
-        may still say. The queue is used up."""
+    def seconds(self, queue: FairQueue, call: Sequence[int], tokens_left: Mapping[int, int], now: float) -> float:
+        """Until one of the sequences of a call that has just joined the queue has a place. `tokens_left` is what each
+        sequence may still say. The queue is used up."""
         if self._step_seconds is None or self._said is None:
             return 0.0
         ends = [(self._said * tokens_left[each], each) for each in queue.running]
         heapq.heapify(ends)
+        num_ahead = queue.num_before(call[0])
         num_steps, at = 0.0, now
-        while True:
+        # Every client has a turn in it, and some have more.
+        for _ in range(queue.num_clients + _NUM_ENDS):
             for each in queue.take(at):
                 heapq.heappush(ends, (num_steps + self._said * tokens_left[each], each))
-            if queue.has_begun(sequence_ids):
+            if queue.has_begun(call):
                 return at - now
             num_steps, ended = heapq.heappop(ends)
             at = now + num_steps * self._step_seconds
             queue.end(ended, at)
+        num_passed = num_ahead - queue.num_before(call[0])
+        return (at - now) * (num_ahead + 1) / max(1, num_passed)
 
 
 def _mean(mean: float | None, value: float) -> float:

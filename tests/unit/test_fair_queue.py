@@ -198,3 +198,14 @@ def test_a_wait_is_played_forward() -> None:
     # Then the hog's, when ours has ended: one place is its share.
     assert waiting_time.seconds(site.queue.copy(), queued, left, site.now) == pytest.approx(25)
     assert site.queue.num_waiting == 5
+
+
+def test_a_wait_beyond_what_is_played_goes_on_at_its_pace() -> None:
+    site, waiting_time = Site(1), WaitingTime()
+    waiting_time.saw_step(1.0)
+    waiting_time.saw_answer(1, 1)
+    calls = [site.add("hog", 2, call) for call in range(200)]
+    site.take()
+    left = {each: 10 for call in calls for each in call}
+    # The first call has a sequence that runs, and one that waits until the others had their turn.
+    assert waiting_time.seconds(site.queue.copy(), calls[-1], left, site.now) == pytest.approx(199 * 10, rel=0.1)

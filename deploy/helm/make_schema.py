@@ -43,7 +43,7 @@ OWNED = {
     *("model", "model_name", "rollout_addresses", "teacher_address", "store", "worker", "run"),
     *("jobs.template", "jobs.namespace"),
 }
-OWNED_BY_STORE = re.compile(r"(redis|objects)_(?!timeout_seconds$|retry_seconds$)")
+OWNED_BY_STORE = re.compile(r"(redis|objects)_(?!timeout_seconds$|retry_seconds$)|signing_key_file$")
 
 Json = dict[str, Any]
 

@@ -17,6 +17,7 @@ from foundry.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from foundry.store import CartridgeStore, Collected, StoreSettings
+    from foundry.store.upkeep.sign import Signed
 
 _VARIABLES = "FOUNDRY_STORE__"
 
@@ -98,6 +99,29 @@ async def _verify(as_json: bool) -> None:
         counts = ", ".join(f"{num} {kind}" for kind, num in sorted(num_checked.items()))
         note(f"Checked {counts or 'nothing'}, {num_bytes} bytes: {len(wrong) or 'nothing'} wrong.")
     if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sign(as_json: Json = False) -> None:
+    """Sign records of the object storage that have no signature yet, or an older key's. Exits with status 1 if some
+    can't be signed: they are damaged, or of a key that store.signing_key_file does not have."""
+    asyncio.run(_sign(as_json))
+
+
+async def _sign(as_json: bool) -> None:
+    found: list[Signed] = []
+    async with connected() as store:
+        async for each in store.sign():
+            found.append(each)
+            if not as_json:
+                print(f"{each.state:8}  {each.key}" + (f"  ({each.why})" if each.why else ""), flush=True)
+    refused = [each for each in found if each.state == "refused"]
+    if as_json:
+        print_json({"records": [asdict(each) for each in found]})
+    else:
+        note(f"Signed {len(found) - len(refused)} records; {len(refused) or 'none'} refused.")
+    if refused:
         raise typer.Exit(1)
 
 

@@ -38,6 +38,7 @@ from foundry.store.resolve import Resolver
 from foundry.store.rollback import rollback
 from foundry.store.runs import RunStore
 from foundry.store.settings import StoreSettings
+from foundry.store.signatures import Signer
 from foundry.store.tags import TagRecord
 from foundry.store.unreadable import skipped
 from foundry.store.upkeep import rebuild
@@ -46,6 +47,7 @@ from foundry.store.upkeep.gc_records import RecordCollector
 from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
 from foundry.store.upkeep.retention import Collected, Retention
+from foundry.store.upkeep.sign import Signed, sign
 from foundry.store.upkeep.usage import Usage, take_usage
 from foundry.store.upkeep.verified import Verified
 from foundry.store.upkeep.verify import Verifier
@@ -69,6 +71,7 @@ class CartridgeStore:
             retry_seconds=settings.objects_retry_seconds,
             timeout_seconds=settings.objects_timeout_seconds,
             s3=S3Access.of(settings),
+            signer=Signer.of(settings.signing_key_file),
         )
         self._connection = Connection(RedisAccess.of(settings), timeout_seconds=settings.redis_timeout_seconds)
         self._connection.on_empty = self.rebuild
@@ -388,6 +391,11 @@ class CartridgeStore:
         records = RecordCollector(*stores, retention, began=began, dry_run=dry_run)
         pointers = (self._connection, self._pointers, self._durable, self._marks)
         return Collector(*pointers, records, retention, began=began, dry_run=dry_run).collect()
+
+    def sign(self) -> AsyncIterator[Signed]:
+        """Sign the records of object storage that no key of the store, or an older one, has signed; yields those that
+        were, and those that can't be. Does without Redis. Raises InvalidArgument without a key."""
+        return sign(self.objects)
 
     def verify(self) -> AsyncIterator[Verified]:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""

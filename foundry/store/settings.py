@@ -89,6 +89,10 @@ class StoreSettings(BaseModel):
     objects_ca_file: Path | None = None
     """PEM file of an authority that may sign the S3 server's certificate, besides those of the system."""
 
+    signing_key_file: Path | None = None
+    """File with keys of 32 or more random characters, one a line. Records in object storage are signed with the first
+    and must be signed with one of them to be read. Unset: they are not signed, and signatures are not looked at."""
+
     keep_hot: int = Field(default=4, ge=1)
     """Newest versions per name whose bytes stay in Redis. Tagged, leased and latest ones stay besides."""
 

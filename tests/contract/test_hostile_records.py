@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from foundry.errors import FoundryError
 from foundry.store import CartridgeId, CartridgeStore, DatasetSummary, RunState, StoreSettings
 from foundry.store.sealed import seal
+from foundry.store.signatures import split
 from tests.store_data import cartridge, claim, draft, run_spec
 from tests.valkey import Valkey
 
@@ -73,13 +74,17 @@ class Kept(NamedTuple):
 class Site:
     """A store with one of everything to damage, and as much to keep; each example begins as this was filled."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, signed: bool) -> None:
         self.directory = directory
+        self.signed = signed
         self.runner = asyncio.Runner()
         self.server = Valkey(directory)
         self.runner.run(self.server.start())
         values = {"redis_url": self.server.url, "objects_url": (directory / "objects").as_uri(), "keep_hot": 2}
         values |= {"keep_runs_days": 1, "keep_documents_days": 1}
+        if signed:
+            directory.joinpath("keys").write_text("k" * 32)
+            values["signing_key_file"] = directory / "keys"
         self.store = self.runner.run(CartridgeStore.open(StoreSettings.model_validate(values)))
         self.kept = self.runner.run(self._fill())
         kept = (
@@ -139,9 +144,9 @@ class Site:
         self.server.close()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    made = Site(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture(scope="module", params=[False, True], ids=["unsigned", "signed"])
+def site(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Site]:
+    made = Site(tmp_path_factory.mktemp("hostile"), signed=request.param)
     yield made
     made.close()
 
@@ -211,7 +216,7 @@ def replaced(content: bytes, replacement: bytes | tuple[int, Any]) -> bytes:
     if isinstance(replacement, bytes):
         return replacement
     try:
-        record = json.loads(content)
+        record = json.loads(split(content)[0])
         place, value = replacement
         name = sorted(record)[place % len(record)]
         return seal({key: each for key, each in record.items() if key != "checksum"} | {name: value}).encode()
@@ -234,7 +239,7 @@ def test_a_hostile_record(site: Site) -> None:
             await gone_through(site.store)
             await served(site.store, site.kept)
             found = await wrong(site.store)
-            if isinstance(replacement, bytes) and path.suffix != ".jsonl":
+            if (site.signed or isinstance(replacement, bytes)) and path.suffix != ".jsonl":
                 assert found, f"{key} is damaged, and nobody says so"
             await site.store.rebuild(force=True)
             await gone_through(site.store)

@@ -261,6 +261,25 @@ def test_the_operators_key_is_of_a_secret_or_off(values: dict[str, Any], secret:
     assert named.get("FOUNDRY_API_KEYS") == ("true" if secret else None)
 
 
+@pytest.mark.parametrize(
+    ("signing", "secret"), [({}, f"{NAME}-signing"), ({"existingSecret": "mine"}, "mine"), ({"enabled": False}, None)]
+)
+def test_records_are_signed_by_a_random_key_or_that_of_a_secret_or_not(signing: Manifest, secret: str | None) -> None:
+    manifests = render(values_of("workers") | {"store": {"signing": signing}})
+    made = [each for each in of_kind(manifests, "Secret") if each["metadata"]["name"] == f"{NAME}-signing"]
+    assert len(made) == (not signing)
+    for each in made:
+        assert each["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert len(b64decode(each["data"]["keys"])) >= 32
+    for service, pod in service_pods(manifests).items():
+        (container,) = pod["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        file = variables.get("FOUNDRY_STORE__SIGNING_KEY_FILE")
+        volumes = [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if volume["name"] == "signing"]
+        assert volumes == ([secret] if secret and service != "teacher" else []), service
+        assert (file is not None) == bool(volumes), service
+
+
 def test_a_changed_password_rolls_the_pods() -> None:
     def rendered_with(password: str) -> dict[str, Manifest]:
         return dict(pods(render(values_of("workers") | {"redis": {"auth": {"password": password}}})))

@@ -36,6 +36,7 @@ from foundry.identity import Buffer
 from foundry.store.credentials import S3Access
 from foundry.store.objects.directory import LOCK, fsync, locked, make_directory
 from foundry.store.objects.refusals import NO_BUCKET, text_of, typed
+from foundry.store.signatures import LINE_BYTES, Signer
 from foundry.store.unreadable import REFUSALS, reading, skipped
 from foundry.untrusted import MAX_RECORD_BYTES
 
@@ -79,9 +80,13 @@ class Objects:
 
     All methods raise StoreUnavailable while the storage can't be reached, StoreRefused if it does not take our
     credentials or has no such bucket, and StoreFull if it takes no more; those that read an object raise NotFound.
+
+    Records (`is_record`) are signed as they are written, where there is a key for it, and must then be signed to be
+    read.
     """
 
-    def __init__(self, store: ObjectStore, url: str, root: Path | None, timeout_seconds: float) -> None:
+    def __init__(self, store: ObjectStore, url: str, root: Path | None, timeout_seconds: float, signer: Signer) -> None:
+        self.signer = signer
         self._store = store
         self._url = url
         self._timeout_seconds = timeout_seconds
@@ -91,26 +96,34 @@ class Objects:
 
     @classmethod
     def open(
-        cls, url: str, *, retry_seconds: float, timeout_seconds: float = 90.0, s3: S3Access | None = None
+        cls,
+        url: str,
+        *,
+        retry_seconds: float,
+        timeout_seconds: float = 90.0,
+        s3: S3Access | None = None,
+        signer: Signer | None = None,
     ) -> Objects:
         """Nothing is read or written, besides making the directory of a file:// store.
 
         `timeout_seconds` is for one call with all its repetitions; to it comes what its bytes take at 1 MiB a second.
 
-        `s3` wins over the AWS_* variables of the environment; gs and az have theirs (GOOGLE_*, AZURE_*) alone.
+        `s3` wins over the AWS_* variables of the environment; gs and az have theirs (GOOGLE_*, AZURE_*) alone. Without
+        `signer` nothing is signed.
         """
+        signer = signer or Signer()
         atexit.register(_let_go)
         try:
             if url.startswith("file://"):
                 root = Path(unquote(urlsplit(url).path))
                 make_directory(root)
-                return cls(from_url(url), url, root, timeout_seconds)
+                return cls(from_url(url), url, root, timeout_seconds, signer)
             if url.startswith("memory://"):
-                return cls(from_url(url), url, None, timeout_seconds)
+                return cls(from_url(url), url, None, timeout_seconds, signer)
             options: dict[str, Any] = {"retry_config": {"retry_timeout": timedelta(seconds=retry_seconds)}}
             if s3 is not None:
                 options |= s3.options()
-            return cls(from_url(url, **options), url, None, timeout_seconds)
+            return cls(from_url(url, **options), url, None, timeout_seconds, signer)
         except (BaseError, ValueError, TypeError) as error:
             raise InvalidArgument(
                 f"object storage {url} can't be opened: {text_of(error)}", field="objects_url"
@@ -120,6 +133,8 @@ class Objects:
 
     async def put(self, key: str, parts: Iterable[Buffer]) -> None:
         """Write the concatenation of `parts`, over whatever stands there; large ones are not joined in memory."""
+        if is_record(key):
+            parts = [self._signed(key, b"".join(parts))]
         views = [memoryview(part).cast("B") for part in parts]
         num_bytes = sum(view.nbytes for view in views)
         content = b"".join(views) if num_bytes <= _ONE_REQUEST_BYTES else views
@@ -132,6 +147,7 @@ class Objects:
 
         That may be our own, where an answer was lost and the storage's client asked again.
         """
+        content = self._signed(key, content)
         async with self._call(key, writing=True):
             try:
                 await obstore.put_async(self._store, key, content, mode="create")
@@ -146,6 +162,7 @@ class Objects:
         False also if our own write was repeated after its answer was lost: read again before you conclude anything.
         Only writers that use this method (and `put_if_absent` before the first one) exclude each other.
         """
+        content = self._signed(key, content)
         async with self._call(key, writing=True):
             if self._root is not None:
                 return await asyncio.to_thread(_put_file_if_match, self._store, self._root, key, content, etag)
@@ -186,7 +203,7 @@ class Objects:
 
     async def record(self, key: str, parse: Callable[[bytes], T], *, max_bytes: int = MAX_RECORD_BYTES) -> T:
         """What `parse` makes of a small object. Raises NotFound; DigestMismatch, which names the key, if `parse`
-        refuses it or it is larger than `max_bytes`.
+        refuses it, its signature is not what it should be or it is larger than `max_bytes`.
 
         What is refused is read again: the damage may have been on the way.
         """
@@ -198,9 +215,13 @@ class Objects:
                 return await self._parsed(key, parse, max_bytes)
 
     async def _parsed(self, key: str, parse: Callable[[bytes], T], max_bytes: int) -> T:
-        content = bytes(await self.get(key, max_bytes=max_bytes))
+        stored = bytes(await self.get(key, max_bytes=max_bytes + LINE_BYTES))
+
+        def read() -> T:
+            return parse(self.signer.opened(key, stored))
+
         # A large one takes seconds, most of all where somebody made it to.
-        return parse(content) if len(content) < _MIN_THREAD_BYTES else await asyncio.to_thread(parse, content)
+        return read() if len(stored) < _MIN_THREAD_BYTES else await asyncio.to_thread(read)
 
     async def records(self, kind: str, keys: Iterable[str], parse: Callable[[str, bytes], T]) -> dict[str, T]:
         """What `parse` makes of the keys and their small objects, by key. Left out are those that are gone, and those
@@ -278,6 +299,9 @@ class Objects:
         async for _ in self.scan("never/written"):
             pass
 
+    def _signed(self, key: str, content: bytes) -> bytes:
+        return self.signer.signed(key, content) if is_record(key) else content
+
     async def _settle(self, key: str) -> None:
         if self._root is None:
             return
@@ -299,6 +323,12 @@ class Objects:
         except (BaseError, OSError) as error:
             # Not `from error`: its text may hold a signed address, and would stand in every traceback.
             raise typed(what, key, error, writing=writing, directory=self._root is not None) from None
+
+
+def is_record(key: str) -> bool:
+    """Whether something is believed because it stands there: all but bytes that a record names by their digest, and
+    objects without content."""
+    return key.endswith((".json", ".jsonl"))
 
 
 def _let_go() -> None:

@@ -22,7 +22,7 @@ from foundry.untrusted import parse_object
 from foundry.validation import Checked
 
 # Those of 10,000 events of 64 KiB each.
-_MAX_EVENTS_BYTES = 2**30
+MAX_EVENTS_BYTES = 2**30
 _EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 # Until the year 9999, the last that times have.
@@ -108,7 +108,7 @@ class RunArchive:
         """What happened in a run that is over; nothing for any other. Raises DigestMismatch if it is damaged."""
         with suppress(NotFound):
             key = layout.run_record(run_id, "events.jsonl")
-            return await self._objects.record(key, _events, max_bytes=_MAX_EVENTS_BYTES)
+            return await self._objects.record(key, _events, max_bytes=MAX_EVENTS_BYTES)
         return []
 
     async def ids(self) -> set[str]:

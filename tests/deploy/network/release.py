@@ -323,6 +323,7 @@ class Release:
             "FOUNDRY_STORE__REDIS_PASSWORD_FILE": valkey.PASSWORD,
             "FOUNDRY_STORE__OBJECTS_ACCESS_KEY_ID_FILE": seaweed.KEY,
             "FOUNDRY_STORE__OBJECTS_SECRET_ACCESS_KEY_FILE": seaweed.SECRET,
+            "FOUNDRY_STORE__SIGNING_KEY_FILE": "k" * 32,
         }
         for variable, secret in secrets.items():
             if variable in rendered:

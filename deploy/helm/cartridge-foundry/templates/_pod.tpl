@@ -15,7 +15,7 @@ metadata:
   annotations:
     {{- if $service.store }}
     {{- /* Of the values, not of the Secrets: a random password is another one each time it is rendered without a cluster. */}}
-    checksum/store: {{ list $root.Values.redis.auth $root.Values.redis.tls $root.Values.objects.auth | toJson | sha256sum }}
+    checksum/store: {{ list $root.Values.redis.auth $root.Values.redis.tls $root.Values.objects.auth $root.Values.store.signing | toJson | sha256sum }}
     {{- end }}
     {{- with $values.podAnnotations }}
     {{- toYaml . | nindent 4 }}

@@ -30,6 +30,10 @@
 {{ .Values.objects.claim.existingClaim | default (include "foundry.objects.name" .) }}
 {{- end -}}
 
+{{- define "foundry.store.signingSecretName" -}}
+{{ .Values.store.signing.existingSecret | default (include "foundry.name" (dict "root" . "name" "signing")) }}
+{{- end -}}
+
 {{/* StoreSettings, as far as the chart decides them. */}}
 {{- define "foundry.store.settings" -}}
 {{- $redis := .Values.redis -}}
@@ -81,6 +85,9 @@ objects_secret_access_key_file: /run/secrets/foundry/objects/secret-access-key
 objects_session_token_file: /run/secrets/foundry/objects/session-token
 {{- end }}
 {{- end }}
+{{- if .Values.store.signing.enabled }}
+signing_key_file: /run/secrets/foundry/signing/keys
+{{- end }}
 {{- end -}}
 
 {{/* Volumes and their mount paths: the settings above name the files. */}}
@@ -116,6 +123,12 @@ objects_session_token_file: /run/secrets/foundry/objects/session-token
 - name: gcs
   secret: {secretName: {{ . }}}
 {{- end }}
+{{- if .Values.store.signing.enabled }}
+- name: signing
+  secret:
+    secretName: {{ include "foundry.store.signingSecretName" . }}
+    items: [{key: keys, path: keys}]
+{{- end }}
 {{- if $objects.claim.enabled }}
 - name: objects
   persistentVolumeClaim: {claimName: {{ include "foundry.objects.claimName" . }}}
@@ -139,6 +152,9 @@ objects_session_token_file: /run/secrets/foundry/objects/session-token
 {{- end }}
 {{- if $objects.gcs.existingSecret }}
 - {name: gcs, mountPath: /run/secrets/foundry/gcs, readOnly: true}
+{{- end }}
+{{- if .Values.store.signing.enabled }}
+- {name: signing, mountPath: /run/secrets/foundry/signing, readOnly: true}
 {{- end }}
 {{- if $objects.claim.enabled }}
 - {name: objects, mountPath: /objects}

@@ -41,7 +41,7 @@ class Attempt:
     @property
     def caller(self) -> common_pb2.Caller:
         """Who asks rollout servers and teachers: each run is a client."""
-        return common_pb2.Caller(tenant="", client=self.claimed.run_id)
+        return common_pb2.Caller(tenant=self.claimed.tenant, client=self.claimed.run_id)
 
     # The run itself
 

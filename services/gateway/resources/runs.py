@@ -89,7 +89,7 @@ async def create_run(
         gateway.quotas.check_steps(principal, asked.num_steps)
     _check_resources(asked, gateway)
     model = _served_model(gateway)
-    await _check_prompts(asked, documents.of(principal, gateway))
+    await _check_texts(asked, documents.of(principal, gateway))
     texts = [text] if text is not None else []
     texts += [await documents.of(principal, gateway).get(digest) for digest in asked.documents[len(texts) :]]
     num_tokens = None
@@ -237,15 +237,22 @@ def _check_model(spec: RunSpec, model: ServedModel) -> None:
         )
 
 
-async def _check_prompts(spec: RunSpec, stored: DocumentStore) -> None:
+async def _check_texts(spec: RunSpec, stored: DocumentStore) -> None:
+    """Those besides the documents: what the start is made of, and files of prompts."""
+    if spec.init_text:
+        await _text(stored, spec.init_text, "init_text")
     for name in ("prompts", "heldout"):
         if isinstance(prompts := getattr(spec, name), DocumentPrompts):
-            try:
-                text = await stored.get(prompts.digest)
-            except DocumentNotFound as error:
-                error.field = f"{name}.digest"
-                raise
+            text = await _text(stored, prompts.digest, f"{name}.digest")
             await asyncio.to_thread(read_prompts, text, field=name)
+
+
+async def _text(stored: DocumentStore, digest: str, field: str) -> str:
+    try:
+        return await stored.get(digest)
+    except DocumentNotFound as error:
+        error.field = field
+        raise
 
 
 def _check_resources(spec: RunSpec, gateway: Gateway) -> None:

@@ -142,7 +142,8 @@ def test_the_operators_key_may_do_everything(guarded: Guarded) -> None:
 def test_the_log_says_who_asked_and_holds_no_key(guarded: Guarded) -> None:
     key, text = guarded.key(*SCOPES, tenant="acme")
     digest = guarded.http("POST", "/v1/documents", text, json={"text": f"{DOCUMENT} Damaged."}).json()["digest"]
-    (guarded.stack.directory / "objects" / "documents" / f"{digest[7:]}.json").write_text("{")
+    path = guarded.stack.directory / "objects" / "documents" / "acme" / f"{digest[7:]}.json"
+    path.write_text("{")
     assert guarded.http("GET", f"/v1/documents/{digest}", text).status_code == 500
     lines = guarded.gateway.log.read_text().splitlines()
     (line,) = [line for line in lines if digest in line and "request failed" in line]

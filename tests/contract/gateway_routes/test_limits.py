@@ -34,7 +34,7 @@ def chat(gateway: Process, **changes: Any) -> httpx.Response:
 
 
 def refused(gateway: Process, limit: str) -> float:
-    return metric(gateway.address, "foundry_gateway_limited_requests_total", limit=limit)
+    return metric(gateway.metrics, "foundry_gateway_limited_requests_total", limit=limit)
 
 
 def test_answers_say_what_is_left_and_refusals_when_to_come_back(site: Site) -> None:
@@ -85,7 +85,7 @@ def test_an_answer_that_is_left_counts_as_far_as_it_came_and_frees_its_place(sit
         answer = chat(gateway)
         assert answer.status_code == 429
         assert "1 completions at one time" in answer.json()["error"]["message"]
-    wait_until(lambda: metric(gateway.address, "foundry_gateway_completions_in_flight") == 0, gateway)
+    wait_until(lambda: metric(gateway.metrics, "foundry_gateway_completions_in_flight") == 0, gateway)
     answer = chat(gateway)
     assert answer.status_code == 200
     used = 100_000 - int(answer.headers["x-ratelimit-remaining-tokens"])
@@ -154,7 +154,7 @@ def test_documents_and_runs_are_refused_once_the_bytes_are_used_up(site: Site) -
         assert run() == 429
         # What is found is what was put.
         looked = "foundry_store_census_timestamp_seconds"
-        before = metric(gateway.address, looked)
-        wait_until(lambda: metric(gateway.address, looked) > before + 0.2, gateway)
+        before = metric(gateway.metrics, looked)
+        wait_until(lambda: metric(gateway.metrics, looked) > before + 0.2, gateway)
         assert put(b"c") == run() == 429
     assert refused(gateway, "stored_bytes") == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple, get_args
 
 import pytest
@@ -125,3 +126,76 @@ def test_a_run_publishes_under_the_tenants_name(guarded: Guarded, tenants: Tenan
         answer = create(name=name)
         assert (answer.status_code, answer.json()["error"]["param"]) == (403, "name")
         assert answer.text == create(name="globex/manual").text.replace("globex/manual", name)
+
+
+class Kept(NamedTuple):
+    """What globex has."""
+
+    digest: str
+    run_id: str
+
+
+ABSENT = Kept("blake3:" + "0" * 64, "run-aaaaaaaa")
+PROMPTS = {"kind": "document", "digest": "DIGEST"}
+ABOUT_IT: list[tuple[str, str, dict[str, Any]]] = [
+    ("GET", "/v1/documents/DIGEST", {}),
+    ("GET", "/v1/documents/DIGEST/content", {}),
+    ("DELETE", "/v1/documents/DIGEST", {}),
+    ("GET", "/v1/documents?after=DIGEST", {}),
+    ("POST", "/v1/runs", {"json": specification(document="DIGEST")}),
+    ("POST", "/v1/runs", {"json": specification(text=DOCUMENT, more_documents=["DIGEST"])}),
+    ("POST", "/v1/runs", {"json": specification(text=DOCUMENT, prompts=PROMPTS)}),
+    ("POST", "/v1/runs", {"json": specification(text=DOCUMENT, heldout=PROMPTS)}),
+    ("POST", "/v1/runs", {"json": specification(text=DOCUMENT, init="text", init_text="DIGEST")}),
+    ("GET", "/v1/runs/RUN", {}),
+    ("GET", "/v1/runs/RUN/events", {}),
+    ("POST", "/v1/runs/RUN/cancel", {}),
+    ("POST", "/v1/runs/RUN/pause", {}),
+    ("POST", "/v1/runs/RUN/resume", {}),
+    ("DELETE", "/v1/runs/RUN", {}),
+    ("GET", "/v1/runs?after=RUN", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def kept(guarded: Guarded, tenants: Tenants) -> Kept:
+    text = {"text": f"{DOCUMENT} Of globex alone.", "title": "secret"}
+    digest = guarded.http("POST", "/v1/documents", tenants.globex, json=text).json()["digest"]
+    run = guarded.http("POST", "/v1/runs", tenants.globex, json=specification(document=digest)).json()
+    return Kept(digest, run["id"])
+
+
+@pytest.mark.parametrize(("method", "path", "arguments"), ABOUT_IT)
+def test_anothers_documents_and_runs_are_answered_like_what_does_not_exist(
+    guarded: Guarded, tenants: Tenants, kept: Kept, method: str, path: str, arguments: dict[str, Any]
+) -> None:
+    def answer(about: Kept) -> tuple[int, str]:
+        text = json.dumps([path, arguments]).replace("DIGEST", about.digest).replace("RUN", about.run_id)
+        where, what = json.loads(text)
+        found = guarded.http(method, where, tenants.acme, **what)
+        return found.status_code, found.text.replace(about.digest, "DIGEST").replace(about.run_id, "RUN")
+
+    status, body = answer(kept)
+    assert status in (400, 404)
+    assert (status, body) == answer(ABSENT)
+    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.globex).json()["title"] == "secret"
+    assert guarded.http("GET", f"/v1/runs/{kept.run_id}", tenants.globex).json()["state"] == "queued"
+
+
+def test_lists_show_the_tenants_own_documents_and_runs(guarded: Guarded, tenants: Tenants, kept: Kept) -> None:
+    def listed(path: str, field: str, key: str) -> set[str]:
+        return {item[field] for item in guarded.http("GET", path, key).json()["data"]}
+
+    assert kept.digest in listed("/v1/documents", "digest", tenants.globex)
+    assert kept.run_id in listed("/v1/runs", "id", tenants.globex)
+    for key in (tenants.acme, tenants.nobody):
+        assert kept.digest not in listed("/v1/documents", "digest", key)
+        assert kept.run_id not in listed("/v1/runs", "id", key)
+
+
+def test_the_same_text_of_two_tenants_is_two_documents(guarded: Guarded, tenants: Tenants, kept: Kept) -> None:
+    text = {"text": f"{DOCUMENT} Of globex alone.", "title": "ours"}
+    mine = guarded.http("POST", "/v1/documents", tenants.acme, json=text).json()
+    assert (mine["digest"], mine["title"]) == (kept.digest, "ours")
+    assert guarded.http("DELETE", f"/v1/documents/{kept.digest}", tenants.acme).status_code == 204
+    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.globex).json()["title"] == "secret"

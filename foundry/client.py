@@ -224,6 +224,18 @@ class Cartridges:
         """One version, or the name with all of them."""
         self._http.json("DELETE", _cartridge(name) + (f"/versions/{version}" if version is not None else ""))
 
+    def grant(self, name: str, tenant: str) -> Json:
+        """Let another tenant query the cartridge, and nothing else: {name, tenant, granted_at}."""
+        return self._http.json("PUT", f"{_cartridge(name)}/grants/{quote(tenant, safe='')}")
+
+    def ungrant(self, name: str, tenant: str) -> None:
+        """Raises GrantNotFound."""
+        self._http.json("DELETE", f"{_cartridge(name)}/grants/{quote(tenant, safe='')}")
+
+    def grants(self, name: str) -> list[Json]:
+        """By tenant."""
+        return self._http.listing(f"{_cartridge(name)}/grants")
+
     # Last, because after it `list` means this method.
     def list(self) -> list[Json]:
         return self._http.listing("/v1/cartridges")

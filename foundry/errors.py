@@ -84,6 +84,10 @@ class DocumentNotFound(NotFound):
     reason = "DOCUMENT_NOT_FOUND"
 
 
+class GrantNotFound(NotFound):
+    reason = "GRANT_NOT_FOUND"
+
+
 class RunNotFound(NotFound):
     reason = "RUN_NOT_FOUND"
 

@@ -11,7 +11,9 @@ from foundry.cli.terminal import Json, Yes, confirm, note, print_json, print_tab
 from foundry.errors import InvalidArgument
 
 app = typer.Typer(
-    help="List, show, tag, promote, roll back and remove cartridges.", no_args_is_help=True, rich_markup_mode=None
+    help="List, show, tag, promote, roll back, grant and remove cartridges.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 Name = Annotated[str, typer.Argument(help="name or tenant/name.")]
 
@@ -146,6 +148,33 @@ def rollback(
         latest = client.cartridges.get(name)["version"]["version"]
         new = client.cartridges.rollback(name, to)
     print(f"{name}@latest: {latest} -> {new['version']} ({new['init']})")
+
+
+@app.command()
+def grant(
+    name: Name,
+    tenant: Annotated[str, typer.Argument(help="The other tenant.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the grant back.")] = False,
+) -> None:
+    """Let another tenant query a cartridge: not its document, runs or versions, and it changes nothing."""
+    with connect(start=False) as client:
+        if remove:
+            client.cartridges.ungrant(name, tenant)
+        else:
+            client.cartridges.grant(name, tenant)
+    note(f"{tenant} may {'not query' if remove else 'query'} {name}, once the gateways have seen it.")
+
+
+@app.command()
+def grants(name: Name, as_json: Json = False) -> None:
+    """The other tenants that may query a cartridge."""
+    with connect(start=False) as client:
+        listed = client.cartridges.grants(name)
+    if as_json:
+        print_json(listed)
+        return
+    rows = [(item["tenant"], item["granted_at"]) for item in listed]
+    print_table(["tenant", "granted"], rows, empty=f"{name} is granted to nobody.")
 
 
 @app.command()

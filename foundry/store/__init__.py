@@ -3,6 +3,7 @@
 from foundry.store.cartridges import CartridgeStore
 from foundry.store.datasets import DatasetStore, DatasetSummary
 from foundry.store.documents import DocumentInfo, DocumentStore
+from foundry.store.grants import Grant, GrantStore
 from foundry.store.key_store import ApiKey, KeyStore
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
@@ -32,6 +33,8 @@ __all__ = [
     "DocumentInfo",
     "DocumentPrompts",
     "DocumentStore",
+    "Grant",
+    "GrantStore",
     "KeyStore",
     "Manifest",
     "ManifestDraft",

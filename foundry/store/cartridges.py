@@ -23,6 +23,7 @@ from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.datasets import DatasetStore
 from foundry.store.documents import DocumentStore
 from foundry.store.fetch import Fetcher
+from foundry.store.grants import GrantStore
 from foundry.store.key_store import KeyStore
 from foundry.store.manifest import Manifest, ManifestDraft
 from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
@@ -86,6 +87,7 @@ class CartridgeStore:
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.datasets = DatasetStore(self.objects)
         self.api_keys = KeyStore(self.objects)
+        self.grants = GrantStore(self.objects)
         self.runs = RunStore(self._connection, self.objects, settings)
         self._rebuild: asyncio.Task[Rebuilt | None] | None = None
 
@@ -308,7 +310,7 @@ class CartridgeStore:
                 await self._durable.put_tag(name, tag, record, etag)
 
     async def delete(self, name: str, version: int | None = None) -> None:
-        """Delete a version, or the name with all its versions and tags. Blobs are left to `gc`.
+        """Delete a version, or the name with all its versions, tags and grants. Blobs are left to `gc`.
 
         Raises CartridgeNotFound; Conflict for a version that `latest` or a tag means and for a name that a run holds.
         """
@@ -318,6 +320,8 @@ class CartridgeStore:
             # Listed before others may take the name: what they publish is not deleted.
             versions = await self._durable.versions(name)
             known = await self._pointers.delete_name(name)
+            # Before the versions: what a crash leaves of the name is granted to nobody.
+            await self.grants.delete_name(name)
             known = await self._durable.delete_name(name, versions) or known
             for each in versions:
                 await self._pointers.forget(name, each)
@@ -401,7 +405,14 @@ class CartridgeStore:
         """Read everything and hash it; yields what was looked at, good or bad. Needs Redis; changes nothing."""
         checkpoints = Checkpoints(self.objects)
         records = RecordVerifier(
-            self.objects, self.documents, self.datasets, self.api_keys, self.runs, checkpoints, self._marks
+            self.objects,
+            self.documents,
+            self.datasets,
+            self.api_keys,
+            self.grants,
+            self.runs,
+            checkpoints,
+            self._marks,
         )
         grace_seconds = self.settings.sweep_grace_seconds
         return Verifier(self._pointers, self._durable, self._hot, records, grace_seconds=grace_seconds).verify()

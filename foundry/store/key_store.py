@@ -18,7 +18,8 @@ from foundry.identity import content_digest
 from foundry.store.api_keys import KeyLimits, Scope
 from foundry.store.names import check_tenant
 from foundry.store.objects import layout
-from foundry.store.objects.objects import ETag, Objects
+from foundry.store.objects.known import Known, refreshed
+from foundry.store.objects.objects import Objects
 from foundry.store.paging import Page, cut
 from foundry.store.sealed import seal, unseal
 from foundry.store.spec import Digest
@@ -79,14 +80,6 @@ class ApiKey(Checked):
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class KnownKey:
-    """A record as it was when it had that ETag; `key` is None if it could not be read."""
-
-    etag: ETag
-    key: ApiKey | None
-
-
 class KeyStore:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
@@ -139,20 +132,9 @@ class KeyStore:
             revoked = key.model_copy(update={"revoked_at": _time(datetime.now(UTC))})
             await self._objects.put(layout.api_key(key_id), [_content(revoked)])
 
-    async def refreshed(self, known: Mapping[str, KnownKey]) -> dict[str, KnownKey]:
-        """All keys by id. Read are only those whose records changed since `known`; a damaged one is logged and counted
-        once."""
-        entries = {
-            match["id"]: entry.etag
-            async for entry in self._objects.scan(layout.API_KEYS)
-            if (match := layout.API_KEY.fullmatch(entry.key))
-        }
-        same = {
-            key_id: known[key_id] for key_id, etag in entries.items() if key_id in known and known[key_id].etag == etag
-        }
-        changed = [key_id for key_id in entries if key_id not in same]
-        read = await self._read(changed)
-        return same | {key_id: KnownKey(entries[key_id], read.get(key_id)) for key_id in changed}
+    async def refreshed(self, known: Mapping[str, Known[ApiKey]]) -> dict[str, Known[ApiKey]]:
+        """All keys by record. Read are only those that changed since `known`."""
+        return await refreshed(self._objects, "api_key", layout.API_KEYS, layout.API_KEY, _parse, known)
 
     async def _read(self, key_ids: Iterable[str]) -> dict[str, ApiKey]:
         found = await self._objects.records("api_key", map(layout.api_key, key_ids), _parse)

@@ -51,7 +51,7 @@ for _tier in ("hot", "durable"):
     MISMATCHES.labels(_tier)
     for _direction in ("sent", "received"):
         BYTES.labels(_direction, _tier)
-for _kind in ("api_key", "cartridge", "document", "manifest", "mark", "pointer", "run", "tag"):
+for _kind in ("api_key", "cartridge", "document", "grant", "manifest", "mark", "pointer", "run", "tag"):
     UNREADABLE.labels(_kind)
 for _durable in ("true", "false"):
     PUBLISHED.labels(_durable)

@@ -19,6 +19,7 @@ from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
 from services.gateway.access.authentication import Authentication
 from services.gateway.access.counters import Counters
+from services.gateway.access.grants import Grants
 from services.gateway.access.issuer import Issuer
 from services.gateway.access.keys import Keys
 from services.gateway.access.oidc import Oidc
@@ -35,7 +36,7 @@ from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
 from services.gateway.openai import chat, completions, models
 from services.gateway.openai.tokens import TokenSpelling
-from services.gateway.resources import cartridges, documents, health, runs
+from services.gateway.resources import cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
 
@@ -43,6 +44,8 @@ _ROUTERS = (
     chat.router,
     completions.router,
     models.router,
+    # Before the cartridges' own, whose names may have any number of slashes.
+    grants.router,
     cartridges.router,
     documents.router,
     runs.router,
@@ -105,13 +108,13 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
         watching = [asyncio.create_task(usage.watch(partial(stored.look, store), settings.census_seconds))]
         authentication = None
         if settings.api_keys:
-            keys, oidc = Keys(store.api_keys), None
-            watching.append(asyncio.create_task(keys.watch(settings.api_keys_refresh_seconds)))
+            keys, grants, oidc = Keys(store.api_keys), Grants(store.grants), None
+            watching += [asyncio.create_task(each.watch(settings.api_keys_refresh_seconds)) for each in (keys, grants)]
             if settings.oidc is not None:
                 issuer = Issuer(settings.oidc.issuer, settings.oidc.jwks_url)
                 watching.append(asyncio.create_task(issuer.watch()))
                 oidc = Oidc(settings.oidc, issuer)
-            authentication = Authentication(keys, admin_key, oidc)
+            authentication = Authentication(keys, admin_key, grants, oidc)
         try:
             await rollouts.start()
             if settings.jobs is not None:

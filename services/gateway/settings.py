@@ -111,7 +111,7 @@ class GatewaySettings(ServiceSettings):
     scopes, for the names without a tenant."""
 
     api_keys_refresh_seconds: float = Field(default=10.0, gt=0)
-    """Time between two looks at which API keys there are: a key that is revoked is answered for as long."""
+    """Time between two looks at which API keys and grants there are: a key that is revoked is answered for as long."""
 
     oidc: OidcSettings | None = None
     """Answer also who shows a token of this OIDC issuer; only with api_keys. Unset: nobody's."""

@@ -12,6 +12,7 @@ from foundry.errors import ApiKeyNotFound, DigestMismatch, InvalidArgument
 from foundry.store import KeyStore, Objects
 from foundry.store.api_keys import KeyLimits
 from foundry.store.key_store import KeyText
+from foundry.store.objects import layout
 from foundry.store.sealed import seal, unseal
 
 NOW = datetime.now(UTC)
@@ -84,13 +85,14 @@ def test_what_is_no_key_is_refused_without_being_repeated(text: str) -> None:
 async def test_only_what_changed_is_read_again(keys: KeyStore, tmp_path: Path) -> None:
     first, second = [(await keys.create(scopes=["query"]))[0] for _ in range(2)]
     known = await keys.refreshed({})
-    assert {key_id: each.key for key_id, each in known.items()} == {first.key_id: first, second.key_id: second}
+    records = {key: layout.api_key(key.key_id) for key in (first, second)}
+    assert {record: each.value for record, each in known.items()} == {record: key for key, record in records.items()}
     await keys.revoke(first.key_id)
     again = await keys.refreshed(known)
-    assert again[second.key_id] is known[second.key_id]
-    assert again[first.key_id].key == await keys.get(first.key_id)
+    assert again[records[second]] is known[records[second]]
+    assert again[records[first]].value == await keys.get(first.key_id)
     (tmp_path / "api-keys" / f"{second.key_id}.json").unlink()
-    assert again.keys() - await keys.refreshed(again) == {second.key_id}
+    assert again.keys() - await keys.refreshed(again) == {records[second]}
 
 
 @pytest.mark.parametrize("damage", ["bytes", "scope", "another's"])
@@ -105,9 +107,9 @@ async def test_a_damaged_key_is_passed_over_and_can_be_revoked(keys: KeyStore, t
     }[damage]()
     record.write_text(content)
     assert await keys.list() == [whole]
-    assert {key_id: each.key for key_id, each in (await keys.refreshed(known)).items()} == {
-        whole.key_id: whole,
-        torn.key_id: None,
+    assert {record: each.value for record, each in (await keys.refreshed(known)).items()} == {
+        layout.api_key(whole.key_id): whole,
+        layout.api_key(torn.key_id): None,
     }
     with pytest.raises(DigestMismatch, match=f"api-keys/{torn.key_id}"):
         await keys.get(torn.key_id)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from foundry.errors import FoundryError
 from foundry.store import CartridgeId, CartridgeStore, DatasetSummary, RunState, StoreSettings
+from foundry.store.objects import layout
 from foundry.store.sealed import seal
 from foundry.store.signatures import split
 from tests.store_data import cartridge, claim, draft, run_spec
@@ -123,6 +124,8 @@ class Site:
         await store.runs.request_pause(await store.runs.create(run_spec("queued")))
         await store.api_keys.create(scopes=["admin"])
         api_key, _ = await store.api_keys.create(scopes=["query"])
+        await store.grants.put("acme/report", "globex")
+        await store.grants.put("kept/report", "globex")
         await store._marks.put("batch", [cartridge(7).digest()])
         return Kept(manifest.id, document, await store.runs.create(run_spec("kept-run")), api_key.key_id)
 
@@ -183,6 +186,8 @@ async def gone_through(store: CartridgeStore) -> None:
     for key in await store.api_keys.list():
         await typed(store.api_keys.get(key.key_id))
     await store.api_keys.refreshed({})
+    await store.grants.refreshed({})
+    await store.grants.for_tenant("globex")
     for tenant in TENANTS:
         for info in await store.documents.of(tenant).list():
             await typed(store.documents.of(tenant).get(info.digest))
@@ -202,7 +207,9 @@ async def served(store: CartridgeStore, kept: Kept) -> None:
     assert kept.document in [info.digest for info in await store.documents.list()]
     assert await store.documents.get(kept.document) == "a text to keep"
     assert kept.api_key in [key.key_id for key in await store.api_keys.list()]
-    assert (await store.api_keys.refreshed({}))[kept.api_key].key == await store.api_keys.get(kept.api_key)
+    known = (await store.api_keys.refreshed({}))[layout.api_key(kept.api_key)]
+    assert known.value == await store.api_keys.get(kept.api_key)
+    assert await store.grants.of_name("kept/report") == [await store.grants.get("kept/report", "globex")]
     for tenant in (None, ""):
         assert kept.run in [run.run_id for run in await store.runs.list(tenant=tenant)]
     assert (await store.runs.get(kept.run)).spec.name == "kept-run"

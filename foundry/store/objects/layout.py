@@ -19,6 +19,7 @@
     runs/<id>/checkpoints/<attempt:06d>-<step:010d>.json    {digest, num_bytes}, written last
     api-keys/<id>.json                                      {key_id, tenant, scopes, secret_digest, ...}: whose key it
                                                             is, and the hash of its secret
+    grants/<name>/<tenant>.json                             {name, tenant, granted_at}: whom else a cartridge answers
     condemned/<batch>.json                                  {digests} of blobs that are being deleted: stands from
                                                             before Redis is marked until the last blob is gone
 
@@ -33,7 +34,7 @@ import re
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
-from foundry.store.names import NAME, RUN, TENANT
+from foundry.store.names import NAME, RUN, TENANT, check_name, check_tenant
 
 API_KEYS = "api-keys"
 BLOBS = "blobs"
@@ -41,6 +42,7 @@ CARTRIDGES = "cartridges"
 COUNTERS = "counters"
 DATASETS = "datasets"
 DOCUMENTS = "documents"
+GRANTS = "grants"
 RUNS = "runs"
 MARKS = "condemned"
 
@@ -57,6 +59,8 @@ _OF_TENANT = rf"(?P<tenant>{TENANT}(?=/)|)/?(?P<hex>[0-9a-f]{{64}})"
 DOCUMENT = re.compile(rf"documents/{_OF_TENANT}\.json")
 # Of a document or data set.
 TEXT_FILE = re.compile(rf"(documents|datasets)/{_OF_TENANT}(\.txt|\.json|/[^/]+\.json)")
+# Names without a tenant are not granted: what is directly below one of the others is a grant.
+GRANT = re.compile(rf"grants/(?P<name>{TENANT}/{TENANT})/(?P<tenant>{TENANT})\.json")
 SHARD = re.compile(rf"datasets/{_OF_TENANT}/(?P<family>[^/]+)-(?P<number>[0-9]{{6,16}})\.json")
 SUMMARY = re.compile(rf"datasets/{_OF_TENANT}/dataset\.json")
 RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
@@ -128,6 +132,16 @@ def dataset_shard(tenant: str, digest: str, family: str, number: int) -> str:
 
 def dataset_summary(tenant: str, digest: str) -> str:
     return f"{dataset(tenant, digest)}/dataset.json"
+
+
+def grants(name: str) -> str:
+    """The directory of a cartridge's grants."""
+    return f"{GRANTS}/{name}"
+
+
+def grant(name: str, tenant: str) -> str:
+    """Raises InvalidArgument unless both are spelt as such."""
+    return f"{grants(check_name(name))}/{check_tenant(tenant)}.json"
 
 
 def run(run_id: str) -> str:

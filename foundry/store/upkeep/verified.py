@@ -9,7 +9,7 @@ from typing import Literal
 from foundry.errors import DigestMismatch, NotFound
 
 Kind = Literal[
-    "manifest", "blob", "hot", "tag", "pointer", "document", "dataset", "api_key", "run", "checkpoint", "mark"
+    "manifest", "blob", "hot", "tag", "pointer", "document", "dataset", "api_key", "grant", "run", "checkpoint", "mark"
 ]
 
 

@@ -1,4 +1,5 @@
-"""Checking what the store keeps beside cartridges: documents, data sets, API keys, runs, their checkpoints, and marks.
+"""Checking what the store keeps beside cartridges: documents, data sets, API keys, grants, runs, their checkpoints,
+and marks.
 
 Memory: the keys of data sets and runs, and one document, shard, or range of a checkpoint at a time.
 """
@@ -13,6 +14,7 @@ from functools import partial
 from foundry.errors import DigestMismatch, NotFound
 from foundry.store.datasets import DatasetStore
 from foundry.store.documents import DocumentStore
+from foundry.store.grants import GrantStore
 from foundry.store.key_store import KeyStore
 from foundry.store.objects import layout
 from foundry.store.objects.checkpoints import Checkpoints
@@ -30,18 +32,21 @@ class RecordVerifier:
         documents: DocumentStore,
         datasets: DatasetStore,
         api_keys: KeyStore,
+        grants: GrantStore,
         runs: RunStore,
         checkpoints: Checkpoints,
         marks: GcMarks,
     ) -> None:
         self._objects, self._documents, self._datasets = objects, documents, datasets
-        self._api_keys, self._runs, self._checkpoints, self._marks = api_keys, runs, checkpoints, marks
+        self._api_keys, self._grants = api_keys, grants
+        self._runs, self._checkpoints, self._marks = runs, checkpoints, marks
 
     async def verify(self) -> AsyncIterator[Verified]:
         for part in (
             self._all_documents,
             self._all_datasets,
             self._all_api_keys,
+            self._all_grants,
             self._all_runs,
             self._queue,
             self._all_marks,
@@ -107,6 +112,16 @@ class RecordVerifier:
 
     async def _api_key(self, key_id: str) -> int:
         await self._api_keys.get(key_id)
+        return 0
+
+    async def _all_grants(self) -> AsyncIterator[Verified]:
+        async for entry in self._objects.scan(layout.GRANTS):
+            if match := layout.GRANT.fullmatch(entry.key):
+                async for checked in self._object("grant", entry.key, self._grant(match["name"], match["tenant"])):
+                    yield checked
+
+    async def _grant(self, name: str, tenant: str) -> int:
+        await self._grants.get(name, tenant)
         return 0
 
     async def _all_runs(self) -> AsyncIterator[Verified]:

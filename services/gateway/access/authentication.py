@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hmac
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from foundry.errors import InvalidArgument, Unauthenticated
 from foundry.identity import content_digest
 from foundry.store.key_store import KeyText
+from services.gateway.access.grants import Grants
 from services.gateway.access.keys import Keys
 from services.gateway.access.oidc import Oidc
 from services.gateway.access.principal import Principal
@@ -17,16 +19,21 @@ _NOBODYS = content_digest(b"")
 
 
 class Authentication:
-    def __init__(self, keys: Keys, admin: KeyText | None, oidc: Oidc | None = None) -> None:
+    def __init__(self, keys: Keys, admin: KeyText | None, grants: Grants, oidc: Oidc | None = None) -> None:
         """`admin` is the operator's own key, which the store does not know: it may do everything to the names without
         a tenant. `oidc` judges what is no key."""
         self._keys = keys
         self._admin = admin
+        self._grants = grants
         self._oidc = oidc
 
     async def principal_of(self, authorization: str) -> Principal:
         """Who sends this header ("": none). Raises Unauthenticated, PermissionDenied, Unavailable; none repeats what
         was sent."""
+        principal = await self._shown(authorization)
+        return replace(principal, granted=self._grants.of(principal.tenant))
+
+    async def _shown(self, authorization: str) -> Principal:
         scheme, _, text = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise Unauthenticated("the request has no API key: send one as 'Authorization: Bearer fdy_…'")

@@ -22,24 +22,26 @@ def full_name(principal: Principal, name: str, *, missing: FoundryError | None =
     return whole
 
 
-def full_reference(principal: Principal, text: str, *, field: str) -> Reference:
-    """Raises InvalidArgument, CartridgeNotFound; both name `field`."""
+def full_reference(principal: Principal, text: str, *, field: str, to_query: bool = False) -> Reference:
+    """`to_query` takes those too that others granted. Raises InvalidArgument, CartridgeNotFound; both name `field`."""
     reference = Reference.parse(text, field=field)
+    if to_query and reference.name in principal.granted:
+        return reference
     if (whole := _within(principal.tenant, reference.name)) is None:
         raise CartridgeNotFound(f"there is no cartridge {reference}", field=field)
     return replace(reference, name=whole)
 
 
-def full_text(principal: Principal, text: str, *, field: str) -> str:
+def full_text(principal: Principal, text: str, *, field: str, to_query: bool = False) -> str:
     """A reference with its whole name, otherwise as it was written. Raises as `full_reference` does."""
     _, at, selector = text.partition("@")
-    return full_reference(principal, text, field=field).name + at + selector
+    return full_reference(principal, text, field=field, to_query=to_query).name + at + selector
 
 
-def owned(principal: Principal, names: Iterable[str]) -> list[str]:
-    """Those that the principal may know of."""
+def visible(principal: Principal, names: Iterable[str]) -> list[str]:
+    """Those that the principal may know of: its tenant's, and what others granted."""
     # Of a whole name a tenant's own stays as it is, and one without a tenant does not.
-    return [name for name in names if _within(principal.tenant, name) == name]
+    return [name for name in names if name in principal.granted or _within(principal.tenant, name) == name]
 
 
 def _within(tenant: str | None, name: str) -> str | None:

@@ -21,6 +21,8 @@ class Principal:
     tenant: str | None = None
     scopes: frozenset[Scope] = frozenset(get_args(Scope))
     limits: KeyLimits = field(default_factory=KeyLimits)
+    # Names of other tenants' cartridges that may be queried.
+    granted: frozenset[str] = frozenset()
 
     def caller(self, request_id: str) -> common_pb2.Caller:
         """To whom rollout servers and teachers give a turn. Where there are no keys, to each request."""

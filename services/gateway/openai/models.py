@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from foundry.errors import CartridgeNotFound, InvalidArgument, ModelNotFound
-from services.gateway.access.names import full_text, owned
+from services.gateway.access.names import full_text, visible
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
@@ -44,7 +44,7 @@ class ModelList(Listing):
 async def models(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
     """The base model, then cartridges by name. OpenAI's clients take the first page for all there are."""
     served = gateway.rollouts.model()
-    names, next_after = page_of_names(owned(principal, await gateway.store.names()), after, limit)
+    names, next_after = page_of_names(visible(principal, await gateway.store.names()), after, limit)
     cards = await for_each(names, lambda name: _card(gateway, served, name))
     data = cards if after else [_base(served), *cards]
     return ModelList(data=data, has_more=next_after is not None, last_id=next_after)
@@ -57,7 +57,7 @@ async def model(model: str, gateway: GatewayDep, principal: PrincipalDep) -> Mod
     if model == served.name:
         return _base(served)
     try:
-        return await _card(gateway, served, full_text(principal, model, field="model"))
+        return await _card(gateway, served, full_text(principal, model, field="model", to_query=True))
     except (CartridgeNotFound, InvalidArgument) as error:
         raise ModelNotFound(f"there is no model {model!r}: {error.message}", field="model") from error
 

@@ -45,7 +45,7 @@ class Target:
 
 async def _resolve(gateway: Gateway, principal: Principal, reference: str, param: str) -> CartridgeId:
     try:
-        return await gateway.store.resolve(full_reference(principal, reference, field=param))
+        return await gateway.store.resolve(full_reference(principal, reference, field=param, to_query=True))
     except InvalidArgument as error:
         if param == "model":
             raise ModelNotFound(f"there is no model {reference!r}: {error.message}", field=param) from error

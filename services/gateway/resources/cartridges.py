@@ -1,7 +1,7 @@
 """/v1/cartridges: names, versions and tags.
 
-A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/tags/TAG` or `/rollback` mean those parts
-of the name before them.
+A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/tags/TAG`, `/rollback`, `/grants` or
+`/grants/TENANT` mean those parts of the name before them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from foundry.errors import CartridgeNotFound
 from foundry.store import Manifest, Reference, lineage
 from foundry.store.paging import cut
 from foundry.validation import Checked
-from services.gateway.access.names import full_name, full_reference, owned
+from services.gateway.access.names import full_name, full_reference, visible
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.resources.listing import PAGE, After, Limit, Listing, for_each, page_of_names
@@ -46,7 +46,7 @@ async def cartridges(
     gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
 ) -> CartridgeList:
     """Names in order, each with its newest version and its tags."""
-    names, next_after = page_of_names(owned(principal, await gateway.store.names()), after, limit)
+    names, next_after = page_of_names(visible(principal, await gateway.store.names()), after, limit)
     data = await for_each(names, lambda name: _summary(gateway, Reference.parse(name)))
     return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
@@ -121,7 +121,7 @@ async def cartridge(reference: str, gateway: GatewayDep, principal: PrincipalDep
     With `lineage` (its parents, the nearest first, the last one without a number where it is not known any more) and
     where its bytes are.
     """
-    manifest, summary = await _found(gateway, full_reference(principal, reference, field="reference"))
+    manifest, summary = await _found(gateway, full_reference(principal, reference, field="reference", to_query=True))
     store, name = gateway.store, manifest.name
     known, durable, hot = await asyncio.gather(
         store.versions(name), store.durable_versions(name), store.hot_versions(name)
@@ -135,7 +135,7 @@ async def cartridge(reference: str, gateway: GatewayDep, principal: PrincipalDep
 
 @router.delete("/v1/cartridges/{name:path}", status_code=204)
 async def delete_cartridge(name: Name, gateway: GatewayDep, principal: PrincipalDep) -> Response:
-    """Delete a name with all its versions and tags. Refused with 409 while a run publishes it."""
+    """Delete a name with all its versions, tags and grants. Refused with 409 while a run publishes it."""
     await gateway.store.delete(full_name(principal, name))
     return Response(status_code=204)
 

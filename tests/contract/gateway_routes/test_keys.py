@@ -19,11 +19,13 @@ from foundry.cli.main import app
 from foundry.client import FoundryClient
 from foundry.errors import InvalidArgument, PermissionDenied, StoreUnavailable, Unauthenticated
 from foundry.identity import content_digest
-from foundry.store import CartridgeStore, KeyStore, Objects
+from foundry.store import ApiKey, CartridgeStore, GrantStore, KeyStore, Objects
 from foundry.store.api_keys import Scope
 from foundry.store.credentials import S3Access
-from foundry.store.key_store import KeyText, KnownKey
+from foundry.store.key_store import KeyText
+from foundry.store.objects.known import Known
 from services.gateway.access.authentication import Authentication
+from services.gateway.access.grants import Grants
 from services.gateway.access.keys import Keys
 from services.gateway.access.route import ScopedRoute
 from services.gateway.access.scopes import NEEDED, OPEN
@@ -213,14 +215,14 @@ def test_without_keys_a_gateway_that_others_reach_says_so(site: Site) -> None:
 class Counted(KeyStore):
     num_listings = 0
 
-    async def refreshed(self, known: Mapping[str, KnownKey]) -> dict[str, KnownKey]:
+    async def refreshed(self, known: Mapping[str, Known[ApiKey]]) -> dict[str, Known[ApiKey]]:
         self.num_listings += 1
         return await super().refreshed(known)
 
 
 async def test_a_flood_of_unknown_keys_costs_one_listing_a_second(tmp_path: Path) -> None:
     store = Counted(Objects.open(f"file://{tmp_path}", retry_seconds=1))
-    authentication = Authentication(Keys(store), None)
+    authentication = Authentication(Keys(store), None, Grants(GrantStore(store._objects)))
 
     async def ask(number: int) -> None:
         with pytest.raises(Unauthenticated):
@@ -239,7 +241,7 @@ async def test_while_the_store_is_away_the_last_known_keys_stand(tmp_path: Path)
     store = KeyStore(Objects.open(f"file://{tmp_path}", retry_seconds=1))
     _, text = await store.create(scopes=["query"])
     keys = Keys(store)
-    authentication = Authentication(keys, None)
+    authentication = Authentication(keys, None, Grants(GrantStore(store._objects)))
     await authentication.principal_of(f"Bearer {text}")
     access = S3Access(endpoint="http://127.0.0.1:9")
     keys._store = KeyStore(Objects.open("s3://away", retry_seconds=0.1, timeout_seconds=5, s3=access))

@@ -17,6 +17,7 @@ from foundry.store import CartridgeStore
 from foundry.tasks import end
 from foundry.telemetry.traces import flush_traces
 from services.gateway import errors, metrics, usage
+from services.gateway.access.audit import AuditLog
 from services.gateway.access.authentication import Authentication
 from services.gateway.access.counters import Counters
 from services.gateway.access.grants import Grants
@@ -28,6 +29,7 @@ from services.gateway.access.rates import Rates
 from services.gateway.access.route import BEARER
 from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
+from services.gateway.middleware.audit import Audit
 from services.gateway.middleware.authenticated import Authenticated
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
@@ -53,12 +55,13 @@ _ROUTERS = (
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
+    audit = AuditLog(settings.audit_log_file)
     # FastAPI's own documentation has browsers fetch scripts of somebody else's.
     app = FastAPIOffline(
         redoc_url=None,
         title="Cartridge Foundry",
         version=version("cartridge-foundry"),
-        lifespan=_lifespan(settings),
+        lifespan=_lifespan(settings, audit),
         telemetry=TRACING,
     )
     # JSON escapes make more of a document; as text/plain it may be as large as the store takes.
@@ -77,6 +80,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         )
     hosts = hosts_of(settings.listen) if settings.allowed_hosts is None else settings.allowed_hosts
     app.add_middleware(WebPages, hosts=hosts, origins=settings.allowed_origins)
+    app.add_middleware(Audit, audit=audit, completions=settings.audit_completions)
     app.add_middleware(RequestMetrics)
     app.add_middleware(RequestContext)
     errors.install(app)
@@ -86,7 +90,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     return app
 
 
-def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         token, admin_key = settings.token_of("gateway"), settings.admin_key
@@ -105,7 +109,10 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
         stored = StoredBytes()
         quotas = Quotas(store.runs, stored, settings.limits)
         jobs = None
-        watching = [asyncio.create_task(usage.watch(partial(stored.look, store), settings.census_seconds))]
+        watching = [
+            asyncio.create_task(usage.watch(partial(stored.look, store), settings.census_seconds)),
+            asyncio.create_task(audit.write()),
+        ]
         authentication = None
         if settings.api_keys:
             keys, grants, oidc = Keys(store.api_keys), Grants(store.grants), None
@@ -131,6 +138,7 @@ def _lifespan(settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncCon
             yield
         finally:
             await end(*watching)
+            await asyncio.to_thread(audit.flush)
             if jobs is not None:
                 await jobs.close()
             if teachers is not None:

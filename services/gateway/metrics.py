@@ -25,6 +25,10 @@ REFUSED_CONNECTIONS = Counter(
     "Connections that were closed: at most max_connections are kept (`full`), or the request took too long (`slow`).",
     ["reason"],
 )
+AUDIT_LINES_LOST = Counter(
+    "foundry_gateway_audit_lines_lost_total",
+    "Lines of the audit log that audit_log_file did not take: they are in the gateway's log alone.",
+)
 IN_FLIGHT = Gauge("foundry_gateway_completions_in_flight", "Completion requests being answered.")
 MAX_IN_FLIGHT = Gauge("foundry_gateway_max_completions_in_flight", "Most of them; more are refused with 429.")
 FIRST_TOKEN_SECONDS = Histogram(

@@ -124,6 +124,12 @@ class GatewaySettings(ServiceSettings):
     https_server_key_file: Path | None = None
     """Private key of that certificate (PEM, without a password)."""
 
+    audit_log_file: Path | None = None
+    """File to which the audit log is appended, besides the gateway's own log (docs/security.md). Unset: none."""
+
+    audit_completions: bool = False
+    """Note completions in the audit log too. Off: only those that are refused."""
+
     allowed_hosts: list[str] | None = None
     """Names by which clients may call the gateway (`Host`, without port; health by any): a web page can't
     make a name of its own mean it. An empty list: any. Unset: `localhost` and such where it listens on loopback, any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
@@ -114,6 +115,7 @@ async def put(gateway: Gateway, principal: Principal, text: str | bytes, title: 
         raise DocumentTooLarge(error.message, field="text") from error
     except DocumentUnreadable as error:
         raise DocumentUnreadable(error.message, field="text") from error
+    structlog.contextvars.bind_contextvars(document=digest)
     return DocumentCard.of(await of(principal, gateway).info(digest))
 
 

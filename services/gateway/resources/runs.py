@@ -108,6 +108,7 @@ async def create_run(
     if text is not None:
         await documents.put(gateway, principal, text, asked.title or "")
     run_id = await gateway.quotas.create_run(principal, spec)
+    structlog.contextvars.bind_contextvars(run_id=run_id)
     _look_at_jobs(gateway)
     card = await _card_of(run_id, gateway)
     if num_tokens is None:

@@ -30,7 +30,6 @@ from services.gateway.access.route import BEARER
 from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.middleware.audit import Audit
-from services.gateway.middleware.authenticated import Authenticated
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
@@ -73,7 +72,6 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
     )
     app.add_middleware(RequestLimits)
-    app.add_middleware(Authenticated)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]

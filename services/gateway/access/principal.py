@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, get_args
 
 from fastapi import Depends, Request
-from starlette.types import Scope as AsgiScope
 
 from foundry.store.api_keys import KeyLimits, Scope
 from foundry.v1 import common_pb2
@@ -29,14 +28,9 @@ class Principal:
         return common_pb2.Caller(tenant=self.tenant or "", client=self.client or request_id)
 
 
-def principal_of(scope: AsgiScope) -> Principal:
-    """Who sent a request, as authentication found before its body was read."""
-    principal: Principal = scope.get("state", {}).get("principal", Principal())
-    return principal
-
-
 async def _of_request(request: Request) -> Principal:
-    return principal_of(request.scope)
+    principal: Principal = request.state.principal
+    return principal
 
 
 PrincipalDep = Annotated[Principal, Depends(_of_request)]

@@ -1,4 +1,4 @@
-"""Refuses what goes beyond the caller's limits, before its body is read, and says in every answer what is left."""
+"""Says in every answer what is left of the caller's limits, and frees what a request held when it is answered."""
 
 from __future__ import annotations
 
@@ -7,38 +7,26 @@ from contextlib import AsyncExitStack
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from foundry.errors import ResourceExhausted
-from services.gateway.access.principal import principal_of
-from services.gateway.access.rates import Rates
-from services.gateway.errors import response_of
-
-_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+from services.gateway.access.permit import Permit
 
 
 class RequestLimits:
-    """Not a dependency of the routes: FastAPI reads a body before it asks those. What is asked of the gateway itself
-    (health, metrics, documentation) has no limit."""
+    """Routes ask for admission, since they know who asks; their answers may be streams that outlast them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        rates: Rates = scope["app"].state.gateway.rates
-        completion = scope["path"].rstrip("/") in _COMPLETIONS
-        headers: dict[str, str] = {}
+        async with AsyncExitStack() as held:
+            permit = Permit(held)
+            scope.setdefault("state", {})["permit"] = permit
 
-        async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(headers)
-            await send(message)
+            async def labelled(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).update(permit.headers)
+                await send(message)
 
-        async with AsyncExitStack() as admitted:
-            answer = self._app
-            try:
-                await admitted.enter_async_context(rates.admitted(principal_of(scope), headers, completion=completion))
-            except ResourceExhausted as error:
-                answer = response_of(error)
-            await answer(scope, receive, labelled)
+            await self._app(scope, receive, labelled)

@@ -40,8 +40,9 @@ def refused(gateway: Process, limit: str) -> float:
 def test_answers_say_what_is_left_and_refusals_when_to_come_back(site: Site) -> None:
     gateway = limited(site, "--limits.requests-per-minute", "3", "--limits.tokens-per-minute", "1000")
     url = f"http://{gateway.address}"
-    # What is not found counts; what is asked of the gateway itself does not.
-    assert httpx.get(f"{url}/v1/nothing", trust_env=False).headers["x-ratelimit-remaining-requests"] == "2"
+    # What fails counts; what is asked of the gateway itself does not.
+    missing = httpx.get(f"{url}/v1/cartridges/missing", trust_env=False)
+    assert (missing.status_code, missing.headers["x-ratelimit-remaining-requests"]) == (404, "2")
     assert "x-ratelimit-limit-requests" not in httpx.get(f"{url}/healthz", trust_env=False).headers
     answer = chat(gateway)
     assert {name: value for name, value in answer.headers.items() if name.startswith("x-ratelimit")} == {

@@ -98,7 +98,7 @@ bench-sync: install  ## how long a new version takes from the end of a step to i
 bench-bodies: install  ## what request bodies that are made to hurt cost a gateway, and who waits meanwhile
 	$(BIN)/python -m benchmarks.bodies
 
-bench-fairness: install  ## what one client that asks for very much costs the others (3 minutes on 2 cores)
+bench-fairness: install  ## what one client that asks for very much costs the others (5 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.fairness
 
 # make images REPOSITORY=registry.example/foundry TAG=1.2.3 ACCELERATOR=cuda BUILD='--build-arg NAME=VALUE'

@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from foundry.tasks import end
 from tests.services import Process, open_stack, wait_ready, wait_serving
 from tests.tiny import build_tokenizer
 
@@ -45,6 +46,13 @@ class FirstTokens:
     beside_hog: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Phase:
+    """Where the time of a chat that begins is put."""
+
+    found: list[float]
+
+
 def build_model(directory: Path) -> Path:
     """Random weights: what is measured is who waits, not what is said."""
     config = LlamaConfig(
@@ -61,9 +69,8 @@ def build_model(directory: Path) -> Path:
     return directory
 
 
-async def polite(client: httpx.AsyncClient, number: int, found: list[float], seconds: float) -> None:
-    """Short chats, one after the other, for so long; what has begun is waited for."""
-    until = time.perf_counter() + seconds
+async def polite(client: httpx.AsyncClient, number: int, phase: Phase) -> None:
+    """Short chats, one after the other, until it is cancelled."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": f"Is harbour {number} open again?"}],
@@ -71,7 +78,8 @@ async def polite(client: httpx.AsyncClient, number: int, found: list[float], sec
         "ignore_eos": True,
         "stream": True,
     }
-    while (began := time.perf_counter()) < until:
+    while True:
+        found, began = phase.found, time.perf_counter()
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = answer.aiter_lines()
             first = await anext(lines)
@@ -81,8 +89,8 @@ async def polite(client: httpx.AsyncClient, number: int, found: list[float], sec
                 pass
 
 
-async def hog(client: httpx.AsyncClient, begun: asyncio.Event) -> None:
-    """Until it is cancelled. `begun` is set with its first token."""
+async def hog(client: httpx.AsyncClient) -> None:
+    """Takes what it gets, until it is cancelled."""
     body = {
         "model": MODEL,
         "prompt": [f"Tell of harbour {number}." for number in range(HOG_PROMPTS)],
@@ -91,30 +99,30 @@ async def hog(client: httpx.AsyncClient, begun: asyncio.Event) -> None:
         "stream": True,
     }
     async with client.stream("POST", "/v1/completions", json=body) as answer:
-        async for _ in answer.aiter_lines():
-            begun.set()
+        async for line in answer.aiter_lines():
+            assert line.startswith("data: {") or not line, line
 
 
 async def measure(gateway: Process, num_rounds: int, seconds: float) -> list[FirstTokens]:
     rounds = []
     async with httpx.AsyncClient(base_url=f"http://{gateway.address}", timeout=600) as client:
-
-        async def chat(found: list[float], seconds: float = seconds) -> None:
-            await asyncio.gather(*(polite(client, number, found, seconds) for number in range(NUM_POLITE)))
-
+        phase = Phase([])
+        chats = [asyncio.create_task(polite(client, number, phase)) for number in range(NUM_POLITE)]
         for _ in range(num_rounds):
             # Not measured: until the hog before is gone, and everything has been used once.
-            await chat([], SETTLE_SECONDS)
+            phase.found = []
+            await asyncio.sleep(SETTLE_SECONDS)
             found = FirstTokens()
-            await chat(found.calm)
-            begun = asyncio.Event()
-            hogs = [asyncio.create_task(hog(client, begun)) for _ in range(HOG_REQUESTS)]
-            await begun.wait()
-            await chat(found.beside_hog)
-            for each in hogs:
-                each.cancel()
-            await asyncio.wait(hogs)
+            phase.found = found.calm
+            await asyncio.sleep(seconds)
+            phase.found = found.beside_hog
+            hogs = [asyncio.create_task(hog(client)) for _ in range(HOG_REQUESTS)]
+            await asyncio.sleep(seconds)
+            for each in (*chats, *hogs):
+                assert not each.done(), each.exception()
+            await end(*hogs)
             rounds.append(found)
+        await end(*chats)
     return rounds
 
 
@@ -131,7 +139,7 @@ def row(calm: Sequence[float], beside_hog: Sequence[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--seconds", type=float, default=45.0)
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, open_stack(Path(directory)) as stack:

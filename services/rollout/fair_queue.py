@@ -6,9 +6,9 @@ whoever decodes long answers gets a place at each turn and keeps it, and those w
 - A client alone may have all of them.
 - Beside others, each has its share: all places divided by the clients that were there at once lately. Below its share a
   client takes any place that is free.
-- Beyond it, a client takes only what the others lately did not need: of the most places that they wanted at once, up to
-  a share each, those that they don't have stay free for their return, though never more than half of all. So somebody
-  who asks one question after the other gets a place at once, and what is not asked for is not kept.
+- Beyond it, a client takes only what the others lately did not need. Kept for them are, of the most places that they
+  wanted at once, up to a share each, those that they don't have, and one for who comes anew; never more than three
+  quarters of all. So somebody who asks one question after the other gets a place at once.
 - Who comes when nobody is there finds a place kept for each client that was there before, at once.
 
 It is counted how many places were wanted at once, not by whom: a client may be one request that never comes back.
@@ -172,7 +172,7 @@ class FairQueue:
             return True
         num_wanted = self._most_wanted.at(now, client.came_at) - min(client.num_open, self._share)
         num_kept = max(num_met, num_wanted) - (num_had - min(client.num_running, self._share))
-        return num_free > min(num_kept, self._num_places // 2)
+        return num_free > min(num_kept + (num_others > 0), self._num_places * 3 // 4)
 
     def _share_of(self, num_clients: int) -> int:
         return max(1, self._num_places // max(1, num_clients))

@@ -154,7 +154,7 @@ def test_a_full_disk_stops_no_request_and_is_counted(site: Site) -> None:
     wait_ready(gateway)
     guarded = Guarded(site.stack, gateway)
     assert guarded.http("POST", "/v1/documents", None, json={"text": DOCUMENT}).status_code == 201
-    wait_until(lambda: metric(gateway.address, "foundry_gateway_audit_lines_lost_total") == 1, gateway)
+    wait_until(lambda: metric(gateway.metrics, "foundry_gateway_audit_lines_lost_total") == 1, gateway)
     gateway.stop()
     log = gateway.log.read_text()
     assert "audit_log_file does not take them" in log

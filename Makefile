@@ -68,6 +68,10 @@ coverage: install  ## the same, and which branches they take: fewer than pyproje
 kills: install  ## kill services and Valkey 200 times during one run (15 minutes on 2 cores)
 	FOUNDRY_KILLS=200 FOUNDRY_KILLS_RESULT=benchmarks/results/kills.json $(BIN)/python -m pytest tests/chaos/test_kills.py -s
 
+# In which order: make abuse FOUNDRY_ABUSE_SEED=7.
+abuse: install  ## an hour of hostile and careless clients beside a polite one: nothing may grow
+	FOUNDRY_ABUSE=3600 FOUNDRY_ABUSE_RESULT=benchmarks/results/abuse.json $(BIN)/python -m pytest tests/chaos/test_abuse.py
+
 faults: install  ## 10,000 seeded faults at the seams of store and RPC (20 minutes on 2 cores)
 	FOUNDRY_FAULTS=10000 FOUNDRY_FAULTS_RESULT=benchmarks/results/faults.json $(BIN)/python -m pytest tests/chaos/test_faults.py
 
@@ -148,4 +152,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test coverage test-vllm kills faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ _METHODS = ("Rollout/Generate", "Rollout/GenerateBatch", "Rollout/Resident", "Te
 class Abuse:
     """Several at a time, each doing one thing after another."""
 
-    def __init__(self, stack: Stack, gateway: Process, rollout: Process, teacher: Process, *, seed: int) -> None:
+    def __init__(
+        self, stack: Stack, gateway: Process, rollout: Process, teacher: Process, *, keys: Sequence[str], seed: int
+    ) -> None:
+        """`keys` are good ones, of several tenants; others are made up."""
         self.statuses: Counter[int] = Counter()
         self.kinds: Counter[str] = Counter()
         self._objects = stack.directory / "objects"
         self._host, _, self._port = gateway.address.rpartition(":")
         self._http = httpx.AsyncClient(base_url=f"http://{gateway.address}", trust_env=False, timeout=60)
+        self._keys = keys
         self._called = {"Rollout": rollout.address, "Teacher": teacher.address}
         self._bodies = list(bodies(stack.settings.max_document_bytes * 3 // 2).values())
         self._random = random.Random(seed)
@@ -62,7 +66,7 @@ class Abuse:
 
     async def send_a_hostile_body(self) -> None:
         path, body = self._random.choice(self._bodies)
-        await self._send("POST", path, content=body, headers={"content-type": "application/json"})
+        await self._send("POST", path, content=body, headers=self._key() | {"content-type": "application/json"})
 
     async def send_half_a_request(self) -> None:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999\r\n\r\n{"
@@ -80,7 +84,7 @@ class Abuse:
     async def leave_a_stream(self) -> None:
         body = self._chat(stream=True, max_tokens=200, ignore_eos=True, n=self._random.randrange(1, 5))
         with suppress(httpx.TransportError):
-            async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=self._key()) as response:
                 self._expect(response.status_code, "a stream")
                 async for _ in response.aiter_bytes():
                     if self._random.random() < 0.3:
@@ -113,21 +117,24 @@ class Abuse:
     async def put_documents(self) -> None:
         texts = [self._random.choice(_TEXTS).encode(), b"\0", b"\xff" * 1000, b"", b"long " * 10**5]
         for text in self._random.sample(texts, 2):
-            await self._send("POST", "/v1/documents", content=text, headers={"content-type": "text/plain"})
+            await self._send(
+                "POST", "/v1/documents", content=text, headers=self._key() | {"content-type": "text/plain"}
+            )
 
     async def make_and_leave_a_run(self) -> None:
         spec = {"name": f"abused-{self._random.randrange(4)}", "text": DOCUMENT} | _RUN
-        made = await self._send("POST", "/v1/runs", json=spec)
+        key = self._key()
+        made = await self._send("POST", "/v1/runs", json=spec, headers=key)
         if made is None or made.status_code != 201:
             return
         run_id = made.json()["id"]
         with suppress(httpx.TransportError):
-            async with self._http.stream("GET", f"/v1/runs/{run_id}/events") as events:
+            async with self._http.stream("GET", f"/v1/runs/{run_id}/events", headers=key) as events:
                 async for _ in events.aiter_bytes():
                     break
-        await self._send("POST", f"/v1/runs/{run_id}/cancel")
+        await self._send("POST", f"/v1/runs/{run_id}/cancel", headers=key)
         while True:
-            gone = await self._send("DELETE", f"/v1/runs/{run_id}")
+            gone = await self._send("DELETE", f"/v1/runs/{run_id}", headers=key)
             # 409: its worker has still to end it.
             if gone is None or gone.status_code != 409:
                 return
@@ -153,12 +160,18 @@ class Abuse:
 
     async def list_everything(self) -> None:
         for path in ("/v1/models", "/v1/cartridges", "/v1/documents", "/v1/runs", "/readyz", "/openapi.json"):
-            await self._send("GET", path, headers={"x-request-id": "\t" * self._random.randrange(3)})
+            await self._send("GET", path, headers=self._key() | {"x-request-id": "\t" * self._random.randrange(3)})
+
+    def _key(self) -> dict[str, str]:
+        """A good one in nine cases of ten."""
+        unknown = f"fdy_{'a' * 12}_{self._random.randbytes(24).hex()}"
+        key = self._random.choice(self._keys) if self._random.random() < 0.9 else unknown
+        return {"authorization": f"Bearer {key}"}
 
     async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response | None:
         """None where the gateway hung up."""
         try:
-            response = await self._http.request(method, path, **arguments)
+            response = await self._http.request(method, path, **({"headers": self._key()} | arguments))
         except (httpx.RemoteProtocolError, httpx.WriteError, httpx.ReadError, httpx.LocalProtocolError):
             return None
         self._expect(response.status_code, f"{method} {path[:80]}")

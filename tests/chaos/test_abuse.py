@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
+from redis.asyncio import Redis
 
 from foundry.client import FoundryClient
 from foundry.errors import ResourceExhausted
+from foundry.store import CartridgeStore
+from foundry.store.api_keys import Scope
 from foundry.tasks import end
 from tests.chaos.abuse import Abuse
 from tests.e2e.training import start_trainer
@@ -55,14 +58,16 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def test_nothing_grows_and_answers_stay_right(stack: Stack) -> None:
     rollout, teacher, trainer = start_trainer(stack)
     gateway = stack.gateway(
-        [rollout], "--teacher-address", teacher.address, "--max-connections", "64", "--max-upload-seconds", "2"
+        *([rollout], "--teacher-address", teacher.address, "--max-connections", "64", "--max-upload-seconds", "2"),
+        *("--api-keys", "--limits.concurrent-runs", "16"),
     )
     wait_ready(gateway)
-    stack.publish("kept", stack.cartridge(1))
+    stack.publish("polite/kept", stack.cartridge(1))
+    keys = stack.with_store(make_keys)
     processes = {"gateway": gateway, "rollout": rollout, "teacher": teacher, "trainer": trainer}
     watched = {name: psutil.Process(process.pid) for name, process in processes.items()}
-    abuse = Abuse(stack, gateway, rollout, teacher, seed=SEED)
-    polite = Polite(gateway)
+    abuse = Abuse(stack, gateway, rollout, teacher, keys=[keys["acme"], keys["globex"]], seed=SEED)
+    polite = Polite(gateway, keys["polite"])
     found = asyncio.run(watch(stack, abuse, polite, watched))
     for process in processes.values():
         process.check_alive()
@@ -76,16 +81,24 @@ def test_nothing_grows_and_answers_stay_right(stack: Stack) -> None:
     assert all(abuse.kinds[act.__name__] for act in abuse.acts), abuse.kinds
 
 
+async def make_keys(store: CartridgeStore) -> dict[str, str]:
+    """One for each tenant, with all scopes."""
+    return {
+        tenant: (await store.api_keys.create(tenant=tenant, scopes=get_args(Scope)))[1]
+        for tenant in ("acme", "globex", "polite")
+    }
+
+
 class Polite:
     """One who asks the same again and again, and knows the answer."""
 
-    def __init__(self, gateway: Process) -> None:
-        self._url = f"http://{gateway.address}"
+    def __init__(self, gateway: Process, key: str) -> None:
+        self._url, self._key = f"http://{gateway.address}", key
         self.num_answers = self.num_refused = 0
 
     async def ask(self) -> None:
         """Until cancelled."""
-        with FoundryClient(self._url, timeout_seconds=120) as client:
+        with FoundryClient(self._url, timeout_seconds=120, api_key=self._key) as client:
             expected = await asyncio.to_thread(self._answer, client)
             while True:
                 try:
@@ -127,10 +140,14 @@ def held(process: psutil.Process) -> Held:
 
 
 async def redis_held(stack: Stack) -> dict[str, int]:
-    from redis.asyncio import Redis
-
+    """Fences of runs that were deleted are left out: each stays for a day."""
     async with Redis.from_url(stack.valkey.url) as redis:
-        return {"keys": await redis.dbsize(), "memory_bytes": (await redis.info("memory"))["used_memory"]}
+        runs = [key async for key in redis.scan_iter("foundry:run:*", count=1000)]
+        async with redis.pipeline(transaction=False) as pipe:
+            for key in runs:
+                pipe.hexists(key, "deleted")
+            num_fences = sum(await pipe.execute())
+        return {"keys": await redis.dbsize() - num_fences}
 
 
 def check_flat(name: str, samples: list[dict[str, int]]) -> None:

@@ -9,6 +9,7 @@ whoever decodes long answers gets a place at each turn and keeps it, and those w
 - Beyond it, a client takes only what the others lately did not need. Kept for them are, of the most places that they
   wanted at once, up to a share each, those that they don't have, and one for who comes anew; never more than three
   quarters of all. So somebody who asks one question after the other gets a place at once.
+- Of what is left a client takes half: each sequence more makes everybody's steps longer.
 - Who comes when nobody is there finds a place kept for each client that was there before, at once.
 
 It is counted how many places were wanted at once, not by whom: a client may be one request that never comes back.
@@ -166,13 +167,15 @@ class FairQueue:
     def _may_take(self, client: _Client, num_free: int, num_had: int, now: float) -> bool:
         num_met = client.num_met if now < client.came_at + MEMORY_SECONDS else 0
         num_others = max(num_met, self._most_clients.at(now, client.came_at) - 1)
-        if client.num_running < self._share_of(num_others + 1):
+        num_beyond = client.num_running - self._share_of(num_others + 1)
+        if num_beyond < 0:
             return True
         if client.calls[0].repeatable and len(self._clients) == 1:
             return True
         num_wanted = self._most_wanted.at(now, client.came_at) - min(client.num_open, self._share)
         num_kept = max(num_met, num_wanted) - (num_had - min(client.num_running, self._share))
-        return num_free > min(num_kept + (num_others > 0), self._num_places * 3 // 4)
+        num_left = num_free - min(num_kept + (num_others > 0), self._num_places * 3 // 4)
+        return num_left > (num_beyond if num_others else 0)
 
     def _share_of(self, num_clients: int) -> int:
         return max(1, self._num_places // max(1, num_clients))

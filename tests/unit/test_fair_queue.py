@@ -64,15 +64,15 @@ def test_clients_take_turns_then_calls_then_sequences() -> None:
     assert served == ["a1.0", "b0.0", "a2.0", "b0.1", "a1.1", "b0.2", "a2.1"]
 
 
-@pytest.mark.parametrize("num_hogs", [1, 2])
-def test_who_comes_back_finds_a_place_beside_those_that_take_all_they_may(num_hogs: int) -> None:
+@pytest.mark.parametrize(("num_hogs", "num_places"), [(1, 3), (2, 4)])
+def test_who_comes_back_finds_a_place_beside_those_that_take_all_they_may(num_hogs: int, num_places: int) -> None:
     """Two: one whose every request is a client."""
     site = Site(8)
     polite = [site.add(f"p{number}")[0] for number in range(3)]
     site.take()
     hogs = {each for number in range(num_hogs) for each in site.add(f"hog{number}", 100)}
-    # What three did not need, and not the last.
-    assert len(site.take()) == 8 - 3 - 1
+    # Of what three did not need, but for the last, each its share and half of the rest.
+    assert len(site.take()) == num_places
     # They go and come one after the other, all at once, and for longer than anything is remembered.
     for together in (1, 3, 2) * 20:
         site.end(*polite[:together])
@@ -87,7 +87,7 @@ def test_who_comes_back_finds_a_place_beside_those_that_take_all_they_may(num_ho
     # A client that went is not waited for for ever.
     site.end(*polite)
     site.now += MEMORY_SECONDS + 1
-    assert len(site.take()) == 4
+    assert len(site.take()) == 8 - num_places
     assert len(site.queue.running & hogs) == 8
 
 
@@ -98,7 +98,8 @@ def test_requests_that_never_come_back_are_counted_as_they_were_there_at_once() 
         site.take()
         site.end(*ids)
     site.add("hog", 100)
-    assert len(site.take()) == 8 - 2
+    # Its share, and half of the rest but for one.
+    assert len(site.take()) == 4 + 1
 
 
 def test_a_client_that_comes_back_keeps_no_place_for_itself() -> None:

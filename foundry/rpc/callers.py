@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from foundry.errors import InvalidArgument
-from foundry.store.names import check_tenant
+from foundry.tenants import check_tenant
 from foundry.v1 import common_pb2
 
 _MAX_CLIENT_CHARACTERS = 128

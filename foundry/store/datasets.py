@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from foundry.errors import DigestMismatch, InvalidArgument, NotFound
-from foundry.store.names import check_tenant
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.sealed import seal, unseal
 from foundry.store.spec import Digest
+from foundry.tenants import check_tenant
 from foundry.validation import Checked, Number
 
 Json = dict[str, Any]

@@ -21,12 +21,12 @@ from foundry.errors import (
     NotFound,
 )
 from foundry.identity import content_digest
-from foundry.store.names import check_tenant
 from foundry.store.objects import layout
 from foundry.store.objects.objects import Objects
 from foundry.store.paging import Page, cut
 from foundry.store.sealed import seal, unseal
 from foundry.store.unreadable import reading
+from foundry.tenants import check_tenant
 from foundry.validation import Checked, Time
 
 

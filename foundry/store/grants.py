@@ -9,12 +9,13 @@ from functools import partial
 from typing import Annotated
 
 from foundry.errors import GrantNotFound, InvalidArgument, NotFound
-from foundry.store.names import check_name, check_tenant
+from foundry.store.names import check_name
 from foundry.store.objects import layout
 from foundry.store.objects.known import Known, refreshed
 from foundry.store.objects.objects import Objects
 from foundry.store.paging import Page, cut
 from foundry.store.sealed import seal, unseal
+from foundry.tenants import check_tenant
 from foundry.validation import Checked, Time, checked
 
 

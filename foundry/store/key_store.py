@@ -16,13 +16,13 @@ from pydantic import AfterValidator, Field
 from foundry.errors import ApiKeyNotFound, Conflict, DigestMismatch, InvalidArgument, NotFound
 from foundry.identity import content_digest
 from foundry.store.api_keys import KeyLimits, Scope
-from foundry.store.names import check_tenant
 from foundry.store.objects import layout
 from foundry.store.objects.known import Known, refreshed
 from foundry.store.objects.objects import Objects
 from foundry.store.paging import Page, cut
 from foundry.store.sealed import seal, unseal
 from foundry.store.spec import Digest
+from foundry.tenants import check_tenant
 from foundry.validation import Checked, FirstError, Time, checked
 
 # Lower-case base32: no letter that reads like a digit.

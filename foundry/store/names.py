@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
+from foundry.tenants import TENANT, check_tenant
 from foundry.untrusted import parse_count
 
 LATEST = "latest"
 # 2**53: versions pass through Lua, whose numbers are doubles.
 MAX_VERSION = 2**53 - 1
 
-_PART = r"[a-z0-9][a-z0-9._-]{0,62}"
-TENANT = _PART
-NAME = rf"{_PART}(?:/{_PART})?"
+NAME = rf"{TENANT}(?:/{TENANT})?"
 _NAME = re.compile(NAME)
-_TAG = re.compile(_PART)
-_TENANT = re.compile(TENANT)
+_TAG = re.compile(TENANT)
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _RUN = re.compile(RUN)
 _VERSION = re.compile(r"[0-9]{1,16}")
@@ -79,17 +77,6 @@ def check_name(name: str, *, field: str = "name") -> str:
             field=field,
         )
     return name
-
-
-def check_tenant(tenant: str, *, field: str = "tenant") -> str:
-    """Raises InvalidArgument unless `tenant` may stand before the slash of a name, or is "" for names without one."""
-    if tenant and not _TENANT.fullmatch(tenant):
-        raise InvalidArgument(
-            f"{tenant[:100]!r} is not a tenant: expected lower-case letters, digits and '._-', starting with a letter "
-            "or digit, at most 63 characters, or nothing for names without a tenant",
-            field=field,
-        )
-    return tenant
 
 
 def tenant_of(name: str) -> str:

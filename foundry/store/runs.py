@@ -20,7 +20,7 @@ from foundry.errors import (
     RunNotFound,
     StoreUnavailable,
 )
-from foundry.store.names import check_run, check_tenant, check_tenant_of
+from foundry.store.names import check_run, check_tenant_of
 from foundry.store.paging import Page, cut
 from foundry.store.queue import RunQueue, to_ms
 from foundry.store.record import (
@@ -35,6 +35,7 @@ from foundry.store.redis.keys import key
 from foundry.store.spec import RunSpec
 from foundry.store.unreadable import skipped
 from foundry.telemetry.traces import current_traceparent
+from foundry.tenants import check_tenant
 
 # Lower-case base32: no letter that reads like a digit.
 _ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"

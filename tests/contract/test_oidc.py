@@ -120,7 +120,7 @@ def _not_echoed(token: str, error: FoundryError) -> None:
 
 
 async def test_clocks_may_differ_a_little(issuer: OidcIssuer, keys: Issuer) -> None:
-    token = issuer.token(exp=NOW - 60)
+    token = issuer.token(exp=int(time.time()) - 60)
     await Oidc(settings(issuer, leeway_seconds=600), keys).principal_of(token)
     with pytest.raises(Unauthenticated, match="expired"):
         await Oidc(settings(issuer, leeway_seconds=0), keys).principal_of(token)

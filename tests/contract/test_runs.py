@@ -340,7 +340,7 @@ async def test_runs_of_a_tenant_that_are_not_over_are_limited(store: CartridgeSt
             await making
     # What was refused is nowhere.
     assert len(await runs._archive.runs()) == 3
-    await runs.create(run_spec(), tenant="acme", most_open=1)
+    await runs.create(run_spec("acme/report"), tenant="acme", most_open=1)
     await runs.finish(held.run_id, held.attempt, RunState.FAILED, error="no luck")
     await runs.request_cancel(run_ids[0])
     await runs.check_open("", 2)

@@ -10,6 +10,7 @@ import pytest
 
 from foundry.local.ports import address_of, reserve
 from foundry.store import CartridgeStore, StoreSettings
+from foundry.telemetry.logs import configure_logs
 from tests.seaweed import Seaweed
 from tests.services import Process, wait_ready, wait_until
 from tests.tiny import build_tiny_model
@@ -107,6 +108,8 @@ def test_a_refused_connection_is_waited_for_and_shows_no_secret(tmp_path: Path) 
 async def test_a_store_that_works_logs_no_secret(
     valkey: Valkey, seaweed: Seaweed, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    # Another test may have said how much is logged.
+    configure_logs("test", "info")
     redis = {"redis_url": valkey.url, "redis_username": USER, "redis_password": PASSWORD}
     settings = StoreSettings.model_validate(redis | seaweed.settings("works"))
     store = await CartridgeStore.open(settings)

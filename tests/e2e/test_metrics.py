@@ -43,7 +43,7 @@ WORDS = {
     "durable": {"true", "false"},
     "reason": {*BY_REASON, "INTERNAL", "full", "slow"},
     "limit": set(KeyLimits.model_fields),
-    "kind": {"cartridge", "document", "manifest", "mark", "pointer", "run", "tag"},
+    "kind": {"api_key", "cartridge", "document", "grant", "manifest", "mark", "pointer", "run", "tag"},
     "outcome": {"created", "existed", "deleted", "failed", "refused", "error"},
     "call": {"rollout", "teacher", "store"},
     "method": {"GET", "POST", "other", "Generate", "GenerateBatch", "Resident", "PutContext", "Score", "Status"},

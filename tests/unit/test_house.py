@@ -24,7 +24,7 @@ FLOORS = (
         *("foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"),
         "foundry.certificates",
     },
-    {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted"},
+    {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted", "foundry.tenants"},
     {"foundry.errors"},
     {"foundry.v1"},
 )

@@ -34,7 +34,8 @@ import re
 
 from foundry.errors import InvalidArgument
 from foundry.identity import check_digest
-from foundry.store.names import NAME, RUN, TENANT, check_name, check_tenant
+from foundry.store.names import NAME, RUN, check_name
+from foundry.tenants import TENANT, check_tenant
 
 API_KEYS = "api-keys"
 BLOBS = "blobs"

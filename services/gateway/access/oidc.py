@@ -11,7 +11,7 @@ import jwt
 
 from foundry.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from foundry.store.api_keys import Scope
-from foundry.store.names import check_tenant
+from foundry.tenants import check_tenant
 from services.gateway.access.issuer import Issuer
 from services.gateway.access.principal import Principal
 from services.gateway.settings import OidcSettings

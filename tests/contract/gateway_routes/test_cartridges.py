@@ -15,38 +15,38 @@ from tests.store_data import cartridge
 
 
 def test_cartridges_are_listed_tagged_and_deleted(site: Site) -> None:
-    first, second = site.stack.publish("acme/manual", site.stack.cartridge(1), site.stack.cartridge(2))
+    first, second = site.stack.publish("hooli/manual", site.stack.cartridge(1), site.stack.cartridge(2))
     client = site.client.cartridges
-    found = client.get("acme/manual")
-    assert (found["name"], found["tags"]) == ("acme/manual", {})
+    found = client.get("hooli/manual")
+    assert (found["name"], found["tags"]) == ("hooli/manual", {})
     assert (found["version"]["version"], found["version"]["digest"]) == (2, second.digest)
     assert found["version"]["header"]["num_tokens"] == 12
     assert {key: found[key] for key in ("object", "name", "tags", "version")} in client.list()
-    assert [(item["version"], item["durable"]) for item in client.versions("acme/manual")] == [(1, True), (2, True)]
+    assert [(item["version"], item["durable"]) for item in client.versions("hooli/manual")] == [(1, True), (2, True)]
 
-    client.tag("acme/manual", "good", 1)
-    assert client.get("acme/manual@good")["version"]["digest"] == first.digest
-    assert client.get(f"acme/manual@{first.digest}")["tags"] == {"good": 1}
+    client.tag("hooli/manual", "good", 1)
+    assert client.get("hooli/manual@good")["version"]["digest"] == first.digest
+    assert client.get(f"hooli/manual@{first.digest}")["tags"] == {"good": 1}
     with pytest.raises(Conflict):
-        client.delete("acme/manual", 1)
+        client.delete("hooli/manual", 1)
     with pytest.raises(Conflict):
-        client.delete("acme/manual", 2)
+        client.delete("hooli/manual", 2)
     with pytest.raises(CartridgeNotFound):
-        client.tag("acme/manual", "good", 3)
+        client.tag("hooli/manual", "good", 3)
     with pytest.raises(InvalidArgument):
-        client.tag("acme/manual", "latest", 1)
+        client.tag("hooli/manual", "latest", 1)
 
-    client.untag("acme/manual", "good")
+    client.untag("hooli/manual", "good")
     with pytest.raises(CartridgeNotFound):
-        client.untag("acme/manual", "good")
-    client.delete("acme/manual", 1)
-    assert [item["version"] for item in client.versions("acme/manual")] == [2]
-    client.delete("acme/manual")
-    for missing in (lambda: client.get("acme/manual"), lambda: client.versions("acme/manual")):
+        client.untag("hooli/manual", "good")
+    client.delete("hooli/manual", 1)
+    assert [item["version"] for item in client.versions("hooli/manual")] == [2]
+    client.delete("hooli/manual")
+    for missing in (lambda: client.get("hooli/manual"), lambda: client.versions("hooli/manual")):
         with pytest.raises(CartridgeNotFound):
             missing()
     with pytest.raises(CartridgeNotFound):
-        client.delete("acme/manual")
+        client.delete("hooli/manual")
 
 
 def test_wrong_references_name_their_parameter(site: Site) -> None:

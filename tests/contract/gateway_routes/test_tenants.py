@@ -19,8 +19,8 @@ TAG = {"version": 1}
 class Tenants(NamedTuple):
     """Texts of keys. Each has a cartridge `manual`, tagged `good`."""
 
-    acme: str
-    globex: str
+    umbrella: str
+    tyrell: str
     nobody: str
     digests: dict[str, str]
 
@@ -28,7 +28,7 @@ class Tenants(NamedTuple):
 @pytest.fixture(scope="module")
 def tenants(guarded: Guarded) -> Tenants:
     digests = {}
-    for seed, name in enumerate(("acme/manual", "globex/manual", "manual")):
+    for seed, name in enumerate(("umbrella/manual", "tyrell/manual", "manual")):
         (manifest,) = guarded.stack.publish(name, guarded.stack.cartridge(seed))
         digests[name] = manifest.digest
 
@@ -37,15 +37,15 @@ def tenants(guarded: Guarded) -> Tenants:
 
         guarded.stack.with_store(tag)
     scopes = get_args(Scope)
-    acme, globex, nobody = (guarded.key(*scopes, tenant=tenant)[1] for tenant in ("acme", "globex", ""))
-    return Tenants(acme, globex, nobody, digests)
+    umbrella, tyrell, nobody = (guarded.key(*scopes, tenant=tenant)[1] for tenant in ("umbrella", "tyrell", ""))
+    return Tenants(umbrella, tyrell, nobody, digests)
 
 
-@pytest.mark.parametrize("tenant", ["acme", "globex", ""])
+@pytest.mark.parametrize("tenant", ["umbrella", "tyrell", ""])
 def test_a_name_means_the_tenants_own_and_answers_write_it_whole(
     guarded: Guarded, tenants: Tenants, tenant: str
 ) -> None:
-    key = {"acme": tenants.acme, "globex": tenants.globex, "": tenants.nobody}[tenant]
+    key = {"umbrella": tenants.umbrella, "tyrell": tenants.tyrell, "": tenants.nobody}[tenant]
     whole = f"{tenant}/manual" if tenant else "manual"
     for name in {"manual", whole}:
         found = guarded.http("GET", f"/v1/cartridges/{name}@good", key).json()
@@ -64,7 +64,7 @@ def test_lists_show_the_tenants_own_names(guarded: Guarded, tenants: Tenants) ->
     def listed(path: str, field: str, key: str) -> list[str]:
         return [item[field] for item in guarded.http("GET", path, key).json()["data"]]
 
-    for key, tenant in ((tenants.acme, "acme"), (tenants.globex, "globex")):
+    for key, tenant in ((tenants.umbrella, "umbrella"), (tenants.tyrell, "tyrell")):
         assert listed("/v1/cartridges", "name", key) == [f"{tenant}/manual"]
         assert listed("/v1/models", "id", key) == ["tiny", f"{tenant}/manual"]
     without = listed("/v1/cartridges", "name", tenants.nobody)
@@ -92,7 +92,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "arguments"), REQUESTS)
-@pytest.mark.parametrize("foreign", ["globex/manual", "globex/absent"])
+@pytest.mark.parametrize("foreign", ["tyrell/manual", "tyrell/absent"])
 def test_what_is_anothers_is_answered_like_what_does_not_exist(
     guarded: Guarded, tenants: Tenants, method: str, path: str, arguments: dict[str, Any], foreign: str
 ) -> None:
@@ -104,32 +104,32 @@ def test_what_is_anothers_is_answered_like_what_does_not_exist(
                 return [named(each) for each in value]
             return value.replace("NAME", name) if isinstance(value, str) else value
 
-        found = guarded.http(method, named(path), tenants.acme, **named(arguments))
+        found = guarded.http(method, named(path), tenants.umbrella, **named(arguments))
         return found.status_code, found.text.replace(name, "NAME")
 
     status, body = answer(foreign)
     assert status == 404
-    assert (status, body) == answer("acme/absent")
-    assert guarded.http("GET", "/v1/cartridges/manual@good", tenants.globex).status_code == 200
+    assert (status, body) == answer("umbrella/absent")
+    assert guarded.http("GET", "/v1/cartridges/manual@good", tenants.tyrell).status_code == 200
 
 
 def test_a_run_publishes_under_the_tenants_name(guarded: Guarded, tenants: Tenants) -> None:
     def create(**changes: Any) -> Any:
-        return guarded.http("POST", "/v1/runs", tenants.acme, json=specification(text=DOCUMENT, **changes))
+        return guarded.http("POST", "/v1/runs", tenants.umbrella, json=specification(text=DOCUMENT, **changes))
 
     starts = {"init": "version", "init_version": "manual@good", "num_tokens": 12}
-    for name in ("trained", "acme/trained"):
+    for name in ("trained", "umbrella/trained"):
         spec = create(name=name, **starts).json()["spec"]
-        assert (spec["name"], spec["init_version"]) == ("acme/trained", "acme/manual@good")
+        assert (spec["name"], spec["init_version"]) == ("umbrella/trained", "umbrella/manual@good")
         assert spec["document"] == content_digest(DOCUMENT.encode())
-    for name in ("globex/manual", "globex/absent"):
+    for name in ("tyrell/manual", "tyrell/absent"):
         answer = create(name=name)
         assert (answer.status_code, answer.json()["error"]["param"]) == (403, "name")
-        assert answer.text == create(name="globex/manual").text.replace("globex/manual", name)
+        assert answer.text == create(name="tyrell/manual").text.replace("tyrell/manual", name)
 
 
 class Kept(NamedTuple):
-    """What globex has."""
+    """What tyrell has."""
 
     digest: str
     run_id: str
@@ -159,9 +159,9 @@ ABOUT_IT: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def kept(guarded: Guarded, tenants: Tenants) -> Kept:
-    text = {"text": f"{DOCUMENT} Of globex alone.", "title": "secret"}
-    digest = guarded.http("POST", "/v1/documents", tenants.globex, json=text).json()["digest"]
-    run = guarded.http("POST", "/v1/runs", tenants.globex, json=specification(document=digest)).json()
+    text = {"text": f"{DOCUMENT} Of tyrell alone.", "title": "secret"}
+    digest = guarded.http("POST", "/v1/documents", tenants.tyrell, json=text).json()["digest"]
+    run = guarded.http("POST", "/v1/runs", tenants.tyrell, json=specification(document=digest)).json()
     return Kept(digest, run["id"])
 
 
@@ -172,30 +172,30 @@ def test_anothers_documents_and_runs_are_answered_like_what_does_not_exist(
     def answer(about: Kept) -> tuple[int, str]:
         text = json.dumps([path, arguments]).replace("DIGEST", about.digest).replace("RUN", about.run_id)
         where, what = json.loads(text)
-        found = guarded.http(method, where, tenants.acme, **what)
+        found = guarded.http(method, where, tenants.umbrella, **what)
         return found.status_code, found.text.replace(about.digest, "DIGEST").replace(about.run_id, "RUN")
 
     status, body = answer(kept)
     assert status in (400, 404)
     assert (status, body) == answer(ABSENT)
-    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.globex).json()["title"] == "secret"
-    assert guarded.http("GET", f"/v1/runs/{kept.run_id}", tenants.globex).json()["state"] == "queued"
+    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.tyrell).json()["title"] == "secret"
+    assert guarded.http("GET", f"/v1/runs/{kept.run_id}", tenants.tyrell).json()["state"] == "queued"
 
 
 def test_lists_show_the_tenants_own_documents_and_runs(guarded: Guarded, tenants: Tenants, kept: Kept) -> None:
     def listed(path: str, field: str, key: str) -> set[str]:
         return {item[field] for item in guarded.http("GET", path, key).json()["data"]}
 
-    assert kept.digest in listed("/v1/documents", "digest", tenants.globex)
-    assert kept.run_id in listed("/v1/runs", "id", tenants.globex)
-    for key in (tenants.acme, tenants.nobody):
+    assert kept.digest in listed("/v1/documents", "digest", tenants.tyrell)
+    assert kept.run_id in listed("/v1/runs", "id", tenants.tyrell)
+    for key in (tenants.umbrella, tenants.nobody):
         assert kept.digest not in listed("/v1/documents", "digest", key)
         assert kept.run_id not in listed("/v1/runs", "id", key)
 
 
 def test_the_same_text_of_two_tenants_is_two_documents(guarded: Guarded, tenants: Tenants, kept: Kept) -> None:
-    text = {"text": f"{DOCUMENT} Of globex alone.", "title": "ours"}
-    mine = guarded.http("POST", "/v1/documents", tenants.acme, json=text).json()
+    text = {"text": f"{DOCUMENT} Of tyrell alone.", "title": "ours"}
+    mine = guarded.http("POST", "/v1/documents", tenants.umbrella, json=text).json()
     assert (mine["digest"], mine["title"]) == (kept.digest, "ours")
-    assert guarded.http("DELETE", f"/v1/documents/{kept.digest}", tenants.acme).status_code == 204
-    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.globex).json()["title"] == "secret"
+    assert guarded.http("DELETE", f"/v1/documents/{kept.digest}", tenants.umbrella).status_code == 204
+    assert guarded.http("GET", f"/v1/documents/{kept.digest}", tenants.tyrell).json()["title"] == "secret"

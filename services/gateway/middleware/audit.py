@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import get_contextvars
 
 from services.gateway.access.audit import AuditLog
+from services.gateway.middleware.answered import answered
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -31,23 +32,12 @@ class Audit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # 499 is what remains if the client leaves before anything was sent.
-        status = 499
 
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, observed)
-        except Exception:
-            status = 500
-            raise
-        finally:
+        def note(status: int) -> None:
             if status in _REFUSED or self._is_noted(scope):
                 self._audit.add(_entry(scope, status))
+
+        await answered(self._app, scope, receive, send, note)
 
     def _is_noted(self, scope: Scope) -> bool:
         path = getattr(scope.get("route"), "path", None)

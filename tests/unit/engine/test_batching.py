@@ -9,6 +9,7 @@ import pytest
 
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import SequenceRequest, TokenOutput
+from services.rollout.engine.torch import attention
 from services.rollout.engine.torch.attention import StepAttention
 from tests.unit.engine.bench import (
     CHUNK,
@@ -145,6 +146,21 @@ def test_decoding_sequences_in_neighbouring_slots_are_read_as_one(lm: FrozenLM) 
     batch = bench.engine._scheduler.schedule()
     assert [sequence.id for sequence, _ in batch] == [4, 1, 2, 3]
     assert len(StepAttention(bench.engine._kv, batch, num_heads=4)._own) == 1
+
+
+def test_short_sequences_are_not_read_as_long_as_their_neighbour(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(lm, max_sequences=4)
+    requests = {index: request(CHUNK if index == 2 else 1, seed=index, max_new_tokens=6) for index in range(4)}
+    one_key = bench.engine._kv.token_bytes // len(bench.engine._kv.layers)
+    monkeypatch.setattr(attention, "_PADDING_BYTES", 4 * one_key)
+    bench.engine.admit(requests)
+    first = [output for _ in range(2) for output in bench.engine.step()]
+    batch = bench.engine._scheduler.schedule()
+    parts = StepAttention(bench.engine._kv, batch, num_heads=4)._own
+    assert [part._slots for part in parts] == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    outputs = bench.finish(requests)
+    for index, asked in requests.items():
+        bench.check(asked, [output for output in first if output.sequence_id == index] + outputs[index])
 
 
 def test_counter_of_ids_is_the_callers(lm: FrozenLM) -> None:

@@ -10,8 +10,9 @@ queries and K keys of one set, n some of the T tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.scheduler import Scheduled
 from services.rollout.engine.torch.sequence import LoadedCartridge
+
+# Of keys and values of a layer: on a CPU they are read in about the time that one part more takes.
+_PADDING_BYTES = 512 * 1024
 
 Attended = tuple[Tensor, Tensor]
 """Outputs [n, G, R, D] of some tokens and the log-sum-exp of their scores [n, G, R]."""
@@ -99,16 +103,34 @@ def _own_parts(kv: SlotKV, batch: SequenceOf[Scheduled], groups: int) -> list[_O
     """One part per run of single tokens in neighbouring slots, and one per longer chunk."""
     parts = []
     first_row = 0
-    # Within a run, slot minus index stays the same.
-    keys = [
-        (num_tokens, sequence.slot - index if num_tokens == 1 else index)
-        for index, (sequence, num_tokens) in enumerate(batch)
-    ]
-    for _, indices in groupby(range(len(batch)), key=keys.__getitem__):
-        run = [batch[index] for index in indices]
+    for run in _runs(batch, _max_padding(kv)):
         parts.append(_OwnPart(kv, first_row, run, groups))
         first_row += sum(num_tokens for _, num_tokens in run)
     return parts
+
+
+def _runs(batch: SequenceOf[Scheduled], max_padding: float) -> Iterator[list[Scheduled]]:
+    """A run is read as long as its longest sequence: it ends where that would be more than `max_padding` keys for
+    nothing."""
+    run: list[Scheduled] = []
+    longest = num_keys = 0
+    for each in batch:
+        num_seen = each.sequence.num_computed_tokens
+        next_slot = bool(run) and each.sequence.slot == run[-1].sequence.slot + 1
+        padding = max(longest, num_seen) * (len(run) + 1) - num_keys - num_seen
+        if not (next_slot and each.num_tokens == run[-1].num_tokens == 1 and padding <= max_padding):
+            if run:
+                yield run
+            run, longest, num_keys = [], 0, 0
+        run.append(each)
+        longest, num_keys = max(longest, num_seen), num_keys + num_seen
+    if run:
+        yield run
+
+
+def _max_padding(kv: SlotKV) -> float:
+    """Keys. On a GPU one more part takes longer than what any run reads for nothing."""
+    return _PADDING_BYTES * len(kv.layers) / kv.token_bytes if kv.device.type == "cpu" else math.inf
 
 
 def _shared_parts(kv: SlotKV, batch: SequenceOf[Scheduled]) -> list[_SharedPart]:

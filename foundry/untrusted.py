@@ -22,10 +22,10 @@ def parse_json(text: str | bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:
         raise InvalidArgument(f"it has {len(text)} bytes, at most {max_bytes} are read")
     try:
         value = json.loads(text, parse_int=_integer)
-        _check_depth(value)
+        check_depth(value)
         write_json(value).encode()
     except RecursionError:
-        raise InvalidArgument(f"it is nested more than {_MAX_DEPTH} deep") from None
+        raise _too_deep() from None
     except ValueError as error:
         raise InvalidArgument(f"it is not JSON ({error})") from error
     return value
@@ -37,6 +37,22 @@ def parse_object(text: str | bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> dic
     if not isinstance(value, dict):
         raise InvalidArgument("it is not a JSON object")
     return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises InvalidArgument for JSON that is nested more than 64 deep."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+        if not inner:
+            return
+        level = inner
+    raise _too_deep()
 
 
 def write_json(value: Any) -> str:
@@ -57,16 +73,5 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner: list[Any] = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
-        if not inner:
-            return
-        level = inner
-    raise RecursionError
+def _too_deep() -> InvalidArgument:
+    return InvalidArgument(f"it is nested more than {_MAX_DEPTH} deep")

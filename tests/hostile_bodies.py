@@ -45,7 +45,7 @@ def bodies(document_bytes: int) -> dict[str, tuple[str, bytes]]:
         "empty stops without end": (_CHAT, _with("stop", _filled(b'""'), messages=[])),
         "numbers without end": (_COMPLETIONS, _with("prompt", _filled(b"999"))),
         "deep": (_CHAT, _with("messages", b"[" * _BYTES)),
-        "deep as may be": (_CHAT, _with("messages", b"[" * 190 + b"]" * 190)),
+        "deep as may be": (_CHAT, _with("messages", b"[" * 60 + b"]" * 60)),
         # Within the bounds.
         "empty messages": (_CHAT, _with("messages", _many(b"{}", MAX_PARTS - 9))),
         "whole messages": (_CHAT, _with("messages", _many(message, MAX_MESSAGES + 1))),

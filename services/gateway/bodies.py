@@ -10,11 +10,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 
 from foundry.errors import InvalidArgument
+from foundry.untrusted import check_depth
 from services.gateway.errors import Refused
 
 # Most values of a body, above all a long prompt's token ids, and of these most strings, lists and objects.
@@ -48,14 +49,16 @@ class _Request(Request):
 
 
 def parse(content: bytes) -> Any:
-    """Raises InvalidArgument for what is not JSON, too deep (200 levels) or holds too much."""
+    """Raises InvalidArgument for what is not JSON, nested more than 64 deep or holds too much."""
     counted = _Counted()
     for begin in range(0, len(content), _STRIDE_BYTES):
         counted.add(content[begin : begin + _STRIDE_BYTES])
     try:
-        return from_json(content, allow_inf_nan=False)
+        value = orjson.loads(content)
     except ValueError as error:
         raise InvalidArgument(f"the body is not JSON: {error}") from error
+    check_depth(value)
+    return value
 
 
 class _Counted:

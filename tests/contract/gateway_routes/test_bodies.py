@@ -111,6 +111,12 @@ def test_what_is_not_json_is_a_typed_error(content: bytes) -> None:
         bodies.parse(content)
 
 
+@pytest.mark.parametrize("levels", [65, 1000])
+def test_what_is_nested_deeply_is_a_typed_error(levels: int) -> None:
+    with pytest.raises(InvalidArgument, match="nested more than 64 deep"):
+        bodies.parse(b"[" * levels + b"]" * levels)
+
+
 @pytest.mark.parametrize("digits", [19, 25, 400, 5000])
 @pytest.mark.parametrize(
     ("method", "path", "body"),

@@ -36,6 +36,7 @@ class FrozenLM:
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_VE: Tensor = head.weight
         self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
+        self.num_heads: int = model.config.get_text_config().num_attention_heads
 
     @classmethod
     def load(cls, directory: Path, *, device: str = "cpu", dtype: Dtype = "auto") -> FrozenLM:

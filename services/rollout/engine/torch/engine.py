@@ -1,21 +1,18 @@
-"""The built-in engine: `schedule -> run -> postprocess` over any model that `FrozenLM` takes."""
+"""The built-in engine: `schedule -> run -> take` over any model that `FrozenLM` takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as SequenceOf
 
 import torch
-from torch import Tensor
 
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
-from services.rollout.engine.torch.attention import StepAttention
 from services.rollout.engine.torch.kv import SlotKV
-from services.rollout.engine.torch.sampler import sample
-from services.rollout.engine.torch.scheduler import Scheduled, Scheduler
+from services.rollout.engine.torch.runner import EagerRunner, Runner
+from services.rollout.engine.torch.scheduler import Scheduler
 from services.rollout.engine.torch.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.torch.slots import Slots
 from services.rollout.engine.torch.upload import Upload
@@ -36,7 +33,7 @@ class TorchEngine:
         self._cartridges: dict[str, LoadedCartridge] = {}
         self._sequences: dict[int, Sequence] = {}
         self._upload = Upload(lm.device, lm.dtype) if lm.device.type == "cuda" else None
-        self._num_heads = lm.model.config.get_text_config().num_attention_heads
+        self._runner = _runner(lm, self._kv, prefill_tokens_per_step)
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():
@@ -50,8 +47,10 @@ class TorchEngine:
         batch = self._scheduler.schedule()
         if not batch:
             return []
-        hidden_TE = self._run(batch)
-        return self._postprocess(batch, hidden_TE)
+        sampled = self._runner.run(batch)
+        for sequence, num_tokens in batch:
+            sequence.num_computed_tokens += num_tokens
+        return [self._take(sequence, *each) for sequence, each in sampled]
 
     def cancel(self, sequence_id: int) -> None:
         if sequence_id in self._sequences:
@@ -80,29 +79,6 @@ class TorchEngine:
             kv_used_bytes=sum(sequence.num_computed_tokens for sequence in running) * self._kv.token_bytes,
         )
 
-    def _run(self, batch: SequenceOf[Scheduled]) -> Tensor:
-        ids: list[int] = []
-        for sequence, num_tokens in batch:
-            begin = sequence.num_computed_tokens
-            ids += sequence.token_ids[begin : begin + num_tokens]
-        plan = StepAttention(self._kv, batch, self._num_heads)
-        return self._lm.hidden(torch.tensor(ids, device=self._lm.device), plan.positions_T, plan)
-
-    def _postprocess(self, batch: SequenceOf[Scheduled], hidden_TE: Tensor) -> list[TokenOutput]:
-        ready, rows, row = [], [], -1
-        for sequence, num_tokens in batch:
-            row += num_tokens
-            sequence.num_computed_tokens += num_tokens
-            if sequence.num_pending_tokens == 0:
-                ready.append(sequence)
-                rows.append(row)
-        if not ready:
-            return []
-        logits_NV = self._lm.logits(hidden_TE[rows])
-        return [
-            self._take(sequence, *sampled) for sequence, sampled in zip(ready, sample(logits_NV, ready), strict=True)
-        ]
-
     def _take(
         self, sequence: Sequence, token_id: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
     ) -> TokenOutput:
@@ -121,3 +97,13 @@ class TorchEngine:
             cached_tokens=sequence.num_cached_tokens,
             scheduled_at=sequence.scheduled_at,
         )
+
+
+def _runner(lm: FrozenLM, kv: SlotKV, prefill_tokens_per_step: int) -> Runner:
+    if lm.device.type != "cuda":
+        return EagerRunner(lm, kv)
+    # Only here: it needs Triton, which comes with torch for CUDA.
+    from services.rollout.engine.torch.cuda.runner import CapturedRunner
+
+    with torch.inference_mode():
+        return CapturedRunner(lm, kv, prefill_tokens_per_step=prefill_tokens_per_step)

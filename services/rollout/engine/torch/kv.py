@@ -28,6 +28,8 @@ class SlotKV:
         self._kv_L2NGMD = _zeros(shape, lm.dtype, lm.device)
         # Taken apart once: indexing costs as much as a small kernel, and there are dozens of layers.
         self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self._kv_L2NGMD]
+        # In elements: from a layer to the next, from keys to values, from a slot, and from a kv head, to the next.
+        self.layer_stride, self.value_stride, self.slot_stride, self.head_stride = self._kv_L2NGMD.stride()[:4]
         self._flat_layers = [(k.view(-1, spec.head_dim), v.view(-1, spec.head_dim)) for k, v in self.layers]
 
     def write_index(self, slots: Sequence[int], indices: Sequence[int]) -> Tensor:
@@ -40,6 +42,15 @@ class SlotKV:
     def write(self, layer: int, index: Tensor, k_GTD: Tensor, v_GTD: Tensor) -> None:
         for flat, new_GTD in zip(self._flat_layers[layer], (k_GTD, v_GTD), strict=True):
             flat.index_copy_(0, index, new_GTD.transpose(0, 1).reshape(-1, self.head_dim))
+
+    @property
+    def first(self) -> Tensor:
+        """All of it, for kernels that reckon with strides."""
+        return self._kv_L2NGMD
+
+    def address(self, slot: int) -> int:
+        """Of the slot's first key in the first layer."""
+        return self._kv_L2NGMD.data_ptr() + slot * self.slot_stride * self.dtype.itemsize
 
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of one slot to another, in all layers."""

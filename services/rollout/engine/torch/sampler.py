@@ -24,15 +24,16 @@ class Sampled(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...]
 
 
-def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled]:
-    """The next token of each sequence, from float32 logits. Logprobs are those of the untempered distribution."""
+def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms: SequenceOf[float]) -> list[Sampled]:
+    """The next token of each sequence, from float32 logits and the number that it drew.
+
+    Logprobs are those of the untempered distribution.
+    """
     ids_N = torch.argmax(logits_NV, dim=-1)
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if rows:
-        drawn = [sequences[row] for row in rows]
-        uniforms = [torch.rand((), dtype=torch.float64, generator=sequence.generator).item() for sequence in drawn]
         logits = logits_NV if len(rows) == len(sequences) else logits_NV[rows]
-        ids_N[rows] = draw(logits, [sequence.sampling for sequence in drawn], uniforms)
+        ids_N[rows] = draw(logits, [sequences[row].sampling for row in rows], [uniforms[row] for row in rows])
     lse_N = torch.logsumexp(logits_NV, dim=-1)
     logprobs = (logits_NV.gather(1, ids_N[:, None])[:, 0] - lse_N).tolist()
     top = _top_logprobs(logits_NV, lse_N, [sequence.sampling.num_logprobs for sequence in sequences])
@@ -41,18 +42,27 @@ def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled]:
 
 def draw(logits_NV: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
     """Ids [N] drawn at the temperatures, top_k and top_p of `params` (none greedy)."""
-    temperatures_N1 = torch.tensor([each.temperature for each in params], device=logits_NV.device)[:, None]
-    # The greatest is 0 after this, so that a temperature near 0 overflows to -inf elsewhere and never to NaN.
-    scaled_NV = (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / temperatures_N1
+    device = logits_NV.device
+    scaled_NV = scale(logits_NV, torch.tensor([each.temperature for each in params], device=device))
     for row, each in enumerate(params):
         if each.top_k or each.top_p < 1:
             scaled_V = scaled_NV[row]
             scaled_V.masked_fill_(scaled_V < _threshold(scaled_V, each.top_k, each.top_p), float("-inf"))
+    return invert(scaled_NV, torch.tensor(uniforms, dtype=torch.float64, device=device))
+
+
+def scale(logits_NV: Tensor, temperatures_N: Tensor) -> Tensor:
+    """The greatest is 0 after this, so that a temperature near 0 overflows to -inf elsewhere and never to NaN."""
+    return (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / temperatures_N[:, None]
+
+
+def invert(scaled_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """Ids [N] at which the cumulative distributions pass the uniform numbers, float64."""
     # float64: 50,000 float32 terms would lose the tail.
     cdf_NV = torch.softmax(scaled_NV, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    targets_N1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_NV.device)[:, None] * cdf_NV[:, -1:]
     # right: the first id whose cumulative mass exceeds the target, so one of mass 0 is never drawn.
-    return torch.searchsorted(cdf_NV, targets_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
+    ids_N1 = torch.searchsorted(cdf_NV, uniforms_N[:, None] * cdf_NV[:, -1:], right=True)
+    return ids_N1[:, 0].clamp_(max=scaled_NV.shape[1] - 1)
 
 
 def _threshold(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from services.rollout.engine import FinishReason, SequenceRequest
 from services.rollout.engine.answer import AnswerProgress
+
+_DRAWN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Sequence:
         self.skip_prefix_cache = request.skip_prefix_cache
         self.slot = -1
         self.scheduled_at = 0.0
-        self.generator = torch.Generator().manual_seed(request.sampling.seed)
+        self._uniforms = _uniforms(request.sampling.seed)
         self._progress = progress
 
     @property
@@ -59,7 +62,18 @@ class Sequence:
     def computed_ids(self) -> list[int]:
         return self.token_ids[: self.num_computed_tokens]
 
+    def draw(self) -> float:
+        """The number in [0, 1) that decides its next token: its own, whoever else is in the batch."""
+        return next(self._uniforms) if self.sampling.temperature > 0 else 0.0
+
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self.token_ids.append(token_id)
         return self._progress.append(token_id)
+
+
+def _uniforms(seed: int) -> Iterator[float]:
+    """In [0, 1). Drawn some at a time, which gives the same as one at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.rand(_DRAWN, dtype=torch.float64, generator=generator).tolist()

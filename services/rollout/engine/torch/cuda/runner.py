@@ -1,0 +1,117 @@
+"""Steps in a few shapes, each captured once as a CUDA graph: a copy of tables, one launch, a copy back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foundry.model.lm import FrozenLM
+from services.rollout.engine.torch.cuda.attention import TableAttention, decode_shape, prompt_shape
+from services.rollout.engine.torch.cuda.tables import StepShape, StepTables, fits
+from services.rollout.engine.torch.kv import SlotKV
+from services.rollout.engine.torch.sampler import Sampled, invert, sample, scale
+from services.rollout.engine.torch.scheduler import Scheduled
+from services.rollout.engine.torch.sequence import Sequence
+
+
+class CapturedStep:
+    """One shape of step: its tables, the memory that its results come to, and the graph."""
+
+    def __init__(self, lm: FrozenLM, kv: SlotKV, shape: StepShape) -> None:
+        self._lm = lm
+        self.shape = shape
+        self.tables = StepTables(shape, kv)
+        self._plan = TableAttention(kv, self.tables, lm.num_heads)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.logits_BV: Tensor
+        self._results_2B: Tensor
+        self._results = torch.empty(2, shape.num_sampled, dtype=torch.float64, pin_memory=kv.device.type == "cuda")
+
+    def capture(self, pool: tuple[int, int]) -> None:
+        # Once before: kernels are compiled and libraries take their memory at the first call.
+        self._compute()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._compute()
+        self._graph = graph
+
+    def run(self, batch: SequenceOf[Scheduled]) -> list[tuple[Sequence, Sampled]]:
+        ready = [sequence for sequence, num_tokens in batch if sequence.num_pending_tokens == num_tokens]
+        uniforms = [sequence.draw() for sequence in ready]
+        self.tables.fill(batch, uniforms)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._compute()
+        if any(_is_filtered(sequence) for sequence in ready):
+            return list(zip(ready, sample(self.logits_BV[: len(ready)], ready, uniforms), strict=True))
+        # Waits for the step.
+        self._results.copy_(self._results_2B)
+        ids, logprobs = self._results[:, : len(ready)].tolist()
+        return [(each, Sampled(int(id_), logprob, ())) for each, id_, logprob in zip(ready, ids, logprobs, strict=True)]
+
+    def _compute(self) -> None:
+        at = self.tables.at
+        hidden_TE = self._lm.hidden(at["ids"], at["positions"], self._plan)
+        self.logits_BV = self._lm.logits(hidden_TE[at["sampled_rows"]])
+        greedy_B = at["temperatures"] == 0
+        temperatures_B = torch.where(greedy_B, 1.0, at["temperatures"]).float()
+        drawn_B = invert(scale(self.logits_BV, temperatures_B), at["uniforms"])
+        ids_B = torch.where(greedy_B, self.logits_BV.argmax(dim=-1), drawn_B)
+        logprobs_B = self.logits_BV.gather(1, ids_B[:, None])[:, 0] - self.logits_BV.logsumexp(dim=-1)
+        # Ids are exact in float64: one copy brings both.
+        self._results_2B = torch.stack([ids_B.double(), logprobs_B.double()])
+
+
+class CapturedRunner:
+    """Decoding steps and steps with prompts, in shapes of so many tokens that at most a third of a step is padding."""
+
+    def __init__(self, lm: FrozenLM, kv: SlotKV, *, prefill_tokens_per_step: int, capture: bool = True) -> None:
+        """With `capture` False steps are computed operator after operator, as on a CPU for tests."""
+        self._lm, self._kv = lm, kv
+        max_sequences = kv.num_slots
+        decoding = [decode_shape(num_tokens, kv, lm.num_heads) for num_tokens in _sizes(1, max_sequences)]
+        most = prefill_tokens_per_step + max_sequences
+        prompts = [prompt_shape(num_tokens, max_sequences, kv, lm.num_heads) for num_tokens in _sizes(16, most)]
+        # Largest first: the smaller ones then find their memory in what those have taken.
+        self._decoding, self._prompts = (
+            [CapturedStep(lm, kv, shape) for shape in reversed(shapes)] for shapes in (decoding, prompts)
+        )
+        if capture:
+            pool = torch.cuda.graph_pool_handle()
+            for step in (*self._prompts, *self._decoding):
+                step.capture(pool)
+
+    def run(self, batch: SequenceOf[Scheduled]) -> list[tuple[Sequence, Sampled]]:
+        # Neighbours behind one cartridge read it together.
+        batch = sorted(batch, key=lambda each: each.sequence.digests)
+        num_tokens = sum(each.num_tokens for each in batch)
+        steps = self._decoding if num_tokens == len(batch) else self._prompts
+        step = next(each for each in reversed(steps) if each.shape.num_tokens >= num_tokens)
+        if not fits(batch, step.shape):
+            # Many cartridges before one sequence: rare, so its step is not captured.
+            num_cartridges = max(len(sequence.cartridges) for sequence, _ in batch)
+            tiles = num_cartridges * step.shape.num_tokens
+            shape = replace(step.shape, max_cartridges=num_cartridges, num_cartridge_tiles=tiles)
+            step = CapturedStep(self._lm, self._kv, shape)
+        return step.run(batch)
+
+
+def _is_filtered(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sampling.num_logprobs or (sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)))
+
+
+def _sizes(least: int, most: int) -> Iterator[int]:
+    """Powers of two, and what lies half-way to the next, up to `most`."""
+    size = least
+    while size < most:
+        yield size
+        if size > 1 and size + size // 2 < most:
+            yield size + size // 2
+        size *= 2
+    yield most

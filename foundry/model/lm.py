@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from foundry.identity import Dtype
 from foundry.model.attention import ATTENTION, AttentionPlan
+from foundry.model.attention.flex import FlexAttention
 from foundry.model.attention.packed import PackedAttention
 from foundry.model.attention.prefill import PrefillAttention
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.info import ModelInfo, resolve_dtype
+from foundry.model.layers import compile_layers
+from foundry.model.transfer import to_device
 
 
 class FrozenLM:
@@ -31,12 +34,17 @@ class FrozenLM:
         self.info = ModelInfo.of(model.config, model.generation_config, tokenizer, fingerprint)
         model.set_attn_implementation(ATTENTION)
         model.train(False)
+        compile_layers(model)
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head_VE: Tensor = head.weight
         self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
         self.num_heads: int = model.config.get_text_config().num_attention_heads
+        # FlexAttention knows no backward on a CPU, and without compilation no fused kernel.
+        self.packed_plan: type[FlexAttention | PackedAttention] = (
+            FlexAttention if self.head_VE.is_cuda else PackedAttention
+        )
 
     @classmethod
     def load(cls, directory: Path, *, device: str = "cpu", dtype: Dtype = "auto") -> FrozenLM:
@@ -77,9 +85,12 @@ class FrozenLM:
         Token i of a sequence has position P + i. Gradients reach the prefixes. Raises InvalidArgument for an empty or
         too long sequence.
         """
-        plan = PackedAttention(sequences, prefixes, self.spec.max_tokens, self.device)
-        ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
-        return self.hidden(ids_T, plan.positions_T, plan)
+        plan = self.packed_plan(sequences, prefixes, self.spec.max_tokens, self.device)
+        ids = [token for sequence in sequences for token in sequence]
+        # A plan may have more positions than there are tokens.
+        ids_T = torch.zeros(len(plan.positions_T), dtype=torch.long)
+        ids_T[: len(ids)] = torch.tensor(ids)
+        return self.hidden(to_device(ids_T, self.device), plan.positions_T, plan)[: len(ids)]
 
     def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
         """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""

@@ -1,11 +1,14 @@
 """Attention as the foundry needs it: a plan, handed to the forward as a keyword argument, says who sees whom.
 
 One function is registered with the attention interface of `transformers`; no modelling file is copied and none patched.
-`packed` and `prefill` are plans of the library, the built-in engine has its own. Shape suffixes: `foundry.model.lm`.
+`packed`, `flex` and `prefill` are plans of the library, the built-in engine has its own. Shape suffixes:
+`foundry.model.lm`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foundry.errors import ModelUnsupported
+from foundry.errors import InvalidArgument, ModelUnsupported
 
 ATTENTION = "foundry"
 # What models pass to their attention function beside the usual, and what would silently be left out.
@@ -28,6 +31,14 @@ class AttentionPlan(Protocol):
         ...
 
 
+class LayerAttention(ABC):
+    """The part of a plan that one layer has, for layers whose code is compiled: see `foundry.model.layers`."""
+
+    @abstractmethod
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """Return the attention output [T, H, D]. Keys come after RoPE."""
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -36,16 +47,34 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    plan: AttentionPlan,
+    plan: AttentionPlan | LayerAttention,
     **extras: Any,
 ) -> tuple[Tensor, None]:
     if wanted := [name for name in UNSUPPORTED_ATTENTION if extras.get(name) is not None]:
         raise ModelUnsupported(f"layer {module.layer_idx} asks for attention with {', '.join(wanted)}")
-    out_THD = plan.attend(module.layer_idx, query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
+    if isinstance(plan, LayerAttention):
+        # The layer's index is not read: compiled code that reads it is compiled once for every layer.
+        out_THD = plan.attend(query[0], key[0], value[0], scaling)
+    else:
+        out_THD = plan.attend(module.layer_idx, query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
     return out_THD.unsqueeze(0), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+
+
+def check_lengths(sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None], max_tokens: int) -> list[int]:
+    """Tokens in each prefix KV [L, 2, G, P, D]. Raises InvalidArgument for an empty or too long sequence."""
+    prefix_lengths = [0 if prefix is None else prefix.shape[3] for prefix in prefixes]
+    for index, (sequence, num_prefix) in enumerate(zip(sequences, prefix_lengths, strict=True)):
+        if not sequence:
+            raise InvalidArgument(f"sequence {index} is empty: it needs at least one token")
+        if num_prefix + len(sequence) > max_tokens:
+            raise InvalidArgument(
+                f"sequence {index} has {len(sequence)} tokens behind a prefix of {num_prefix}: "
+                f"the model's context is {max_tokens}"
+            )
+    return prefix_lengths
 
 
 def causal_mask(num_tokens: int, num_prefix: int, device: torch.device) -> Tensor:

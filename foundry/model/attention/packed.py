@@ -9,8 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from foundry.errors import InvalidArgument
-from foundry.model.attention import attend_masked, causal_mask
+from foundry.model.attention import attend_masked, causal_mask, check_lengths
 
 # Sequences behind one prefix attend together up to so many tokens, each other's keys masked: for short ones a call
 # costs more than the scores that are thrown away. A longer sequence attends alone.
@@ -38,15 +37,7 @@ class PackedAttention:
         device: torch.device,
     ) -> None:
         lengths = [len(sequence) for sequence in sequences]
-        prefix_lengths = [0 if prefix is None else prefix.shape[3] for prefix in prefixes]
-        for index, (num_tokens, num_prefix) in enumerate(zip(lengths, prefix_lengths, strict=True)):
-            if num_tokens == 0:
-                raise InvalidArgument(f"sequence {index} is empty: it needs at least one token")
-            if num_prefix + num_tokens > max_tokens:
-                raise InvalidArgument(
-                    f"sequence {index} has {num_tokens} tokens behind a prefix of {num_prefix}: "
-                    f"the model's context is {max_tokens}"
-                )
+        prefix_lengths = check_lengths(sequences, prefixes, max_tokens)
         self.positions_T = torch.cat(
             [
                 torch.arange(num_prefix, num_prefix + num_tokens)

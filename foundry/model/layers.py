@@ -1,0 +1,39 @@
+"""Decoder layers that run compiled where a plan is made for it, and as they are under every other plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from foundry.model.attention.flex import FlexAttention
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Give each layer of this model its part of a `FlexAttention`, and compile its forward on CUDA.
+
+    One compiled code serves all layers, all lengths of sequences and prefixes and all documents: weights, prefix and
+    block mask are its inputs, and no layer's index is read in it. Forwards with gradients have another than those
+    without. Under other plans layers stay as they are.
+    """
+    layers: Any = model.base_model.layers
+    for index, layer in enumerate(layers):
+        layer.forward = _forward(layer, index)
+
+
+def _forward(layer: Any, index: int) -> Any:
+    eager = layer.forward
+    # Nothing is compiled before the first call. A graph break would leave attention to a kernel that is not fused.
+    compiled = torch.compile(eager, dynamic=True, fullgraph=True) if _on_cuda(layer) else eager
+
+    def forward(*args: Any, plan: Any, **kwargs: Any) -> Any:
+        if isinstance(plan, FlexAttention):
+            return compiled(*args, plan=plan.layer(index), **kwargs)
+        return eager(*args, plan=plan, **kwargs)
+
+    return forward
+
+
+def _on_cuda(layer: torch.nn.Module) -> bool:
+    return next(layer.parameters()).is_cuda

@@ -68,7 +68,7 @@ def score_all(lm: FrozenLM, micro_batch_tokens: int) -> float:
     def work() -> None:
         for some in micro_batches(items, micro_batch_tokens):
             batch = items[some]
-            score(lm, batch, [kv_L2GPD] * len(batch), Want(hidden=True))
+            score(lm, batch, [kv_L2GPD] * len(batch), Want(hidden=True)).result()
 
     return seconds(work, 2)
 

@@ -35,7 +35,8 @@ NUM_SEQUENCES, NUM_TOKENS, NUM_LOADS = 32, 2048, 10
 
 def build(device: str, dtype: torch.dtype, **shape: Any) -> FrozenLM:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=128256, max_position_embeddings=8192, eos_token_id=2, bos_token_id=None, **shape)
+    wide = {"vocab_size": 128256, "max_position_embeddings": 8192, "eos_token_id": 2, "bos_token_id": None}
+    config = LlamaConfig(**(wide | shape))
     with torch.device(device):
         model: Any = LlamaForCausalLM(config)
     return FrozenLM(model.to(dtype), build_tokenizer(), "blake3:" + "0" * 64)

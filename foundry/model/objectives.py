@@ -2,14 +2,18 @@
 
 All are means over the scored tokens, at temperature 1. Teacher and student share one frozen LM head, so hidden states
 decide both distributions. `distill` multiplies them by the head in tiles of tokens and differentiates tile by tile:
-whatever the number of tokens, at most one tile of logits exists at a time.
+whatever the number of tokens, at most one tile of logits exists at a time. On CUDA what happens to a tile's logits is
+compiled: all in few passes over them, without float32 copies.
 
 Shape suffixes: N scored tokens, E hidden size, V vocabulary, K top-k.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,10 @@ from torch import Tensor
 from foundry.errors import InvalidArgument
 from foundry.identity import ObjectiveKind
 
-# Float32 values of one [tile, V] matrix: 8 Mi is 32 MiB, of which an exact KL holds about six at a time.
-TILE_ELEMENTS = 8 * 1024 * 1024
+# Numbers of one [tile, V] matrix. In float32 8 Mi are 32 MiB, of which an exact KL holds about six at a time.
+_TILE_ELEMENTS = 8 * 1024 * 1024
+# A product with fewer rows takes as long as reading the head. In bfloat16 these are 128 MiB, of which there are three.
+_CUDA_TILE_ELEMENTS = 8 * _TILE_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,12 @@ class Distilled:
     entropy_N: Tensor
 
 
+def tile_rows(head_VE: Tensor, tile_elements: int | None = None) -> int:
+    """Tokens whose logits [tile, V] are computed at a time."""
+    elements = tile_elements or (_CUDA_TILE_ELEMENTS if head_VE.is_cuda else _TILE_ELEMENTS)
+    return max(1, elements // head_VE.shape[0])
+
+
 def forward_kl(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor) -> Tensor:
     """KL(teacher || student) [N]: the student must cover what the teacher finds likely."""
     return (teacher_logprobs_NV.exp() * (teacher_logprobs_NV - student_logprobs_NV)).sum(-1)
@@ -76,8 +88,7 @@ def jsd(student_logprobs_NV: Tensor, teacher_logprobs_NV: Tensor, beta: float) -
 
     beta KL(teacher || M) + (1 - beta) KL(student || M) with M = beta teacher + (1 - beta) student.
     """
-    log_beta, log_rest = torch.log(torch.tensor([beta, 1 - beta], device=student_logprobs_NV.device))
-    mixture_NV = torch.logaddexp(teacher_logprobs_NV + log_beta, student_logprobs_NV + log_rest)
+    mixture_NV = torch.logaddexp(teacher_logprobs_NV + math.log(beta), student_logprobs_NV + math.log(1 - beta))
     return beta * forward_kl(mixture_NV, teacher_logprobs_NV) + (1 - beta) * forward_kl(mixture_NV, student_logprobs_NV)
 
 
@@ -101,14 +112,14 @@ def distill(
     token_ids_N: Tensor,
     verbatim_N: Tensor | None = None,
     *,
-    tile_elements: int = TILE_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> Distilled:
     """Mean loss over N scored tokens; its gradient reaches `student_hidden_NE` only.
 
     `teacher` is hidden states [N, E] for the exact objectives and a TopK for `topk`; `token_ids_N` are the tokens at
     the scored positions, for `chosen_logprob_N`; `verbatim_N` says which of them are known to be right, by default
-    none. The gradient is computed here, tile by tile, and handed to autograd as a ready vector. Raises InvalidArgument
-    if the lengths differ.
+    none; `tile_elements` is for tests. The gradient is computed here, tile by tile, and handed to autograd as a ready
+    vector. Raises InvalidArgument if the lengths differ.
     """
     num_tokens = student_hidden_NE.shape[0]
     teacher_rows = teacher.ids_NK.shape[0] if isinstance(teacher, TopK) else teacher.shape[0]
@@ -117,7 +128,8 @@ def distill(
             f"scored tokens do not line up: {num_tokens} student rows, {teacher_rows} teacher rows, "
             f"{token_ids_N.shape[0]} token ids"
         )
-    rows = max(1, tile_elements // head_VE.shape[0])
+    rows = tile_rows(head_VE, tile_elements)
+    scores_of = _compiled_scores() if head_VE.is_cuda else _scores
     hidden_NE = student_hidden_NE.detach()
     grad_NE = torch.empty_like(hidden_NE) if student_hidden_NE.requires_grad else None
     # Written in place: small results allocated between the tiles would leave holes that no later tile fits into.
@@ -125,36 +137,68 @@ def distill(
     for begin in range(0, num_tokens, rows):
         tile = slice(begin, begin + rows)
         tile_hidden = hidden_NE[tile].requires_grad_(grad_NE is not None)
+        tile_teacher = _tile_teacher(objective, teacher, tile, head_VE)
+        tile_verbatim = None if verbatim_N is None else verbatim_N[tile]
         with torch.set_grad_enabled(grad_NE is not None):
-            logprobs = F.log_softmax(F.linear(tile_hidden, head_VE).float(), dim=-1)
-            chosen = logprobs.gather(-1, token_ids_N[tile, None]).squeeze(-1)
-            loss = -chosen if objective.kind == "nll" else _tile_loss(objective, logprobs, teacher, tile, head_VE)
-            if verbatim_N is not None:
-                weight_N = objective.hard_label_weight * verbatim_N[tile]
-                loss = (1 - weight_N) * loss - weight_N * chosen
+            logits_NV = F.linear(tile_hidden, head_VE)
+            loss, chosen, entropy = scores_of(objective, logits_NV, tile_teacher, token_ids_N[tile], tile_verbatim)
         if grad_NE is not None:
             (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
         with torch.no_grad():
             token_loss_N[tile] = loss
             chosen_N[tile] = chosen
-            entropy_N[tile] = -(logprobs.exp() * logprobs).sum(-1)
+            entropy_N[tile] = entropy
     mean = token_loss_N.mean()
     if grad_NE is not None:
         mean = _WithGradient.apply(student_hidden_NE, mean, grad_NE / num_tokens)  # type: ignore[no-untyped-call]
     return Distilled(mean, token_loss_N, chosen_N, entropy_N)
 
 
-def _tile_loss(objective: Objective, logprobs: Tensor, teacher: Tensor | TopK, tile: slice, head_VE: Tensor) -> Tensor:
+@torch.no_grad()
+def _tile_teacher(objective: Objective, teacher: Tensor | TopK, tile: slice, head_VE: Tensor) -> Tensor | TopK | None:
+    """The teacher's logits [N, V] of a tile or its TopK; nothing where the loss does not ask."""
+    if objective.kind == "nll":
+        return None
     if isinstance(teacher, TopK):
-        rows = TopK(teacher.ids_NK[tile].long(), teacher.logprobs_NK[tile], teacher.tail_logprob_N[tile])
-        return topk_kl(logprobs, rows)
-    with torch.no_grad():
-        teacher_logprobs = F.log_softmax(F.linear(teacher[tile], head_VE).float(), dim=-1)
+        return TopK(teacher.ids_NK[tile].long(), teacher.logprobs_NK[tile], teacher.tail_logprob_N[tile])
+    return F.linear(teacher[tile], head_VE)
+
+
+def _scores(
+    objective: Objective,
+    logits_NV: Tensor,
+    teacher: Tensor | TopK | None,
+    token_ids_N: Tensor,
+    verbatim_N: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a tile: losses, and detached logprobs of the tokens that stand there and entropies."""
+    logprobs_NV = F.log_softmax(logits_NV.float(), dim=-1)
+    chosen_N = logprobs_NV.gather(-1, token_ids_N[:, None]).squeeze(-1)
+    loss_N = _losses(objective, logprobs_NV, teacher, chosen_N)
+    if verbatim_N is not None:
+        weight_N = objective.hard_label_weight * verbatim_N
+        loss_N = (1 - weight_N) * loss_N - weight_N * chosen_N
+    fixed_NV = logprobs_NV.detach()
+    return loss_N, chosen_N.detach(), -(fixed_NV.exp() * fixed_NV).sum(-1)
+
+
+def _losses(objective: Objective, logprobs_NV: Tensor, teacher: Tensor | TopK | None, chosen_N: Tensor) -> Tensor:
+    if teacher is None:
+        return -chosen_N
+    if isinstance(teacher, TopK):
+        return topk_kl(logprobs_NV, teacher)
+    teacher_logprobs_NV = F.log_softmax(teacher.float(), dim=-1)
     if objective.kind == "forward_kl":
-        return forward_kl(logprobs, teacher_logprobs)
+        return forward_kl(logprobs_NV, teacher_logprobs_NV)
     if objective.kind == "reverse_kl":
-        return reverse_kl(logprobs, teacher_logprobs)
-    return jsd(logprobs, teacher_logprobs, objective.beta)
+        return reverse_kl(logprobs_NV, teacher_logprobs_NV)
+    return jsd(logprobs_NV, teacher_logprobs_NV, objective.beta)
+
+
+@cache
+def _compiled_scores() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    # Not at import: it reads a compiler that a CPU has no use for.
+    return torch.compile(_scores)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -6,9 +6,16 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from foundry.model.lm import FrozenLM
+
+# Beyond so many a GPU is full, and more take memory only: four samples of 1152 tokens.
+CUDA_MICRO_BATCH_TOKENS = 4608
+_CPU_MICRO_BATCH_TOKENS = 4096
+# Of what is free: the rest is for tiles of logits, gradients of one layer and what the allocator can't use.
+_USABLE_MEMORY = 0.8
 
 
 class Scored(Protocol):
@@ -19,6 +26,32 @@ class Scored(Protocol):
 
     @property
     def score_from(self) -> int: ...
+
+
+def micro_batch_tokens(lm: FrozenLM, beside_bytes: int = 0) -> int:
+    """Most tokens in one forward whose backward fits into the memory that is free, if `beside_bytes` are taken too.
+
+    On CUDA each token keeps `kept_bytes_per_token`; of what is free a fifth is left. On a CPU it is a fixed number.
+    """
+    if lm.device.type != "cuda":
+        return _CPU_MICRO_BATCH_TOKENS
+    free_bytes, _ = torch.cuda.mem_get_info(lm.device)
+    # What torch holds for itself and nothing lives in is free too.
+    free_bytes += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+    fitting = int(_USABLE_MEMORY * free_bytes - beside_bytes) // kept_bytes_per_token(lm)
+    return max(1, min(fitting, CUDA_MICRO_BATCH_TOKENS))
+
+
+def kept_bytes_per_token(lm: FrozenLM) -> int:
+    """What compiled layers keep of a token for the backward: in each the inputs of both norms [E], queries and
+    attention's output [H, D], keys and values [G, D], and of the MLP both inputs of its product [I]. No linear layer
+    keeps its input: that is for gradients of weights, which are frozen.
+    """
+    config = lm.model.config.get_text_config()
+    spec = lm.spec
+    heads = config.num_attention_heads + spec.num_kv_heads
+    numbers = 2 * (spec.hidden_size + heads * spec.head_dim + config.intermediate_size)
+    return int(spec.num_layers * numbers * lm.dtype.itemsize)
 
 
 def micro_batches(samples: Sequence[Scored], max_tokens: int) -> Iterator[slice]:

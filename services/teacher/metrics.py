@@ -6,7 +6,7 @@ SCORED_TOKENS = Counter("foundry_teacher_scored_tokens", "Positions scored.")
 SCORED_ANSWERS = Counter("foundry_teacher_scored_answers", "Answers scored.")
 SCORE_SECONDS = Histogram(
     "foundry_teacher_micro_batch_seconds",
-    "Time of one micro-batch's forward.",
+    "Time from the start of a micro-batch's forward until its scores are in the host's memory.",
     buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
 )
 PREFILL_SECONDS = Histogram(

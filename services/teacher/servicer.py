@@ -72,17 +72,26 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         want = self._checked_want(request.want)
         tenant = check_caller(request.caller).tenant
         index = 0
-        for some in micro_batches(items, self._micro_batch_tokens):
-            for scores in await self._run(partial(self._score, tenant, items[some], want)):
-                for part in self._parts(request, index, scores):
-                    yield part
-                index += 1
+        async for scores in self._scores(tenant, items, want):
+            for part in self._parts(request, index, scores):
+                yield part
+            index += 1
         log.info(
             "scored",
             num_answers=len(items),
             num_tokens=sum(len(item.ids) - item.score_from for item in items),
             seconds=round(time.perf_counter() - began, 6),
         )
+
+    async def _scores(self, tenant: str, items: Sequence[Item], want: Want) -> AsyncIterator[ItemScores]:
+        """In the order of the items. The device gets a micro-batch before the one ahead of it is waited for."""
+        ahead: Callable[[], list[ItemScores]] | None = None
+        for some in (*micro_batches(items, self._micro_batch_tokens), None):
+            begun = await self._run(partial(self._score, tenant, items[some], want)) if some else None
+            if ahead:
+                for scores in await asyncio.to_thread(ahead):
+                    yield scores
+            ahead = begun
 
     def close(self) -> None:
         self._device.shutdown()
@@ -117,15 +126,24 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             return self._template.bare()
         return self._template.context(request.document, max_tokens=self._max_context_tokens)
 
-    def _score(self, tenant: str, items: Sequence[Item], want: Want, go_on: Callable[[], None]) -> list[ItemScores]:
+    def _score(
+        self, tenant: str, items: Sequence[Item], want: Want, go_on: Callable[[], None]
+    ) -> Callable[[], list[ItemScores]]:
+        """Start to score one micro-batch; what it returns waits for the scores."""
         go_on()
+        began = time.perf_counter()
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
         contexts = [self._contexts.get(Key(tenant, item.context_digest)) for item in items]
-        with metrics.SCORE_SECONDS.time():
-            scores = score(self._lm, items, contexts, want)
-        metrics.SCORED_ANSWERS.inc(len(items))
-        metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
-        return scores
+        scoring = score(self._lm, items, contexts, want)
+
+        def result() -> list[ItemScores]:
+            scores = scoring.result()
+            metrics.SCORE_SECONDS.observe(time.perf_counter() - began)
+            metrics.SCORED_ANSWERS.inc(len(items))
+            metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
+            return scores
+
+        return result
 
     def _parts(
         self, request: teacher_pb2.ScoreRequest, index: int, scores: ItemScores

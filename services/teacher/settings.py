@@ -18,7 +18,7 @@ class TeacherSettings(ModelSettings):
     context_budget_bytes: int = 4 * 1024**3
     """Memory for the KV of documents; the least recently used are dropped first."""
 
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 4608
     """Most tokens in one forward over turns and answers."""
 
     max_pending_requests: int = 64

@@ -46,8 +46,9 @@ class TrainerSettings(ModelSettings):
     patience_seconds: float = Field(default=3600.0, gt=0)
     """How long a run waits for a service or store that is away before it fails."""
 
-    micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Most tokens in one packed forward and backward; more are accumulated."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens in one packed forward and backward; more are accumulated. Unset: on a GPU as many as fit into the
+    memory that is free, at most 4608; 4096 on a CPU."""
 
     signal_memory_bytes: int = Field(default=2**30, ge=0)
     """Memory for the teacher's word on written answers that come up again, which is asked for once."""

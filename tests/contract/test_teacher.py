@@ -39,7 +39,7 @@ from foundry.rpc.teacher import TeacherClient
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import scorer
 from services.teacher import servicer as teacher_servicer
-from services.teacher.scorer import Item, ItemScores, Want
+from services.teacher.scorer import Item, ItemScores, Scoring, Want
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from services.trainer.sample import Sample
@@ -202,9 +202,10 @@ async def test_more_samples_than_a_message_holds_are_scored(
 ) -> None:
     teacher = await connect(lm, address, DOCUMENTS[0])
 
-    def ends(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> list[ItemScores]:
+    def ends(model: FrozenLM, items: Sequence[Item], contexts: Sequence[Tensor], want: Want) -> Scoring:
         """No forward: the tiny model's context is not so long."""
-        return [ItemScores(hidden_NE=torch.tensor([[float(item.ids[-1])]])) for item in items]
+        scores = [ItemScores(hidden_NE=torch.tensor([[float(item.ids[-1])]])) for item in items]
+        return Scoring(scores, model.device)
 
     monkeypatch.setattr(teacher_servicer, "score", ends)
     # Of 2 MB each: two bytes an id.

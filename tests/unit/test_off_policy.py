@@ -57,7 +57,7 @@ class ScoringTeachers:
         self.num_scored += len(samples)
         items = [Item("", sample.ids, sample.score_from) for sample in samples]
         want = Want(hidden=True) if objective.needs_hidden else Want(topk=objective.k)
-        return [_signal(each) for each in score(self._lm, items, [self._kv] * len(items), want)]
+        return [_signal(each) for each in score(self._lm, items, [self._kv] * len(items), want).result()]
 
 
 def _signal(scores: ItemScores) -> Signal:

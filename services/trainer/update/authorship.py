@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foundry.errors import PolicyMismatch
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import TILE_ELEMENTS, TopK
+from foundry.model.objectives import TopK, tile_rows
 from foundry.selfstudy.wording import normalised
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
@@ -50,7 +50,7 @@ def _log_ratio(lm: FrozenLM, sample: Sample, signal: Signal) -> Tensor:
     claimed_N = torch.tensor(sample.rollout_logprobs, device=lm.device).double()
     if isinstance(signal, TopK):
         return _bounded_log_ratio(signal, ids_N, claimed_N)
-    rows = max(1, TILE_ELEMENTS // lm.spec.vocab_size)
+    rows = tile_rows(lm.head_VE)
     tiles = zip(torch.split(signal.to(lm.device), rows), torch.split(ids_N, rows), strict=True)
     chosen = [
         lm.logits(hidden_NE).log_softmax(-1).gather(-1, ids_N.unsqueeze(-1)).squeeze(-1) for hidden_NE, ids_N in tiles

@@ -15,8 +15,12 @@ from torch import Tensor
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Distilled, Objective, TopK, distill
-from foundry.model.packing import micro_batches, scored_hidden
+from foundry.model.packing import micro_batch_tokens, micro_batches, scored_hidden
+from foundry.model.transfer import to_device
 from services.trainer.sample import Sample
+
+# Of a trained number, beside its master: gradient, two moments of Adam, and as much as two in passing.
+_TRAINED_BYTES = 20
 
 # The teacher's word on one sample's answer: hidden states [N, E] or a TopK.
 Signal = Tensor | TopK
@@ -40,13 +44,17 @@ class Batch:
     objective: Objective
     # Answer tokens of the whole step, of which these samples may be a part.
     num_tokens: int
-    micro_batch_tokens: int
+    # None: as many as fit into memory, up to where more gain nothing.
+    micro_batch_tokens: int | None
 
 
 def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> TokenScores:
     """Add to the master's gradient what the samples have in that of the mean loss over `num_tokens` answer tokens."""
     parts = []
-    for some in micro_batches(batch.samples, batch.micro_batch_tokens):
+    beside_bytes = _TRAINED_BYTES * cartridge.master_L2GRD.numel()
+    max_tokens = batch.micro_batch_tokens or micro_batch_tokens(lm, beside_bytes)
+    # Nothing in this loop waits for the device, so that it never waits for the host.
+    for some in micro_batches(batch.samples, max_tokens):
         part = distill_samples(lm, cartridge.cast(), batch.objective, batch.samples[some], batch.signals[some])
         # Each part's loss is the mean over its own tokens; the step's is the mean over all.
         (part.loss * (part.token_loss_N.shape[0] / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
@@ -66,11 +74,12 @@ def distill_samples(
     Each sample sees the prefix and itself only.
     """
     rows = scored_hidden(lm, samples, [prefix_L2GPD] * len(samples))
-    token_ids_N = torch.tensor([token for sample in samples for token in sample.answer_ids], device=lm.device)
+    token_ids = [token for sample in samples for token in sample.answer_ids]
+    token_ids_N = to_device(torch.tensor(token_ids), lm.device)
     verbatim_N = None
     if objective.hard_label_weight:
         verbatim = [sample.verbatim for sample in samples for _ in sample.answer_ids]
-        verbatim_N = torch.tensor(verbatim, device=lm.device)
+        verbatim_N = to_device(torch.tensor(verbatim), lm.device)
     return distill(objective, torch.cat(rows), join(signals, lm.device), lm.head_VE, token_ids_N, verbatim_N)
 
 
@@ -79,8 +88,8 @@ def join(signals: Sequence[Signal], device: torch.device) -> Signal:
     if isinstance(signals[0], TopK):
         tops = [signal for signal in signals if isinstance(signal, TopK)]
         return TopK(
-            torch.cat([top.ids_NK for top in tops]).to(device),
-            torch.cat([top.logprobs_NK for top in tops]).to(device),
-            torch.cat([top.tail_logprob_N for top in tops]).to(device),
+            to_device(torch.cat([top.ids_NK for top in tops]), device),
+            to_device(torch.cat([top.logprobs_NK for top in tops]), device),
+            to_device(torch.cat([top.tail_logprob_N for top in tops]), device),
         )
-    return torch.cat([signal for signal in signals if isinstance(signal, Tensor)]).to(device)
+    return to_device(torch.cat([signal for signal in signals if isinstance(signal, Tensor)]), device)

@@ -43,12 +43,15 @@ class TrainingStep:
         objective: Objective,
         *,
         learning_rate: float,
-        micro_batch_tokens: int,
+        micro_batch_tokens: int | None,
         policy_mismatch_threshold: float,
         max_grad_norm: float = 0.0,
         leader: Leader | None = None,
     ) -> None:
-        """`max_grad_norm` 0 leaves gradients as they are. With a `leader` all ranks of its group compute them."""
+        """`micro_batch_tokens` None takes as many as fit into memory; `max_grad_norm` 0 leaves gradients as they are.
+
+        With a `leader` all ranks of its group compute them.
+        """
         self.lm, self.cartridge, self.objective = lm, cartridge, objective
         self.optimiser = torch.optim.Adam([cartridge.master_L2GRD], lr=learning_rate)
         self._micro_batch_tokens = micro_batch_tokens

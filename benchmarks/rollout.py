@@ -12,6 +12,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ SMALL: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 1024, "num_hid
 HEADS = ((8, 4, 64), (6, 2, 128), (4, 4, 96))
 LENGTHS = (1, 16, 37, 100, 128, 2048)
 # Nats: of a greedy token's logprob below the best, and of a reported logprob from the right one.
+PROFILE = bool(os.environ.get('PROFILE'))
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.15}
 
 
@@ -62,8 +64,8 @@ def check(dtype: torch.dtype, heads: tuple[int, int, int], num_tokens: int) -> d
         numbered = {(index if turn == "cold" else 100 + index): each for index, each in requests.items()}
         engine.admit(numbered)
         answers: dict[int, list[tuple[int, float]]] = {index: [] for index in numbered}
-        while outputs := engine.step():
-            for output in outputs:
+        while engine.stats().num_running or engine.stats().num_waiting:
+            for output in engine.step():
                 answers[output.sequence_id].append((output.token_id, output.logprob))
         for index, each in numbered.items():
             ids, told = zip(*answers[index], strict=True)
@@ -99,6 +101,10 @@ def rate(engine: TorchEngine, batch: int, num_cartridges: int) -> dict[str, floa
         engine.step()
         times.append(time.perf_counter() - step_began)
     seconds = time.perf_counter() - decoding
+    for index in range(batch):
+        engine.cancel(index)
+    while engine.step():
+        pass
     found = {
         "tokens_per_second": round(batch * len(times) / seconds, 1),
         "step_median_ms": round(statistics.median(times) * 1e3, 3),
@@ -106,6 +112,11 @@ def rate(engine: TorchEngine, batch: int, num_cartridges: int) -> dict[str, floa
         "prompts_seconds": round(decoding - began, 4),
     }
     print(f"batch {batch}, {num_cartridges} cartridges: {found}", flush=True)
+    if PROFILE:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph_seconds(engine, batch)
+        for each in sorted(profile.key_averages(), key=lambda e: -e.device_time_total)[:22]:
+            print(f"{each.device_time_total / 20e3:8.3f} ms {each.count / 20:6.0f} x {each.key[:100]}", flush=True)
     return found
 
 

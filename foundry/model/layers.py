@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from foundry.model.attention.flex import FlexAttention
+from foundry.model.attention import LayeredPlan
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Give each layer of this model its part of a `FlexAttention`, and compile its forward on CUDA.
+    """Give each layer of this model its part of a `LayeredPlan`, and compile its forward on CUDA.
 
-    One compiled code serves all layers, all lengths of sequences and prefixes and all documents: weights, prefix and
-    block mask are its inputs, and no layer's index is read in it. Forwards with gradients have another than those
-    without. Under other plans layers stay as they are.
+    One compiled code serves all layers, all lengths of sequences and prefixes and all documents: weights and what the
+    layer's part of a plan holds are its inputs, and no layer's index is read in it. Each kind of plan has its own, and
+    forwards with gradients another than those without. Under other plans layers stay as they are.
     """
     layers: Any = model.base_model.layers
     for index, layer in enumerate(layers):
@@ -28,7 +28,7 @@ def _forward(layer: Any, index: int) -> Any:
     compiled = torch.compile(eager, dynamic=True, fullgraph=True) if _on_cuda(layer) else eager
 
     def forward(*args: Any, plan: Any, **kwargs: Any) -> Any:
-        if isinstance(plan, FlexAttention):
+        if isinstance(plan, LayeredPlan):
             return compiled(*args, plan=plan.layer(index), **kwargs)
         return eager(*args, plan=plan, **kwargs)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foundry.identity import Dtype
-from foundry.model.attention import ATTENTION, AttentionPlan
+from foundry.model.attention import ATTENTION, AttentionPlan, LayeredPlan
 from foundry.model.attention.flex import FlexAttention
 from foundry.model.attention.packed import PackedAttention
 from foundry.model.attention.prefill import PrefillAttention
@@ -67,7 +67,7 @@ class FrozenLM:
     def dtype(self) -> torch.dtype:
         return self.head_VE.dtype
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan | LayeredPlan) -> Tensor:
         """Last hidden states [T, E], after the final norm, of packed tokens at the given positions."""
         out = self.model.base_model(
             input_ids=ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, plan=plan

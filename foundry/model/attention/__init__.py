@@ -32,11 +32,19 @@ class AttentionPlan(Protocol):
 
 
 class LayerAttention(ABC):
-    """The part of a plan that one layer has, for layers whose code is compiled: see `foundry.model.layers`."""
+    """The part of a `LayeredPlan` that one layer has: what its compiled code is given."""
 
     @abstractmethod
     def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         """Return the attention output [T, H, D]. Keys come after RoPE."""
+
+
+class LayeredPlan(ABC):
+    """A plan under which layers run compiled, see `foundry.model.layers`."""
+
+    @abstractmethod
+    def layer(self, index: int) -> LayerAttention:
+        """One layer's part. Not in compiled code."""
 
 
 def _attention(

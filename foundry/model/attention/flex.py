@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from foundry.model.attention import LayerAttention, check_lengths
+from foundry.model.attention import LayerAttention, LayeredPlan, check_lengths
 from foundry.model.transfer import to_device
 
 BLOCK = 128
@@ -111,7 +111,7 @@ class FlexLayer(LayerAttention):
         return out[0].transpose(0, 1)
 
 
-class FlexAttention:
+class FlexAttention(LayeredPlan):
     """Sequences laid end to end; each sees the whole of its prefix and, causally, itself.
 
     For a model whose layers `compile_layers` has seen. `positions_T` has a whole number of blocks, at least two (a
@@ -148,7 +148,6 @@ class FlexAttention:
         self._mask = block_mask(Spans.of(lengths, behind, num_prefix_keys).to(device), num_keys)
 
     def layer(self, index: int) -> FlexLayer:
-        """One layer's part. Not in compiled code."""
         if not self._prefixes:
             return FlexLayer(None, None, self._mask)
         parts = [_filled(layers[index]) for layers in self._prefixes]

@@ -1,8 +1,9 @@
-"""The built-in engine: `schedule -> run -> take` over any model that `FrozenLM` takes."""
+"""The built-in engine: `schedule -> launch -> take` over any model that `FrozenLM` takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 
 import torch
 
@@ -11,8 +12,9 @@ from foundry.model.lm import FrozenLM
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.torch.kv import SlotKV
-from services.rollout.engine.torch.runner import EagerRunner, Runner
-from services.rollout.engine.torch.scheduler import Scheduler
+from services.rollout.engine.torch.runner import EagerRunner, Launched, Runner
+from services.rollout.engine.torch.sampler import Sampled
+from services.rollout.engine.torch.scheduler import Scheduled, Scheduler
 from services.rollout.engine.torch.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.torch.slots import Slots
 from services.rollout.engine.torch.upload import Upload
@@ -34,6 +36,7 @@ class TorchEngine:
         self._sequences: dict[int, Sequence] = {}
         self._upload = Upload(lm.device, lm.dtype) if lm.device.type == "cuda" else None
         self._runner = _runner(lm, self._kv, prefill_tokens_per_step)
+        self._in_flight: Launched | None = None
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():
@@ -45,12 +48,17 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
         batch = self._scheduler.schedule()
-        if not batch:
-            return []
-        sampled = self._runner.run(batch)
-        for sequence, num_tokens in batch:
-            sequence.num_computed_tokens += num_tokens
-        return [self._take(sequence, *each) for sequence, each in sampled]
+        behind, self._in_flight = self._in_flight, None
+        outputs: list[TokenOutput] = []
+        launched = self._launch(batch) if batch else None
+        # What the step before gave is taken while this one computes.
+        if behind is not None:
+            outputs += self._take(behind)
+        if launched is not None and launched.done:
+            outputs += self._take(launched)
+        else:
+            self._in_flight = launched
+        return outputs
 
     def cancel(self, sequence_id: int) -> None:
         if sequence_id in self._sequences:
@@ -79,17 +87,32 @@ class TorchEngine:
             kv_used_bytes=sum(sequence.num_computed_tokens for sequence in running) * self._kv.token_bytes,
         )
 
-    def _take(
-        self, sequence: Sequence, token_id: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
-    ) -> TokenOutput:
-        text, finish_reason = sequence.append(token_id)
+    def _launch(self, batch: SequenceOf[Scheduled]) -> Launched:
+        launched = self._runner.launch(batch)
+        for sequence, num_tokens in batch:
+            sequence.num_computed_tokens += num_tokens
+        for row, sequence in enumerate(launched.sequences):
+            sequence.num_in_flight += 1
+            sequence.row = row
+        return launched
+
+    def _take(self, launched: Launched) -> list[TokenOutput]:
+        return [
+            self._take_one(sequence, sampled)
+            for sequence, sampled in zip(launched.sequences, launched.results(), strict=True)
+            # It may have ended since.
+            if self._sequences.get(sequence.id) is sequence
+        ]
+
+    def _take_one(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        text, finish_reason = sequence.append(sampled.token_id)
         if finish_reason is not None:
             self.cancel(sequence.id)
         return TokenOutput(
             sequence_id=sequence.id,
-            token_id=token_id,
-            logprob=logprob,
-            top_logprobs=top_logprobs,
+            token_id=sampled.token_id,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
             text=text,
             finish_reason=finish_reason,
             digests=sequence.digests,

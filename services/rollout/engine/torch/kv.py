@@ -48,10 +48,6 @@ class SlotKV:
         """All of it, for kernels that reckon with strides."""
         return self._kv_L2NGMD
 
-    def address(self, slot: int) -> int:
-        """Of the slot's first key in the first layer."""
-        return self._kv_L2NGMD.data_ptr() + slot * self.slot_stride * self.dtype.itemsize
-
     def copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of one slot to another, in all layers."""
         self._kv_L2NGMD[:, :, target, :, :num_tokens] = self._kv_L2NGMD[:, :, source, :, :num_tokens]

@@ -15,8 +15,40 @@ from services.rollout.engine.torch.scheduler import Scheduled
 from services.rollout.engine.torch.sequence import Sequence
 
 
+class Launched(Protocol):
+    """A step that computes, or has computed."""
+
+    @property
+    def sequences(self) -> SequenceOf[Sequence]:
+        """Those that get a token, in the order of the results."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether results are there already."""
+        ...
+
+    def results(self) -> SequenceOf[Sampled]:
+        """Waits for them."""
+        ...
+
+
 class Runner(Protocol):
-    def run(self, batch: SequenceOf[Scheduled]) -> list[tuple[Sequence, Sampled]]: ...
+    def launch(self, batch: SequenceOf[Scheduled]) -> Launched:
+        """Steps are computed in order. A sequence's last token may still be unknown here."""
+        ...
+
+
+class Done:
+    """A step with its results."""
+
+    done = True
+
+    def __init__(self, sequences: SequenceOf[Sequence], results: SequenceOf[Sampled]) -> None:
+        self.sequences, self._results = sequences, results
+
+    def results(self) -> SequenceOf[Sampled]:
+        return self._results
 
 
 class EagerRunner:
@@ -25,7 +57,7 @@ class EagerRunner:
     def __init__(self, lm: FrozenLM, kv: SlotKV) -> None:
         self._lm, self._kv = lm, kv
 
-    def run(self, batch: SequenceOf[Scheduled]) -> list[tuple[Sequence, Sampled]]:
+    def launch(self, batch: SequenceOf[Scheduled]) -> Launched:
         ids: list[int] = []
         ready, rows = [], []
         for sequence, num_tokens in batch:
@@ -37,6 +69,6 @@ class EagerRunner:
         plan = StepAttention(self._kv, batch, self._lm.num_heads)
         hidden_TE = self._lm.hidden(torch.tensor(ids, device=self._lm.device), plan.positions_T, plan)
         if not ready:
-            return []
+            return Done([], [])
         uniforms = [sequence.draw() for sequence in ready]
-        return list(zip(ready, sample(self._lm.logits(hidden_TE[rows]), ready, uniforms), strict=True))
+        return Done(ready, sample(self._lm.logits(hidden_TE[rows]), ready, uniforms))

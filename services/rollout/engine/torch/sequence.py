@@ -45,7 +45,12 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
+        # Tokens that were sampled on the device and are not known here yet: the newest is in row `row` of the newest
+        # step's results.
+        self.num_in_flight = 0
+        self.row = -1
         self.sampling = request.sampling
+        self._max_tokens = len(request.prompt_ids) + request.sampling.max_new_tokens
         self.tenant = request.tenant
         self.skip_prefix_cache = request.skip_prefix_cache
         self.slot = -1
@@ -55,8 +60,10 @@ class Sequence:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that the model has not seen: the rest of the prompt, or the one sampled last."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens that the model has not seen: the rest of the prompt, or the one sampled last, known or not. None once
+        as many were sampled as there may be."""
+        num_tokens = len(self.token_ids) + self.num_in_flight
+        return num_tokens - self.num_computed_tokens if num_tokens < self._max_tokens else 0
 
     @property
     def computed_ids(self) -> list[int]:
@@ -69,6 +76,7 @@ class Sequence:
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self.token_ids.append(token_id)
+        self.num_in_flight -= 1
         return self._progress.append(token_id)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
+from foundry.model.attention import LayerAttention, LayeredPlan
 from services.rollout.engine.torch.cuda.kernels import COLUMNS, attend_tiles, merge_parts, write_kv
 from services.rollout.engine.torch.cuda.tables import StepShape, StepTables
 from services.rollout.engine.torch.kv import SlotKV
@@ -15,8 +19,34 @@ _LEAST_ROWS = 16
 _KEYS_AT_ONCE = 64
 
 
-class TableAttention:
-    """The `AttentionPlan` of the step that the tables say."""
+# By number: what compiled code is given of a plan is a tensor, lest it be compiled for each plan and layer.
+_PLANS: list[weakref.ref[TableAttention]] = []
+
+
+@torch.library.custom_op("foundry::attend_by_tables", mutates_args=())
+def attend_by_tables(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, where_2: Tensor, scale: float) -> Tensor:
+    """Attention outputs [T, H, D]; `where_2`, plan and layer, is on the CPU. Nobody else sees the slots that it writes."""
+    number, layer = where_2.tolist()
+    plan = _PLANS[number]()
+    assert plan is not None
+    return plan.attend(layer, q_HTD, k_GTD, v_GTD, scale)
+
+
+@attend_by_tables.register_fake
+def _(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, where_2: Tensor, scale: float) -> Tensor:
+    return q_HTD.new_empty(q_HTD.shape[1], q_HTD.shape[0], q_HTD.shape[2])
+
+
+@dataclass(frozen=True)
+class _Layer(LayerAttention):
+    where_2: Tensor
+
+    def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        return attend_by_tables(q_HTD, k_GTD, v_GTD, self.where_2, scale)
+
+
+class TableAttention(LayeredPlan):
+    """The plan of the step that the tables say."""
 
     def __init__(self, kv: SlotKV, tables: StepTables, num_heads: int) -> None:
         self._kv, self._tables, self._num_heads = kv, tables, num_heads
@@ -28,8 +58,15 @@ class TableAttention:
         self._block_d = triton.next_power_of_2(kv.head_dim)
         # As exact as the dtype is.
         self._precision = "ieee" if kv.dtype == torch.float32 else "tf32"
+        _PLANS.append(weakref.ref(self))
+        number = len(_PLANS) - 1
+        self._layers = [_Layer(torch.tensor([number, layer])) for layer in range(len(kv.layers))]
+
+    def layer(self, index: int) -> LayerAttention:
+        return self._layers[index]
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
+        """As of `AttentionPlan`."""
         kv, shape, at = self._kv, self._tables.shape, self._tables.at
         dims = {"D": kv.head_dim, "BLOCK_D": self._block_d}
         write_kv[shape.num_tokens, kv.num_kv_heads](

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from services.rollout.engine.torch.cuda.kernels import COLUMNS
 from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.scheduler import Scheduled
 
-Ints = npt.NDArray[np.int64]
-_COLUMN = {name: number for number, name in enumerate(COLUMNS)}
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,10 @@ class StepTables:
     def __init__(self, shape: StepShape, kv: SlotKV) -> None:
         self.shape, self._kv = shape, kv
         num_tokens, num_sampled = shape.num_tokens, shape.num_sampled
-        sizes = {
+        sizes: dict[str, tuple[int, ...]] = {
             "ids": (num_tokens,),
+            # Row of the step before's results which holds the id, or -1.
+            "sources": (num_tokens,),
             "positions": (num_tokens,),
             "slots": (num_tokens,),
             "indices": (num_tokens,),
@@ -56,68 +58,96 @@ class StepTables:
             "own_tiles": (num_tokens, len(COLUMNS)),
             "cartridge_tiles": (shape.num_cartridge_tiles, len(COLUMNS)),
             "sampled_rows": (num_sampled,),
-            # float64
             "temperatures": (num_sampled,),
             "uniforms": (num_sampled,),
         }
-        total = sum(int(np.prod(size)) for size in sizes.values())
+        total = sum(math.prod(size) for size in sizes.values())
         on_cuda = kv.device.type == "cuda"
-        self._host = torch.zeros(total, dtype=torch.int64, pin_memory=on_cuda)
+        # Two, in turn: one may still be on its way to the device when the next is filled.
+        self._hosts = [torch.zeros(total, dtype=torch.int64, pin_memory=on_cuda) for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.int64, device=kv.device)
-        self._at_host: dict[str, Ints] = {}
-        self.at: dict[str, Tensor] = {}
-        begin = 0
-        for name, size in sizes.items():
-            end = begin + int(np.prod(size))
-            host, device = self._host[begin:end].view(size), self._device[begin:end].view(size)
-            if name in ("temperatures", "uniforms"):
-                host, device = host.view(torch.float64), device.view(torch.float64)
-            self._at_host[name], self.at[name] = host.numpy(), device
-            begin = end
+        self._at_hosts = [{name: each.numpy() for name, each in _named(host, sizes)} for host in self._hosts]
+        self.at = dict(_named(self._device, sizes))
 
     def fill(self, batch: SequenceOf[Scheduled], uniforms: SequenceOf[float]) -> None:
-        """Say what the next step computes, with a number to draw by for each sequence that gets a token. The last
-        step must have ended."""
-        self._host.zero_()
-        here = self._at_host
+        """Say what the next step computes, with a number to draw by for each sequence that gets a token. The step
+        before the last must have ended."""
+        self._hosts.reverse()
+        self._at_hosts.reverse()
+        host, here = self._hosts[0], self._at_hosts[0]
+        host.zero_()
+        here["sources"].fill(-1)
         here["indices"].fill(-1)
         ids: list[int] = []
-        slots: list[int] = []
         indices: list[int] = []
-        positions: list[int] = []
-        num_parts: list[int] = []
+        offsets: list[int] = []
+        slots: list[int] = []
+        num_cartridges: list[int] = []
         sampled_rows: list[int] = []
         temperatures: list[float] = []
+        row = 0
         for sequence, num_tokens in batch:
             begin = sequence.num_computed_tokens
             end = begin + num_tokens
-            ids += sequence.token_ids[begin:end]
-            indices += range(begin, end)
-            positions += range(sequence.offset + begin, sequence.offset + end)
-            slots += [sequence.slot] * num_tokens
-            num_parts += [self.shape.own_splits + len(sequence.cartridges) * self.shape.cartridge_splits] * num_tokens
+            if begin < len(sequence.token_ids):
+                ids += sequence.token_ids[begin:end]
+            else:
+                ids.append(0)
+                here["sources"][row] = sequence.row
+            if num_tokens == 1:
+                indices.append(begin)
+                offsets.append(sequence.offset)
+                slots.append(sequence.slot)
+                num_cartridges.append(len(sequence.cartridges))
+            else:
+                indices += range(begin, end)
+                offsets += [sequence.offset] * num_tokens
+                slots += [sequence.slot] * num_tokens
+                num_cartridges += [len(sequence.cartridges)] * num_tokens
+            row += num_tokens
             if sequence.num_pending_tokens == num_tokens:
-                sampled_rows.append(len(ids) - 1)
+                sampled_rows.append(row - 1)
                 temperatures.append(sequence.sampling.temperature)
-        for name, values in {
-            "ids": ids,
-            "positions": positions,
-            "slots": slots,
-            "indices": indices,
-            "num_parts": num_parts,
-            "sampled_rows": sampled_rows,
-            "temperatures": temperatures,
-            "uniforms": uniforms,
-        }.items():
-            here[name][: len(values)] = values
-        self._fill_tiles("own_tiles", _own_tiles(self._kv, batch, self.shape))
-        self._fill_tiles("cartridge_tiles", _cartridge_tiles(batch, self.shape))
-        self._device.copy_(self._host, non_blocking=True)
+        here["ids"][:row] = ids
+        here["indices"][:row] = indices
+        here["positions"][:row] = offsets
+        here["positions"][:row] += here["indices"][:row]
+        here["slots"][:row] = slots
+        here["num_parts"][:row] = num_cartridges
+        here["num_parts"][:row] *= self.shape.cartridge_splits
+        here["num_parts"][:row] += self.shape.own_splits
+        here["sampled_rows"][: len(sampled_rows)] = sampled_rows
+        here["temperatures"][: len(temperatures)] = temperatures
+        here["uniforms"][: len(uniforms)] = uniforms
+        self._fill_own_tiles(here, batch)
+        if tiles := list(_cartridge_tiles(batch, self.shape)):
+            here["cartridge_tiles"][: len(tiles)] = tiles
+        self._device.copy_(host, non_blocking=True)
 
-    def _fill_tiles(self, name: str, tiles: Iterator[tuple[int, ...]]) -> None:
-        found = list(tiles)
-        if found:
-            self._at_host[name][: len(found)] = found
+    def _fill_own_tiles(self, here: Mapping[str, Numbers], batch: SequenceOf[Scheduled]) -> None:
+        kv, most = self._kv, self.shape.own_tile_tokens
+        firsts: list[int] = []
+        sizes: list[int] = []
+        row = 0
+        for _, num_tokens in batch:
+            for begin in range(0, num_tokens, most):
+                firsts.append(row + begin)
+                sizes.append(min(most, num_tokens - begin))
+            row += num_tokens
+        tiles = here["own_tiles"][: len(firsts)]
+        tiles[:, 0] = kv.first.data_ptr() + here["slots"][firsts] * (kv.slot_stride * kv.dtype.itemsize)
+        tiles[:, 1:4] = kv.layer_stride, kv.value_stride, kv.head_stride
+        tiles[:, 4] = firsts
+        tiles[:, 5] = sizes
+        tiles[:, 6] = here["indices"][firsts] + 1
+        tiles[:, 7] = 1
+
+
+def _named(tensor: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    for (name, size), part in zip(
+        sizes.items(), tensor.split([math.prod(each) for each in sizes.values()]), strict=True
+    ):
+        yield name, part.view(size).view(torch.float64 if name in ("temperatures", "uniforms") else torch.int64)
 
 
 def fits(batch: SequenceOf[Scheduled], shape: StepShape) -> bool:
@@ -126,17 +156,6 @@ def fits(batch: SequenceOf[Scheduled], shape: StepShape) -> bool:
         max(len(sequence.cartridges) for sequence, _ in batch) <= shape.max_cartridges
         and sum(1 for _ in _cartridge_tiles(batch, shape)) <= shape.num_cartridge_tiles
     )
-
-
-def _own_tiles(kv: SlotKV, batch: SequenceOf[Scheduled], shape: StepShape) -> Iterator[tuple[int, ...]]:
-    row = 0
-    for sequence, num_tokens in batch:
-        address = kv.address(sequence.slot)
-        for begin in range(0, num_tokens, shape.own_tile_tokens):
-            tile_tokens = min(shape.own_tile_tokens, num_tokens - begin)
-            num_keys = sequence.num_computed_tokens + begin + 1
-            yield address, kv.layer_stride, kv.value_stride, kv.head_stride, row + begin, tile_tokens, num_keys, 1, 0
-        row += num_tokens
 
 
 def _cartridge_tiles(batch: SequenceOf[Scheduled], shape: StepShape) -> Iterator[tuple[int, ...]]:

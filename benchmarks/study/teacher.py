@@ -73,6 +73,6 @@ class Teacher:
         scores = [
             scored
             for some in micro_batches(items, MICRO_BATCH_TOKENS)
-            for scored in score(self.lm, items[some], contexts[some], Want(hidden=True))
+            for scored in score(self.lm, items[some], contexts[some], Want(hidden=True)).result()
         ]
         return [each.hidden_NE for each in scores if each.hidden_NE is not None]

@@ -83,7 +83,7 @@ class Setting:
 
     def teach(self, samples: Sequence[Sample]) -> list[Signal]:
         items = [Item("", sample.ids, sample.score_from) for sample in samples]
-        scores = score(self.lm, items, [self.context_kv] * len(items), Want(hidden=True))
+        scores = score(self.lm, items, [self.context_kv] * len(items), Want(hidden=True)).result()
         return [each.hidden_NE for each in scores if each.hidden_NE is not None]
 
 

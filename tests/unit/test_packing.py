@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
+from foundry.model.packing import kept_bytes_per_token, micro_batch_tokens
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
 from services.trainer.update.step import TrainingStep
@@ -140,7 +143,7 @@ def test_micro_batches_give_the_same_step(lm: FrozenLM) -> None:
     samples = make_samples(LENGTHS)
     signals = make_signals(lm, samples)
     masters = []
-    for micro_batch_tokens in (10_000, 20):
+    for max_tokens in (10_000, 20):
         cartridge = make_cartridge(lm)
         proven = [with_own_logprobs(lm, cartridge, sample) for sample in samples]
         step = TrainingStep(
@@ -148,10 +151,34 @@ def test_micro_batches_give_the_same_step(lm: FrozenLM) -> None:
             cartridge,
             FORWARD,
             learning_rate=1e-2,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=max_tokens,
             policy_mismatch_threshold=1e-6,
         )
         step.run(proven, signals, prove_policy=True)
         assert cartridge.master_L2GRD.grad is not None
         masters.append(cartridge.master_L2GRD.grad)
     torch.testing.assert_close(masters[0], masters[1], atol=1e-5, rtol=1e-4)
+
+
+def test_free_memory_chooses_the_micro_batch(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of Llama-3.2-3B's shape: 61,440 bytes of a token in each of 28 layers."""
+    config = SimpleNamespace(num_attention_heads=24, intermediate_size=8192)
+    large: Any = SimpleNamespace(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)),
+        spec=SimpleNamespace(num_layers=28, num_kv_heads=8, head_dim=128, hidden_size=3072),
+    )
+    assert kept_bytes_per_token(large) == 28 * 61_440
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+
+    def chosen(free_bytes: float, beside_bytes: int = 0) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_bytes), 0))
+        return micro_batch_tokens(large, beside_bytes)
+
+    assert chosen(100e9) == 4608
+    assert chosen(3e9) == int(0.8 * 5e9) // 1_720_320
+    assert chosen(3e9, 10**9) == (int(0.8 * 5e9) - 10**9) // 1_720_320
+    assert chosen(0, 10**10) == 1
+    assert micro_batch_tokens(lm, 10**18) == 4096

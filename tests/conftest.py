@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,10 +13,6 @@ import pytest
 from foundry.store import CartridgeStore, RunStore, StoreSettings
 from tests.seaweed import Seaweed
 from tests.valkey import PASSWORD, TESTER, Valkey
-
-# Read when torch is loaded, also by the services that tests start: on models this small, and beside another worker,
-# threads only get in each other's way.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -17,6 +17,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     layer's part of a plan holds are its inputs, and no layer's index is read in it. Each kind of plan has its own, and
     forwards with gradients another than those without. Under other plans layers stay as they are.
     """
+    # Codes: of each kind of plan, with and without gradients, prefixes and more than one token.
+    torch._dynamo.config.recompile_limit = 32
     layers: Any = model.base_model.layers
     for index, layer in enumerate(layers):
         layer.forward = _forward(layer, index)

@@ -25,9 +25,12 @@ _PLANS: list[weakref.ref[TableAttention]] = []
 
 @torch.library.custom_op("foundry::attend_by_tables", mutates_args=())
 def attend_by_tables(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, where_2: Tensor, scale: float) -> Tensor:
-    """Attention outputs [T, H, D]; `where_2`, plan and layer, is on the CPU. Nobody else sees the slots that it writes."""
+    """Attention outputs [T, H, D]; `where_2`, plan and layer, is on the CPU.
+
+    It writes slots too, which nothing else in a layer reads.
+    """
     number, layer = where_2.tolist()
-    plan = _PLANS[number]()
+    plan: TableAttention | None = _PLANS[number]()
     assert plan is not None
     return plan.attend(layer, q_HTD, k_GTD, v_GTD, scale)
 
@@ -42,7 +45,8 @@ class _Layer(LayerAttention):
     where_2: Tensor
 
     def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        return attend_by_tables(q_HTD, k_GTD, v_GTD, self.where_2, scale)
+        out_THD: Tensor = attend_by_tables(q_HTD, k_GTD, v_GTD, self.where_2, scale)
+        return out_THD
 
 
 class TableAttention(LayeredPlan):

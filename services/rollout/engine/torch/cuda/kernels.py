@@ -106,7 +106,8 @@ def attend_tiles(
         out = out * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         greatest = new_greatest
     seen_any = total > 0
-    out = out / tl.where(seen_any, total, 1.0)[:, None]
+    total = tl.where(seen_any, total, 1.0)
+    out = out / total[:, None]
     lse = tl.where(seen_any, greatest + tl.log2(total), float("-inf"))
     at = (part * num_tokens + first_token + token) * H + head
     tl.store(out_ptr + at[:, None] * D + dim[None, :], out, mask=valid[:, None] & in_head[None, :])

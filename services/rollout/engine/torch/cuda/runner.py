@@ -80,7 +80,7 @@ class _OnItsWay:
         self._results_2B.copy_(results_2B, non_blocking=True)
         self._arrived: torch.cuda.Event | None = None
         if results_2B.is_cuda:
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def results(self) -> SequenceOf[Sampled]:

@@ -144,10 +144,12 @@ class StepTables:
 
 
 def _named(tensor: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    for (name, size), part in zip(
-        sizes.items(), tensor.split([math.prod(each) for each in sizes.values()]), strict=True
-    ):
-        yield name, part.view(size).view(torch.float64 if name in ("temperatures", "uniforms") else torch.int64)
+    begin = 0
+    for name, size in sizes.items():
+        end = begin + math.prod(size)
+        part = tensor[begin:end].view(size)
+        yield name, part.view(torch.float64) if name in ("temperatures", "uniforms") else part
+        begin = end
 
 
 def fits(batch: SequenceOf[Scheduled], shape: StepShape) -> bool:

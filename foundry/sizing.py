@@ -22,10 +22,10 @@ USER_TOKENS_PER_SECOND = 5.0  # at least, for each user: as fast as people read;
 UTILISATION = 0.7  # of a server's capacity, as requests come in bursts: an assumption
 KEEP_HOT, KEEP_DURABLE = 4, 10  # versions of each name in Redis (the setting's default), in object storage (assumed)
 USABLE_MEMORY = 0.9  # of a GPU: vLLM's default for `gpu_memory_utilization`
-WORKSPACE_BYTES = 1e9  # of a server beside weights and KV: 0.1 to 1.1 GB (gpu_rates.json)
-LARGEST_BATCH = 256  # sequences of a replica: as far as decoding was measured (gpu_rates.json, gpu_vllm.json)
-MICRO_BATCH_TOKENS = 4096  # of the trainer, where memory allows: about what it chooses
-TRAINED_BYTES = 24  # of a cartridge's number in the trainer: 4 float32, and as much as 2 in passing (gpu_rates.json)
+WORKSPACE_BYTES = 3.5e9  # of a server beside weights and KV: captured steps of up to 256 sequences (rollout.json)
+LARGEST_BATCH = 256  # sequences of a replica: as far as decoding was measured (rollout.json, gpu_vllm.json)
+MICRO_BATCH_TOKENS = 4608  # of the trainer, where memory allows: what it chooses
+TRAINED_BYTES = 24  # of a cartridge's number in the trainer: 4 float32, and as much as 2 in passing (update.json)
 CHECKPOINT_BYTES = 12  # of the same number in a checkpoint: master and two moments in float32
 STORE_BYTES_PER_SECOND = 1.75e9  # publishing a version, and fetching it: copied, sent and hashed (sync.json, loopback)
 
@@ -83,25 +83,6 @@ MODELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    memory_gb: float  # 10^9 bytes
-    tflops: float  # dense 10^12 FLOP/s in bfloat16, by the datasheet
-    bandwidth_gb_per_s: float
-    compute_share: float = 0.22  # of the FLOP/s in teacher and trainer: 0.20 to 0.24 (gpu_rates.json, ranks.json)
-
-
-GPUS = {
-    "a100-80": Gpu(80, 312, 2039),
-    "h100-80": Gpu(80, 989, 3350),
-    "h200": Gpu(141, 989, 4800),
-    "l40s": Gpu(48, 362, 864),
-    "l4": Gpu(24, 121, 300),
-    # 2 cores with AVX2 at 2.7 GHz in float32: 32 FLOP a cycle and core. Bandwidth and share: on_policy.json.
-    "cpu-2-cores": Gpu(8, 0.17, 5, compute_share=0.54),
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpeed:
     """How fast an engine is; shares are of the datasheet's figures."""
@@ -112,9 +93,32 @@ class EngineSpeed:
     flops_share: float | None = None  # what each sequence costs besides is in it; None: the GPU's `compute_share`
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    memory_gb: float  # 10^9 bytes
+    tflops: float  # dense 10^12 FLOP/s in bfloat16, by the datasheet
+    bandwidth_gb_per_s: float
+    compute_share: float = 0.46  # of the FLOP/s in scoring and update: 0.45 to 0.47 (teacher.json, update.json)
+    document_share: float = 0.23  # the same, while a document's KV is computed (gpu_rates.json)
+    decoding: EngineSpeed | None = None  # of the built-in engine, where that is another
+
+
+GPUS = {
+    "a100-80": Gpu(80, 312, 2039),
+    "h100-80": Gpu(80, 989, 3350),
+    "h200": Gpu(141, 989, 4800),
+    "l40s": Gpu(48, 362, 864),
+    "l4": Gpu(24, 121, 300),
+    # 2 cores with AVX2 at 2.7 GHz in float32: 32 FLOP a cycle and core. Bandwidth and share: on_policy.json.
+    "cpu-2-cores": Gpu(
+        8, 0.17, 5, compute_share=0.54, document_share=0.54, decoding=EngineSpeed(host_seconds_per_layer=1.8e-3)
+    ),
+}
+
+
 ENGINES = {
-    # 41 to 65 ms a step, whatever the batch (gpu_rates.json, gpu_swap.json). A shared cartridge is read once.
-    "torch": EngineSpeed(host_seconds_per_layer=1.8e-3),
+    # All of rollout.json. A shared cartridge is read once, and merged for each sequence.
+    "torch": EngineSpeed(weight_share=0.37, reread_share=0.08, flops_share=0.63),
     # All of gpu_vllm.json. What is read again comes from the L2 cache in part.
     "vllm": EngineSpeed(weight_share=0.50, reread_share=0.45, flops_share=0.34),
 }
@@ -174,7 +178,7 @@ class Sizing:
 
         Reading and computing add up, the host launches meanwhile. 2 FLOP per parameter and sequence.
         """
-        model, engine, bandwidth = self.model, self.engine, self.gpu.bandwidth_gb_per_s * 1e9
+        model, engine, bandwidth = self.model, self.gpu.decoding or self.engine, self.gpu.bandwidth_gb_per_s * 1e9
         parameters = model.layer_parameters + model.head_parameters
         # On average a sequence has half of its answer.
         own_bytes = batch * (self.prompt_tokens + self.answer_tokens / 2) * model.kv_bytes_per_token
@@ -187,7 +191,7 @@ class Sizing:
 
     def prefill_seconds(self, prompts: int) -> float:
         flops = sum(self.model.forward_flops(prompts, self.prompt_tokens, self.cartridge_tokens))
-        return self._seconds(flops, self.engine.flops_share)
+        return self._seconds(flops, (self.gpu.decoding or self.engine).flops_share)
 
     def rollout_seconds(self) -> float:
         """A training batch, alone on a replica."""
@@ -195,7 +199,7 @@ class Sizing:
 
     def document_seconds(self) -> float:
         """The teacher computes a document's KV, once."""
-        return self._seconds(sum(self.model.forward_flops(1, self.document_tokens, 0)))
+        return self._seconds(sum(self.model.forward_flops(1, self.document_tokens, 0)), self.gpu.document_share)
 
     def score_seconds(self) -> float:
         """A training batch behind the document. The trainer makes logits of the hidden states: no LM head."""
@@ -216,10 +220,11 @@ class Sizing:
         return 2 * self.cartridge_bytes / STORE_BYTES_PER_SECOND
 
     def trainer_bytes(self, tokens: float) -> float:
-        """Weights, cartridge, and for the backward of `tokens` 8 hidden vectors and 4 of the MLP in each layer."""
+        """Weights, cartridge, and what the backward of `tokens` keeps (`foundry.model.packing`)."""
         model = self.model
         trained = self.cartridge_bytes / model.bytes_per_number * TRAINED_BYTES
-        kept = model.num_layers * (8 * model.hidden_size + 4 * model.intermediate_size) * model.bytes_per_number
+        heads = (model.num_heads + model.num_kv_heads) * model.head_dim
+        kept = model.num_layers * 2 * (model.hidden_size + heads + model.intermediate_size) * model.bytes_per_number
         return model.weight_bytes + trained + tokens * kept
 
     def services(self) -> dict[str, ServiceSize]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+
+# Read when torch is loaded, also by the services that tests start: on models this small, and beside another worker,
+# threads only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Read when Triton is loaded, which torch does: its kernels are interpreted, on a CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Its plugin would import it when all tests are over, and Python 3.11 can't parse while leftovers are collected.
 import hypothesis  # noqa: F401

@@ -13,9 +13,10 @@ from foundry.model.attention import LayeredPlan
 def compile_layers(model: PreTrainedModel) -> None:
     """Give each layer of this model its part of a `LayeredPlan`, and compile its forward on CUDA.
 
-    One compiled code serves all layers, all lengths of sequences and prefixes and all documents: weights and what the
-    layer's part of a plan holds are its inputs, and no layer's index is read in it. Each kind of plan has its own, and
-    forwards with gradients another than those without. Under other plans layers stay as they are.
+    One compiled code serves all layers, all documents and, unless the plan's are fixed, all lengths of sequences and
+    prefixes: weights and what the layer's part of a plan holds are its inputs, and no layer's index is read in it. Each
+    kind of plan has its own, and forwards with gradients another than those without. Under other plans layers stay as
+    they are.
     """
     # Codes: of each kind of plan, with and without gradients, prefixes and more than one token.
     torch._dynamo.config.recompile_limit = 32
@@ -27,11 +28,14 @@ def compile_layers(model: PreTrainedModel) -> None:
 def _forward(layer: Any, index: int) -> Any:
     eager = layer.forward
     # Nothing is compiled before the first call. A graph break would leave attention to a kernel that is not fused.
-    compiled = torch.compile(eager, dynamic=True, fullgraph=True) if _on_cuda(layer) else eager
+    compiled, compiled_fixed = (
+        torch.compile(eager, dynamic=dynamic, fullgraph=True) if _on_cuda(layer) else eager for dynamic in (True, False)
+    )
 
     def forward(*args: Any, plan: Any, **kwargs: Any) -> Any:
         if isinstance(plan, LayeredPlan):
-            return compiled(*args, plan=plan.layer(index), **kwargs)
+            run = compiled_fixed if plan.fixed_lengths else compiled
+            return run(*args, plan=plan.layer(index), **kwargs)
         return eager(*args, plan=plan, **kwargs)
 
     return forward

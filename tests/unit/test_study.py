@@ -235,7 +235,7 @@ class Blocker:
         if name.partition(".")[0] in {"grpc", "redis", "fastapi", "obstore", "prometheus_client", "pydantic_settings"}:
             raise ImportError(f"{name} is not on a bare machine")
 sys.meta_path.insert(0, Blocker())
-import benchmarks.study.grid, benchmarks.gpu_rates
+import benchmarks.study.grid, benchmarks.gpu_rates, benchmarks.rollout, benchmarks.teacher, benchmarks.update
 """
 
 

@@ -8,6 +8,7 @@ a block's border, and the packed tokens are filled up to one, so that few shapes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from foundry.model.attention import LayerAttention, LayeredPlan, check_lengths
 from foundry.model.transfer import to_device
 
 BLOCK = 128
+# In blocks, how long the packed tokens may be where code is compiled for every length: a full micro-batch of training,
+# halves of it and three quarters of these. So of a full one nothing is filling, of any other at most a third.
+_FIXED_BLOCKS = sorted({max(2, math.ceil(36 * part * 2.0**power)) for part in (1, 0.75) for power in range(-4, 6)})
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,13 @@ class FlexAttention(LayeredPlan):
         """Prefixes are KV [L, 2, G, P, D]. Raises InvalidArgument for an empty or too long sequence."""
         prefix_lengths = check_lengths(sequences, prefixes, max_tokens)
         lengths = [len(sequence) for sequence in sequences]
-        num_fill = max(2 * BLOCK, _whole(sum(lengths))) - sum(lengths)
         distinct = {id(prefix): prefix for prefix in prefixes if prefix is not None}
+        # In training, where the prefix is the same again and again.
+        self.fixed_lengths = any(prefix.requires_grad for prefix in distinct.values())
+        num_filled = max(2 * BLOCK, _whole(sum(lengths)))
+        if self.fixed_lengths:
+            num_filled = next((BLOCK * each for each in _FIXED_BLOCKS if BLOCK * each >= num_filled), num_filled)
+        num_fill = num_filled - sum(lengths)
         # Taken apart once: the gradient of indexing is a whole prefix of zeros for every layer.
         self._prefixes = [prefix.unbind(0) for prefix in distinct.values()]
         spans = {id(None): (0, 0)}

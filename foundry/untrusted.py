@@ -41,18 +41,19 @@ def parse_object(text: str | bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> dic
 
 def check_depth(value: Any) -> None:
     """Raises InvalidArgument for JSON that is nested more than 64 deep."""
-    level = [value]
+    # Lists and objects alone: what else there is may be very many numbers.
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(_MAX_DEPTH):
-        inner: list[Any] = []
-        for each in level:
-            if isinstance(each, dict):
-                inner += each.values()
-            elif isinstance(each, list):
-                inner += each
-        if not inner:
+        if not level:
             return
-        level = inner
-    raise _too_deep()
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise _too_deep()
 
 
 def write_json(value: Any) -> str:

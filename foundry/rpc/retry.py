@@ -39,6 +39,8 @@ class Retry:
 
     budget_seconds: float
     max_wait_seconds: float = 2.0
+    # The longest that a peer's word is taken for when to come back: another pod may be free before.
+    max_retry_after_seconds: float = 10.0
     # An answer with a wrong identity or checksum is asked for again this often; then it is an error.
     max_alignment_errors: int = 3
     # Told of every attempt that failed, by what was called and how it failed.
@@ -62,12 +64,18 @@ class Retry:
                 tries=state.attempt_number,
             )
 
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            told = getattr(error, "retry_after_seconds", None) or 0.0
+            drawn = wait_random_exponential(multiplier=0.1, max=self.max_wait_seconds)(state)
+            return max(drawn, min(told, self.max_retry_after_seconds))
+
         def stop(state: RetryCallState) -> bool:
             return alignment_errors > self.max_alignment_errors or stop_after_delay(self.budget_seconds)(state)
 
         retrying = AsyncRetrying(
             retry=retry_if_exception(passes),
-            wait=wait_random_exponential(multiplier=0.1, max=self.max_wait_seconds),
+            wait=wait,
             stop=stop,
             after=after,
             reraise=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from foundry.errors import (
@@ -10,6 +12,7 @@ from foundry.errors import (
     InvalidArgument,
     PermissionDenied,
     PolicyMismatch,
+    ResourceExhausted,
     StoreFull,
     StoreRefused,
     StoreUnavailable,
@@ -41,6 +44,15 @@ async def test_what_may_pass_is_tried_again(error: FoundryError) -> None:
     assert await retry.call("teacher", flaky) == "done"
     assert flaky.calls == 4
     assert retry.waiting_for == ""
+
+
+@pytest.mark.parametrize(("told", "waited"), [(0.02, 0.02), (60.0, 0.05)])
+async def test_a_peer_says_when_to_come_back(told: float, waited: float) -> None:
+    """Another one may be free before, so it is not believed for long."""
+    retry = Retry(60, max_wait_seconds=0.001, max_retry_after_seconds=0.05)
+    began = time.monotonic()
+    assert await retry.call("rollout", Flaky(ResourceExhausted("full", retry_after_seconds=told), 2)) == "done"
+    assert 2 * waited <= time.monotonic() - began < 30
 
 
 async def test_wrong_answers_end_it_soon() -> None:

@@ -52,6 +52,9 @@ demo: install  ## train a cartridge for examples/handbook.md and ask it (10 minu
 system:  ## install the programs of Debian that some tests use (as root); without them these are skipped
 	apt-get update -qq && apt-get install -qq -y --no-install-recommends iproute2 iptables prometheus redis-server >/dev/null
 
+kernels: install  ## install what interprets the GPU's kernels; without it their tests are skipped
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[kernels]'
+
 # A file's tests share what they start, so a file stays with one worker; files come in the order of pyproject.toml.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: install  ## run all tests (9 minutes on 2 cores)
@@ -152,4 +155,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

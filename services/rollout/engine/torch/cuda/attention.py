@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 import triton
@@ -20,7 +21,8 @@ _KEYS_AT_ONCE = 64
 
 
 # By number: what compiled code is given of a plan is a tensor, lest it be compiled for each plan and layer.
-_PLANS: list[weakref.ref[TableAttention]] = []
+_PLANS: WeakValueDictionary[int, TableAttention] = WeakValueDictionary()
+_NUMBERS = count()
 
 
 @torch.library.custom_op("foundry::attend_by_tables", mutates_args=())
@@ -30,9 +32,7 @@ def attend_by_tables(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, where_2: Tenso
     It writes slots too, which nothing else in a layer reads.
     """
     number, layer = where_2.tolist()
-    plan: TableAttention | None = _PLANS[number]()
-    assert plan is not None
-    return plan.attend(layer, q_HTD, k_GTD, v_GTD, scale)
+    return _PLANS[number].attend(layer, q_HTD, k_GTD, v_GTD, scale)
 
 
 @attend_by_tables.register_fake
@@ -62,8 +62,8 @@ class TableAttention(LayeredPlan):
         self._block_d = triton.next_power_of_2(kv.head_dim)
         # As exact as the dtype is.
         self._precision = "ieee" if kv.dtype == torch.float32 else "tf32"
-        _PLANS.append(weakref.ref(self))
-        number = len(_PLANS) - 1
+        number = next(_NUMBERS)
+        _PLANS[number] = self
         self._layers = [_Layer(torch.tensor([number, layer])) for layer in range(len(kv.layers))]
 
     def layer(self, index: int) -> LayerAttention:

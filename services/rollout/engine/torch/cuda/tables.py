@@ -154,8 +154,10 @@ def _named(tensor: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> Iterator[tup
 
 def fits(batch: SequenceOf[Scheduled], shape: StepShape) -> bool:
     """Whether a step of this shape, which has tokens enough, can compute the batch."""
-    return (
-        max(len(sequence.cartridges) for sequence, _ in batch) <= shape.max_cartridges
+    num_cartridges = max(len(sequence.cartridges) for sequence, _ in batch)
+    # With one each there are no more tiles than tokens.
+    return num_cartridges <= 1 or (
+        num_cartridges <= shape.max_cartridges
         and sum(1 for _ in _cartridge_tiles(batch, shape)) <= shape.num_cartridge_tiles
     )
 

@@ -312,7 +312,8 @@ def test_upgrade_and_rollback(cluster: Cluster, trained: dict[str, Any], client:
 
 @pytest.mark.timeout(600)
 def test_uninstall_leaves_nothing_but_the_data(cluster: Cluster, client: FoundryClient) -> None:
-    """Not even the Job of a run in training. The bundled stores' claims stay, as docs/deploy.md says."""
+    """Not even the Job of a run in training. The bundled stores' claims stay, and the key that their records are signed
+    with, as docs/deploy.md says."""
     run_id = client.runs.create(**small_run("left", num_steps=200))["id"]
     wait_until(lambda: any(job.metadata.labels["foundry.dev/run"] == run_id for job in cluster.jobs()), "its Job")
     cluster.uninstall()
@@ -322,8 +323,11 @@ def test_uninstall_leaves_nothing_but_the_data(cluster: Cluster, client: Foundry
         own = ("ServiceAccount/default", "ConfigMap/kube-root-ca.crt", "Secret/default-token")
         return [name for name in cluster.objects(KINDS) if not name.startswith(own)]
 
-    wait_until(lambda: all(name.startswith("PersistentVolumeClaim/") for name in left()), "an empty namespace")
-    assert len(left()) == 2, left()
+    def is_data(name: str) -> bool:
+        return name.startswith("PersistentVolumeClaim/") or (name.startswith("Secret/") and name.endswith("-signing"))
+
+    wait_until(lambda: all(map(is_data, left())), "an empty namespace")
+    assert len(left()) == 3, left()
 
 
 def _succeeded(cluster: Cluster, job: str) -> bool:

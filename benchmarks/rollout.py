@@ -26,7 +26,6 @@ from foundry.model.attention.packed import PackedAttention
 from services.rollout.engine import SamplingParams, SequenceRequest
 from services.rollout.engine.torch.engine import TorchEngine
 
-RESULT = Path(__file__).parent / "results" / "rollout.json"
 CARTRIDGE_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 2048, 128, 512
 BATCHES = (1, 8, 32, 128, 256)
 CARTRIDGES = (0, 1, 8, 32)
@@ -132,19 +131,15 @@ def graph_seconds(engine: TorchEngine, batch: int) -> float:
     return begin.elapsed_time(end) / 20e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="fewer checks, batches and cartridges")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    all_heads, lengths = (HEADS[1:2], (37, 1024)) if arguments.quick else (HEADS, LENGTHS)
-    result["checks"] = {
+def checks(quick: bool) -> dict[str, Any]:
+    all_heads, lengths = (HEADS[1:2], (37, 1024)) if quick else (HEADS, LENGTHS)
+    return {
         f"{dtype}, heads {heads}": check(dtype, heads, lengths)
         for dtype, heads in itertools.product(TOLERANCES, all_heads)
     }
-    gc.collect()
-    torch._dynamo.reset()
+
+
+def rates() -> dict[str, Any]:
     lm = build("cuda", torch.bfloat16, **LLAMA_3B)
     began = time.perf_counter()
     engine = TorchEngine(
@@ -153,18 +148,34 @@ def main() -> None:
         max_sequence_tokens=PROMPT_TOKENS + ANSWER_TOKENS,
         prefill_tokens_per_step=2048,
     )
-    result["start_seconds"] = round(time.perf_counter() - began, 1)
-    print(f"start {result['start_seconds']} s", flush=True)
+    result: dict[str, Any] = {"start_seconds": round(time.perf_counter() - began, 1)}
     cartridge = random_cartridge(lm, 1, CARTRIDGE_TOKENS)
     for index in range(max(CARTRIDGES)):
         engine.load(f"c{index}", cartridge)
     result["rates"] = {
         f"{batch} behind {num_cartridges}": rate(engine, batch, num_cartridges)
-        for num_cartridges in ((0, 1) if arguments.quick else CARTRIDGES)
-        for batch in ((1, 32, 256) if arguments.quick else BATCHES)
+        for num_cartridges in CARTRIDGES
+        for batch in BATCHES
     }
-    result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+    return result | {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["checks", "rates"], help="one of the two files of results")
+    parser.add_argument("--quick", action="store_true", help="fewer checks")
+    arguments = parser.parse_args()
+    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if arguments.only != "rates":
+        _write("rollout_checks", device | {"checks": checks(arguments.quick)})
+        gc.collect()
+        torch._dynamo.reset()
+    if arguments.only != "checks":
+        _write("rollout", device | rates())
+
+
+def _write(name: str, result: dict[str, Any]) -> None:
+    (Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Attention as the foundry needs it: a plan, handed to the forward as a keyword argument, says who sees whom.
 
-One function is registered with the attention interface of `transformers`; no modelling file is copied and none patched.
+One function is registered with the attention interface of `transformers`; no modelling file is copied.
 `packed`, `flex` and `prefill` are plans of the library, the built-in engine has its own. Shape suffixes:
 `foundry.model.lm`.
 """

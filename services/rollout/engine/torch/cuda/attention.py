@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
@@ -118,7 +119,7 @@ class TableAttention(LayeredPlan):
             self._tables.shape.num_tokens,
             layer,
             # Of exponentials to base 2, which the GPU has.
-            scale * 1.4426950408889634,
+            scale * math.log2(math.e),
             H=self._num_heads,
             R=self._groups,
             D=self._kv.head_dim,

@@ -66,8 +66,8 @@ def regret(device: str) -> dict[str, float]:
     assert torch.equal(loaded.cpu(), cartridge.kv_L2GPD), "the bytes on the device are not the cartridge's"
     engine.admit({seed: request("a", seed, 64) for seed in range(4)})
     answers: dict[int, list[int]] = {seed: [] for seed in range(4)}
-    while outputs := engine.step():
-        for output in outputs:
+    while engine.stats().num_running or engine.stats().num_waiting:
+        for output in engine.step():
             answers[output.sequence_id].append(output.token_id)
     exact = build("cpu", torch.float32, **small, num_key_value_heads=4, head_dim=64)
     exact.model.load_state_dict({name: value.float().cpu() for name, value in lm.model.state_dict().items()})

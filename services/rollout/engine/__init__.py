@@ -88,7 +88,8 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[TokenOutput]:
-        """One forward pass over everything that is ready. Empty when there is nothing to do."""
+        """One forward pass over everything that is ready, and the tokens that are known by then: they may be the pass
+        before's. Empty when there is nothing to do, and while the first one computes; `stats` says which."""
         ...
 
     def cancel(self, sequence_id: int) -> None:

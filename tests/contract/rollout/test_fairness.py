@@ -130,14 +130,18 @@ async def test_a_client_with_nothing_here_is_not_kept_out_by_those_that_fill_the
 
 
 async def test_who_would_wait_too_long_is_refused_at_once(lm: FrozenLM, directory: Path) -> None:
-    async with serving(lm, directory, max_sequences=1, max_queue_seconds=0.01) as rollout:
+    gate = Gate()
+    async with serving(lm, directory, gate, max_sequences=1, max_queue_seconds=0.05) as rollout:
         # So that it is known how long steps and answers take.
+        gate.allow(250)
         await rollout.generate(long(rollout))
         call = rollout.stub.Generate(long(rollout), timeout=TIMEOUT_SECONDS)
+        gate.allow(1)
         await call.read()
         with pytest.raises(ResourceExhausted, match="would wait") as caught:
             await rollout.generate(rollout.request())
         assert caught.value.retry_after_seconds is not None
+        gate.open()
         assert [chunk async for chunk in call][-1].HasField("usage")
 
 

@@ -27,7 +27,8 @@ import httpx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foundry.tasks import end
-from tests.services import Process, open_stack, wait_ready, wait_serving
+from tests.process import Process
+from tests.services import open_stack, wait_ready, wait_serving
 from tests.tiny import build_tokenizer
 
 NUM_POLITE, POLITE_TOKENS = 8, 16

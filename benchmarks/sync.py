@@ -37,7 +37,8 @@ from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel, wait_until_serving
 from foundry.store import CartridgeId, CartridgeStore, ManifestDraft, StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
-from tests.services import Process, metric
+from tests.process import Process
+from tests.services import metric
 from tests.tiny import build_tokenizer
 from tests.valkey import Valkey
 

@@ -15,7 +15,7 @@ import httpx
 
 from services.gateway.bodies import MAX_PARTS, MAX_VALUES
 from services.gateway.openai.requests import MAX_MESSAGES
-from tests.services import Process
+from tests.process import Process
 
 _BYTES = 3 * 2**20 - 200
 _COMPLETIONS, _CHAT, _RUNS, _DOCUMENTS = "/v1/completions", "/v1/chat/completions", "/v1/runs", "/v1/documents"

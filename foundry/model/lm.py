@@ -23,6 +23,7 @@ from foundry.model.attention.prefill import PrefillAttention
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.info import ModelInfo, resolve_dtype
 from foundry.model.layers import compile_layers
+from foundry.model.projections import join_projections
 from foundry.model.transfer import to_device
 
 
@@ -34,6 +35,7 @@ class FrozenLM:
         self.info = ModelInfo.of(model.config, model.generation_config, tokenizer, fingerprint)
         model.set_attn_implementation(ATTENTION)
         model.train(False)
+        join_projections(model)
         compile_layers(model)
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer

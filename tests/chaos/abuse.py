@@ -15,7 +15,8 @@ import grpc
 import httpx
 
 from tests.hostile_bodies import bodies
-from tests.services import Process, Stack
+from tests.process import Process
+from tests.services import Stack
 
 # Refusals that name their reason, and answers. Nothing else may come, whatever was sent.
 EXPECTED = frozenset({200, 201, 204, 400, 401, 403, 404, 405, 408, 409, 413, 429, 503})

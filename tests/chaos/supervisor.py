@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol
 
 from foundry.rpc.channel import open_channel, wait_until_serving
-from tests.services import Process
+from tests.process import Process
 from tests.valkey import Valkey
 
 # Several may be starting at once, beside a run that goes on.

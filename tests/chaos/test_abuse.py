@@ -26,7 +26,8 @@ from foundry.store.api_keys import Scope
 from foundry.tasks import end
 from tests.chaos.abuse import Abuse
 from tests.e2e.training import start_trainer
-from tests.services import Process, Stack, wait_ready
+from tests.process import Process
+from tests.services import Stack, wait_ready
 
 SECONDS = float(os.environ.get("FOUNDRY_ABUSE", "30"))
 SEED = int(os.environ.get("FOUNDRY_ABUSE_SEED", "0"))

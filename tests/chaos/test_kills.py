@@ -24,7 +24,8 @@ from tests.chaos.killer import MAX_GAP_STEPS, Kill, Killer
 from tests.chaos.supervisor import KilledService, KilledValkey
 from tests.chaos.witness import Witness
 from tests.e2e.training import create_run, numbers, step_events
-from tests.services import Process, Stack, wait_serving
+from tests.process import Process
+from tests.services import Stack, wait_serving
 
 KILLS = int(os.environ.get("FOUNDRY_KILLS", "20"))
 SEED = int(os.environ.get("FOUNDRY_KILLS_SEED", "0"))

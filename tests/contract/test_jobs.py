@@ -17,7 +17,8 @@ from foundry.store import CartridgeStore, Resources, RunState, RunStore
 from services.gateway.kubernetes.jobs import Jobs
 from services.gateway.settings import JobSettings
 from tests.kube_api import KubeApi, open_kube_api
-from tests.services import Process, get, metric, open_stack, wait_ready, wait_until
+from tests.process import Process
+from tests.services import get, metric, open_stack, wait_ready, wait_until
 from tests.store_data import run_spec
 
 TEMPLATE = {

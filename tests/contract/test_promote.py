@@ -13,7 +13,8 @@ from foundry.cli.main import app
 from foundry.client import FoundryClient
 from foundry.errors import CartridgeNotFound, Conflict, InvalidArgument
 from foundry.store import CartridgeStore
-from tests.services import Process, Stack, open_stack, wait_ready
+from tests.process import Process
+from tests.services import Stack, open_stack, wait_ready
 from tests.store_data import cartridge, draft
 
 

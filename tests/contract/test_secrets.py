@@ -11,8 +11,9 @@ import pytest
 from foundry.local.ports import address_of, reserve
 from foundry.store import CartridgeStore, StoreSettings
 from foundry.telemetry.logs import configure_logs
+from tests.process import Process
 from tests.seaweed import Seaweed
-from tests.services import Process, wait_ready, wait_until
+from tests.services import wait_ready, wait_until
 from tests.tiny import build_tiny_model
 from tests.valkey import PASSWORD, USER, Valkey
 

@@ -26,7 +26,8 @@ from tests.deploy import promql
 from tests.deploy.boards import BOARDS, QUERIES, Query, filled, one_of
 from tests.deploy.prometheus import DIRECTORY, RULES, Prometheus, binary
 from tests.e2e.training import create_run, follow
-from tests.services import Process, Stack, open_stack, openai_client, wait_ready, wait_serving, wait_until
+from tests.process import Process
+from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving, wait_until
 
 SCRAPE_SECONDS = 1
 WAIT_SECONDS = 30.0

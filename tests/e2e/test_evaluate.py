@@ -20,7 +20,8 @@ from foundry.evaluation.questions import Question
 from foundry.model.template import ChatTemplate
 from foundry.store import CartridgeStore, ManifestDraft
 from tests.e2e.training import DOCUMENT, STEPS, create_run, spawn_trainer, start_servers, step_events
-from tests.services import Process, Stack, open_stack, wait_ready, wait_serving
+from tests.process import Process
+from tests.services import Stack, open_stack, wait_ready, wait_serving
 from tests.tiny import CLOCK, build_tiny_model
 
 pytestmark = pytest.mark.timeout(180)

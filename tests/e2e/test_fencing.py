@@ -13,7 +13,8 @@ import pytest
 from foundry.errors import Fenced
 from foundry.store import CartridgeId, CartridgeStore, ManifestDraft, RunState
 from tests.e2e.training import STEPS, create_run, follow, numbers
-from tests.services import START_SECONDS, Process, Stack, wait_serving
+from tests.process import Process
+from tests.services import START_SECONDS, Stack, wait_serving
 
 FREEZE_AT = 3
 LEASE_SECONDS = 1.0

@@ -20,7 +20,8 @@ from foundry.store.api_keys import KeyLimits
 from foundry.telemetry.metrics import serve_metrics
 from services.rollout import engine_metrics
 from tests.e2e.training import STEPS, create_run, step_events
-from tests.services import Process, Stack, get, open_stack, openai_client, wait_ready, wait_serving, wait_until
+from tests.process import Process
+from tests.services import Stack, get, open_stack, openai_client, wait_ready, wait_serving, wait_until
 
 SERVICES = ("gateway", "rollout", "teacher", "trainer")
 # Of the client library.

@@ -10,7 +10,8 @@ import pytest
 
 from foundry.store import CartridgeStore
 from tests.e2e.training import create_run, follow, numbers, start_trainer, step_events
-from tests.services import Process, Stack
+from tests.process import Process
+from tests.services import Stack
 
 # The first half off-policy; the kill is at a step of each half.
 STEPS, SHARE, OFF_POLICY_STEPS = 8, 0.5, 4

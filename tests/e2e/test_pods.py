@@ -14,7 +14,8 @@ from foundry.identity import content_digest
 from foundry.rpc.pods import rendezvous
 from foundry.store import CartridgeStore, RunState
 from tests.e2e.training import DOCUMENT, create_run
-from tests.services import Process, Stack, wait_serving
+from tests.process import Process
+from tests.services import Stack, wait_serving
 
 FIRST, SECOND, THIRD = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 

@@ -15,7 +15,8 @@ import pytest
 from foundry.store import CartridgeStore, RunState
 from services.trainer.exits import FAILED, RANK_LOST
 from tests.e2e.training import create_run, numbers, spawn_trainer, start_servers, step_events
-from tests.services import START_SECONDS, Process, Stack
+from tests.process import Process
+from tests.services import START_SECONDS, Stack
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,7 +15,8 @@ from foundry.rpc.tokens import make_tokens
 from foundry.store import CartridgeStore
 from foundry.store.spec import TEMPLATE_TOKENS
 from tests.e2e.training import DOCUMENT, STEPS, create_run, step_events
-from tests.services import Process, Stack, get, openai_client, wait_ready, wait_serving, wait_until
+from tests.process import Process
+from tests.services import Stack, get, openai_client, wait_ready, wait_serving, wait_until
 from tests.tls import Authority
 
 SERVICES = ("rollout", "teacher", "trainer", "gateway")

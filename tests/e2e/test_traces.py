@@ -14,7 +14,8 @@ from foundry.client import FoundryClient
 from foundry.store import CartridgeStore
 from tests.collector import Collector, Span, open_collector
 from tests.e2e.training import DOCUMENT, STEPS, step_events
-from tests.services import Process, Stack, open_stack, wait_ready, wait_serving
+from tests.process import Process
+from tests.services import Stack, open_stack, wait_ready, wait_serving
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -11,7 +11,8 @@ import pytest
 
 from foundry.store import CartridgeStore
 from tests.e2e.training import STEPS, create_run, numbers, start_trainer, step_events
-from tests.services import Process, Stack
+from tests.process import Process
+from tests.services import Stack
 
 pytestmark = pytest.mark.timeout(240)
 

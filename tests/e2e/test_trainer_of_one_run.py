@@ -10,7 +10,8 @@ import pytest
 
 from foundry.store import CartridgeStore, RunRecord, RunState
 from tests.e2e.training import CHECKPOINT_EVERY, create_run, numbers, spawn_trainer, start_servers, step_events
-from tests.services import Process, Stack
+from tests.process import Process
+from tests.services import Stack
 
 # Enough steps for the stop to come before the last.
 STEPS, STOP_AT = 30, 4

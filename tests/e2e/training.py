@@ -9,7 +9,8 @@ from typing import Any
 
 from foundry.errors import StoreUnavailable
 from foundry.store import CartridgeStore, DocumentPrompts, RunSpec, RunState
-from tests.services import Process, Stack, wait_serving
+from tests.process import Process
+from tests.services import Stack, wait_serving
 
 STEPS, CHECKPOINT_EVERY = 7, 3
 DOCUMENT = "The harbour is open again. The treaty was signed in the spring. The price of grain is twelve. " * 2

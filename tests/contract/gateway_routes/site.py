@@ -11,7 +11,8 @@ import httpx
 from foundry.client import FoundryClient
 from foundry.store import ApiKey, CartridgeStore
 from foundry.store.api_keys import Scope
-from tests.services import Process, Stack
+from tests.process import Process
+from tests.services import Stack
 
 DOCUMENT = "The treaty was signed in the spring. " * 8
 

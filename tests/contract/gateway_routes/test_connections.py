@@ -12,7 +12,8 @@ import pytest
 from foundry.errors import InvalidArgument
 from services.gateway.connections import raise_descriptor_limit
 from tests.contract.gateway_routes.site import Site
-from tests.services import Process, get, metric, wait_ready, wait_until
+from tests.process import Process
+from tests.services import get, metric, wait_ready, wait_until
 
 _MAX_CONNECTIONS = 8
 _HALF_A_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"

@@ -16,7 +16,8 @@ from foundry.errors import InvalidArgument
 from services.gateway.https import Https
 from services.gateway.settings import GatewaySettings
 from tests.contract.gateway_routes.site import Site
-from tests.services import Process, metric, wait_until
+from tests.process import Process
+from tests.services import metric, wait_until
 from tests.tls import Authority
 
 _HOST = "127.0.0.1"

@@ -13,7 +13,8 @@ import pytest
 from foundry.client import FoundryClient
 from foundry.errors import InvalidArgument
 from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
-from tests.services import Process, metric, wait_ready, wait_serving, wait_until
+from tests.process import Process
+from tests.services import metric, wait_ready, wait_serving, wait_until
 
 _DATABASES = count(1)
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 5}

@@ -10,10 +10,14 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from services.rollout.engine import SamplingParams
 from services.rollout.engine.torch.sequence import Sequence
+
+# Ids whose masses are summed first.
+_BLOCK = 256
 
 
 class Sampled(NamedTuple):
@@ -57,12 +61,28 @@ def scale(logits_NV: Tensor, temperatures_N: Tensor) -> Tensor:
 
 
 def invert(scaled_NV: Tensor, uniforms_N: Tensor) -> Tensor:
-    """Ids [N] at which the cumulative distributions pass the uniform numbers, float64."""
+    """Ids [N] at which the cumulative distributions pass the uniform numbers, float64.
+
+    By blocks of ids, and then within one: a sum over a whole vocabulary has its terms one after the other.
+    """
+    masses_NV = torch.softmax(scaled_NV, dim=-1)
+    num_fill = -masses_NV.shape[1] % _BLOCK
+    blocks_NKB = F.pad(masses_NV, (0, num_fill)).view(len(masses_NV), -1, _BLOCK)
     # float64: 50,000 float32 terms would lose the tail.
-    cdf_NV = torch.softmax(scaled_NV, dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    # right: the first id whose cumulative mass exceeds the target, so one of mass 0 is never drawn.
-    ids_N1 = torch.searchsorted(cdf_NV, uniforms_N[:, None] * cdf_NV[:, -1:], right=True)
-    return ids_N1[:, 0].clamp_(max=scaled_NV.shape[1] - 1)
+    cdf_NK = blocks_NKB.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    targets_N1 = uniforms_N[:, None] * cdf_NK[:, -1:]
+    block_N1 = _passed(cdf_NK, targets_N1)
+    before_N1 = torch.where(block_N1 > 0, cdf_NK.gather(1, (block_N1 - 1).clamp_(min=0)), 0.0)
+    block_NB = blocks_NKB.gather(1, block_N1[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    within_N1 = _passed(block_NB.cumsum(dim=-1, dtype=torch.float64), targets_N1 - before_N1)
+    return (block_N1 * _BLOCK + within_N1)[:, 0]
+
+
+def _passed(cdf_NK: Tensor, targets_N1: Tensor) -> Tensor:
+    """The first places [N, 1] whose cumulative mass exceeds the target: what has mass 0 is never drawn."""
+    # A target that was rounded up to all there is would pass the end.
+    below_N1 = torch.nextafter(cdf_NK[:, -1:], torch.zeros_like(targets_N1))
+    return torch.searchsorted(cdf_NK, torch.minimum(targets_N1, below_N1), right=True)
 
 
 def _threshold(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:

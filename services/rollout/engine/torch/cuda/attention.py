@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
@@ -19,6 +21,8 @@ from services.rollout.engine.torch.kv import SlotKV
 # Rows of a matrix product that the GPU's units take at least.
 _LEAST_ROWS = 16
 _KEYS_AT_ONCE = 64
+# As many as the largest GPUs hold at once; each goes on to the next tile.
+_MOST_PROGRAMS = 1024
 
 
 # By number: what compiled code is given of a plan is a tensor, lest it be compiled for each plan and layer.
@@ -63,6 +67,9 @@ class TableAttention(LayeredPlan):
         self._block_d = triton.next_power_of_2(kv.head_dim)
         # As exact as the dtype is.
         self._precision = "ieee" if kv.dtype == torch.float32 else "tf32"
+        self._side: torch.cuda.Stream | None = None
+        if kv.device.type == "cuda":
+            self._side = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
         number = next(_NUMBERS)
         _PLANS[number] = self
         self._layers = [_Layer(torch.tensor([number, layer])) for layer in range(len(kv.layers))]
@@ -89,11 +96,12 @@ class TableAttention(LayeredPlan):
             kv.head_stride,
             **dims,
         )
-        self._attend_tiles(layer, q_HTD, at["own_tiles"], shape.own_tile_tokens, shape.own_splits, scale)
-        if shape.num_cartridge_tiles:
+        with self._beside():
             self._attend_tiles(
-                layer, q_HTD, at["cartridge_tiles"], shape.cartridge_tile_tokens, shape.cartridge_splits, scale
+                layer, q_HTD, "cartridge_tiles", shape.cartridge_tile_tokens, shape.cartridge_splits, scale
             )
+        self._attend_tiles(layer, q_HTD, "own_tiles", shape.own_tile_tokens, shape.own_splits, scale)
+        self._join()
         out_THD = torch.empty(shape.num_tokens, self._num_heads, kv.head_dim, dtype=q_HTD.dtype, device=q_HTD.device)
         merge_parts[shape.num_tokens, self._num_heads](
             self._parts_NTHD,
@@ -107,13 +115,28 @@ class TableAttention(LayeredPlan):
         )
         return out_THD
 
-    def _attend_tiles(
-        self, layer: int, q_HTD: Tensor, tiles: Tensor, tile_tokens: int, splits: int, scale: float
-    ) -> None:
-        attend_tiles[len(tiles), self._kv.num_kv_heads, splits](
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Until `_join`, what is launched in it runs beside what is launched after it: each alone leaves units idle."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    def _attend_tiles(self, layer: int, q_HTD: Tensor, name: str, tile_tokens: int, splits: int, scale: float) -> None:
+        tiles = self._tables.at[name]
+        most = len(tiles) * self._kv.num_kv_heads * splits
+        attend_tiles[(min(most, _MOST_PROGRAMS),)](
             q_HTD,
             *q_HTD.stride()[:2],
             tiles,
+            self._tables.at[f"num_{name}"],
             self._parts_NTHD,
             self._lse_NTH,
             self._tables.shape.num_tokens,

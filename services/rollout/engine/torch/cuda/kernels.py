@@ -36,6 +36,7 @@ def attend_tiles(
     q_head_stride,
     q_token_stride,
     tiles_ptr,
+    num_tiles_ptr,
     out_ptr,
     lse_ptr,
     num_tokens,
@@ -51,16 +52,60 @@ def attend_tiles(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: tiles, kv heads, splits. Writes parts [N, T, H, D] and their log-sum-exp to base 2 [N, T, H], float32.
+    """Writes parts [N, T, H, D] and their log-sum-exp to base 2 [N, T, H], float32.
 
-    A tile's first token sees `num_keys` keys; where `causal` is 1, each later one sees one more.
+    Any number of programs share the tiles that there are, their kv heads and splits: a table has room for more.
     """
-    tile_ptr = tiles_ptr + tl.program_id(0) * COLUMNS
+    num_items = tl.load(num_tiles_ptr) * (H // R * SPLITS)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        _attend_tile(
+            q_ptr,
+            q_head_stride,
+            q_token_stride,
+            tiles_ptr + item // (H // R * SPLITS) * COLUMNS,
+            item // SPLITS % (H // R),
+            item % SPLITS,
+            out_ptr,
+            lse_ptr,
+            num_tokens,
+            layer,
+            scale_log2,
+            H,
+            R,
+            D,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_N,
+            SPLITS,
+            PRECISION,
+        )
+
+
+@triton.jit
+def _attend_tile(
+    q_ptr,
+    q_head_stride,
+    q_token_stride,
+    tile_ptr,
+    kv_head,
+    split,
+    out_ptr,
+    lse_ptr,
+    num_tokens,
+    layer,
+    scale_log2,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One kv head's share of a tile's keys. Its first token sees `num_keys` keys; where `causal` is 1, each later one
+    sees one more."""
     num_rows = tl.load(tile_ptr + 5)
-    if num_rows == 0:
-        return
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
     first_token = tl.load(tile_ptr + 4)
     num_seen = tl.load(tile_ptr + 6)
     causal = tl.load(tile_ptr + 7)

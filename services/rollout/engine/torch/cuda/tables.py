@@ -55,7 +55,9 @@ class StepTables:
             "slots": (num_tokens,),
             "indices": (num_tokens,),
             "num_parts": (num_tokens,),
+            "num_own_tiles": (1,),
             "own_tiles": (num_tokens, len(COLUMNS)),
+            "num_cartridge_tiles": (1,),
             "cartridge_tiles": (shape.num_cartridge_tiles, len(COLUMNS)),
             "sampled_rows": (num_sampled,),
             "temperatures": (num_sampled,),
@@ -120,7 +122,9 @@ class StepTables:
         here["temperatures"][: len(temperatures)] = temperatures
         here["uniforms"][: len(uniforms)] = uniforms
         self._fill_own_tiles(here, batch)
-        if tiles := list(_cartridge_tiles(batch, self.shape)):
+        tiles = list(_cartridge_tiles(batch, self.shape))
+        here["num_cartridge_tiles"][0] = len(tiles)
+        if tiles:
             here["cartridge_tiles"][: len(tiles)] = tiles
         self._device.copy_(host, non_blocking=True)
 
@@ -134,6 +138,7 @@ class StepTables:
                 firsts.append(row + begin)
                 sizes.append(min(most, num_tokens - begin))
             row += num_tokens
+        here["num_own_tiles"][0] = len(firsts)
         tiles = here["own_tiles"][: len(firsts)]
         tiles[:, 0] = kv.first.data_ptr() + here["slots"][firsts] * (kv.slot_stride * kv.dtype.itemsize)
         tiles[:, 1:4] = kv.layer_stride, kv.value_stride, kv.head_stride

@@ -1,0 +1,173 @@
+"""One strict on-policy step on a GPU, through the product as a user starts it: python -m benchmarks.step
+
+`foundry up`'s own stack (Valkey, rollout, teacher, trainer, gateway: a process each, RPC on loopback) runs on one GPU
+with a model of Llama-3.2-3B's shape with random weights in bfloat16. A run trains a 2048-token cartridge for a document
+of 12k tokens: 32 answers of 1024 tokens to prompts of about 128 in every step, exact forward KL. Every step is proved.
+Then another run does the same with the next `max_staleness`.
+
+What is reported comes from the run's own events: seconds of each stage, and between the ends of steps; how far the
+servers' logprobs were from the trainer's. The first step compiles and is not counted. Where each stage's floor is
+stands in docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.shapes import LLAMA_3B
+from foundry.client import FoundryClient
+from foundry.local.stack import LocalStack
+from tests.tiny import build_tokenizer
+
+NUM_SAMPLES, TURN_TOKENS, ANSWER_TOKENS = 32, 128, 1024
+CARTRIDGE_TOKENS, DOCUMENT_TOKENS = 2048, 12_288
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+_WORDS = ("treaty", "harbour", "price", "grain", "spring", "union", "message", "congress", "answer", "document")
+
+
+def build_model(directory: Path, device: str, shape: dict[str, Any], num_positions: int) -> None:
+    """With a vocabulary of Llama's size and next to no chance that a drawn token ends the answer."""
+    config = LlamaConfig(
+        **shape, vocab_size=128_256, max_position_embeddings=num_positions, eos_token_id=2, bos_token_id=None
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config)
+    build_tokenizer().save_pretrained(directory)
+    model.to(torch.bfloat16).save_pretrained(directory)
+
+
+def text_of(num_tokens: int, seed: int) -> str:
+    """Words of about so many tokens."""
+    draw, tokenizer = random.Random(seed), build_tokenizer()
+    words: list[str] = []
+    while (missing := num_tokens - len(tokenizer.encode(" ".join(words)))) > 0:
+        words += draw.choices(_WORDS, k=max(1, missing // 8))
+    return " ".join(words)
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    longest = arguments.document_tokens + TURN_TOKENS + 2 * arguments.answer_tokens
+    return {
+        "FOUNDRY_DEVICE": arguments.device,
+        "FOUNDRY_DTYPE": "bfloat16" if arguments.device == "cuda" else "float32",
+        "FOUNDRY_MAX_SEQUENCES": str(arguments.samples),
+        # The held-out answer is written with the whole document in the prompt.
+        "FOUNDRY_MAX_SEQUENCE_TOKENS": str(longest),
+        "FOUNDRY_PREFILL_TOKENS_PER_STEP": "2048",
+    }
+
+
+def train(client: FoundryClient, arguments: argparse.Namespace, max_staleness: int) -> list[dict[str, Any]]:
+    """Events of the steps, each with the second at which it came."""
+    document = client.documents.create(text_of(arguments.document_tokens, 0), title="document")
+    prompts, heldout = (
+        client.documents.create("\n".join(json.dumps({"prompt": text_of(TURN_TOKENS - 12, seed)}) for seed in seeds))
+        for seeds in (range(1, 1 + 2 * arguments.samples), range(1000, 1001))
+    )
+    run = client.runs.create(
+        name=f"step-{max_staleness}",
+        document=document["digest"],
+        prompts={"kind": "document", "digest": prompts["digest"]},
+        heldout={"kind": "document", "digest": heldout["digest"]},
+        init="first_tokens",
+        mode="on",
+        num_tokens=arguments.cartridge_tokens,
+        num_steps=arguments.steps,
+        batch_size=arguments.samples,
+        max_new_tokens=arguments.answer_tokens,
+        general_share=0,
+        heldout_every=0,
+        **({"max_staleness": max_staleness} if max_staleness else {}),
+    )
+    steps = []
+    for event in client.runs.events(run["id"]):
+        if event["type"] == "step":
+            steps.append(event | {"came_at": time.perf_counter()})
+            print({key: event[key] for key in ("step", "tokens", "policy_mismatch_kl", "seconds")}, flush=True)
+    ended = client.runs.get(run["id"])
+    if ended["state"] != "succeeded":
+        raise SystemExit(f"the run {ended['state']}: {ended['error']}")
+    return steps
+
+
+def figures(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counted = steps[1:]
+    between = [later["came_at"] - earlier["came_at"] for earlier, later in zip(steps, counted, strict=False)]
+    stages = counted[0]["seconds"]
+    return {
+        "steps": len(counted),
+        "first_step_seconds": steps[0]["seconds"],
+        "tokens": statistics.median(step["tokens"] for step in counted),
+        "seconds": {name: round(statistics.median(step["seconds"][name] for step in counted), 3) for name in stages},
+        "seconds_between_steps": round(statistics.median(between), 3),
+        "policy_mismatch_kl": [step["policy_mismatch_kl"] for step in steps],
+        "policy_mismatch_max": [step["policy_mismatch_max"] for step in steps],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the program")
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES)
+    parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS)
+    parser.add_argument("--cartridge-tokens", type=int, default=CARTRIDGE_TOKENS)
+    parser.add_argument("--document-tokens", type=int, default=DOCUMENT_TOKENS)
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="for the model's files and the store")
+    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "step.json")
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "runs": {}}
+    os.environ.update(environment(arguments))
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        shape, num_positions = (SMALL if arguments.small else LLAMA_3B), 2 * arguments.document_tokens + 4096
+        # In a process of its own, so that none of the GPU's memory stays with this one.
+        building = multiprocessing.get_context("spawn").Process(
+            target=build_model, args=(Path(directory) / "model", arguments.device, shape, num_positions)
+        )
+        building.start()
+        building.join()
+        began = time.perf_counter()
+        with (
+            LocalStack(Path(directory) / "home", str(Path(directory) / "model")) as stack,
+            FoundryClient(stack.url) as client,
+        ):
+            result["start_seconds"] = round(time.perf_counter() - began, 1)
+            try:
+                for max_staleness in arguments.staleness:
+                    print(f"max_staleness {max_staleness}", flush=True)
+                    found = figures(train(client, arguments, max_staleness))
+                    result["runs"][f"max_staleness {max_staleness}"] = found
+                    print(json.dumps(found, indent=2), flush=True)
+                    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+            except BaseException:
+                for log in stack.home.logs.glob("*.log"):
+                    print(f"== {log.name}\n{log.read_text()[-3000:]}", flush=True)
+                raise
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
@@ -67,9 +65,6 @@ class TableAttention(LayeredPlan):
         self._block_d = triton.next_power_of_2(kv.head_dim)
         # As exact as the dtype is.
         self._precision = "ieee" if kv.dtype == torch.float32 else "tf32"
-        self._side: torch.cuda.Stream | None = None
-        if kv.device.type == "cuda":
-            self._side = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
         number = next(_NUMBERS)
         _PLANS[number] = self
         self._layers = [_Layer(torch.tensor([number, layer])) for layer in range(len(kv.layers))]
@@ -96,12 +91,8 @@ class TableAttention(LayeredPlan):
             kv.head_stride,
             **dims,
         )
-        with self._beside():
-            self._attend_tiles(
-                layer, q_HTD, "cartridge_tiles", shape.cartridge_tile_tokens, shape.cartridge_splits, scale
-            )
         self._attend_tiles(layer, q_HTD, "own_tiles", shape.own_tile_tokens, shape.own_splits, scale)
-        self._join()
+        self._attend_tiles(layer, q_HTD, "cartridge_tiles", shape.cartridge_tile_tokens, shape.cartridge_splits, scale)
         out_THD = torch.empty(shape.num_tokens, self._num_heads, kv.head_dim, dtype=q_HTD.dtype, device=q_HTD.device)
         merge_parts[shape.num_tokens, self._num_heads](
             self._parts_NTHD,
@@ -114,20 +105,6 @@ class TableAttention(LayeredPlan):
             num_warps=1,
         )
         return out_THD
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Until `_join`, what is launched in it runs beside what is launched after it: each alone leaves units idle."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            yield
-
-    def _join(self) -> None:
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
 
     def _attend_tiles(self, layer: int, q_HTD: Tensor, name: str, tile_tokens: int, splits: int, scale: float) -> None:
         tiles = self._tables.at[name]

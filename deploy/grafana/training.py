@@ -236,9 +236,10 @@ def _teacher() -> Panels:
         series(
             "Forward and prefill",
             "s",
-            "What takes the teacher's time? One micro-batch's forward, and the KV of a whole document.",
+            "What takes the teacher's time? A micro-batch's forward, the KV of a whole document, and its return.",
             *quantiles(anywhere("foundry_teacher_micro_batch_seconds"), "micro-batch"),
             *quantiles(anywhere("foundry_teacher_prefill_seconds"), "prefill"),
+            *quantiles(anywhere("foundry_teacher_context_reload_seconds"), "reload"),
         ),
         series(
             "Pending calls",
@@ -254,16 +255,25 @@ def _teacher() -> Panels:
         series(
             "Documents asked for",
             "ops",
-            "Is a document's KV computed once? Misses are prefills; absent ones were evicted before their scores.",
+            "Is a document's KV computed once? Misses are prefills; absent ones had left all tiers.",
             query(total_rate(anywhere("foundry_teacher_context_requests_total"), "result"), "{{result}}"),
-            query(total_rate(anywhere("foundry_teacher_context_evictions_total")), "evicted"),
+            query(total_rate(anywhere("foundry_teacher_context_evictions_total"), "tier"), "left {{tier}}"),
+        ),
+        series(
+            "Documents found in",
+            "ops",
+            "Do documents come back instead of being computed? Where their KV was, and files that failed.",
+            query(total_rate(anywhere("foundry_teacher_context_hits_total"), "tier"), "{{tier}}"),
+            query(
+                total_rate(anywhere("foundry_teacher_context_file_errors_total"), "operation"), "{{operation}} failed"
+            ),
         ),
         series(
             "Memory of documents",
             "bytes",
-            "Do all documents in work fit? At the budget each new one evicts another.",
-            query(anywhere("foundry_teacher_context_bytes"), PROCESS),
-            query(anywhere("foundry_teacher_context_budget_bytes"), f"budget {PROCESS}"),
+            "Do all documents in work fit? At a tier's budget each new one there makes another leave.",
+            query(anywhere("foundry_teacher_context_bytes"), f"{{{{tier}}}} {PROCESS}"),
+            query(anywhere("foundry_teacher_context_budget_bytes"), f"{{{{tier}}}} budget {PROCESS}"),
         ),
         series(
             "Teacher errors",

@@ -96,14 +96,14 @@ class FrozenLM:
 
     def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
         """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""
-        kv_L2GPD = self.unfilled(ids)
+        kv_L2GPD = self.unfilled(len(ids))
         for _ in self.fill(kv_L2GPD, ids, chunk_tokens=chunk_tokens):
             pass
         return kv_L2GPD
 
-    def unfilled(self, ids: Sequence[int]) -> Tensor:
+    def unfilled(self, num_tokens: int) -> Tensor:
         """Room for the KV [L, 2, G, P, D] of a context."""
-        return torch.empty(self.spec.kv_shape(len(ids)), dtype=self.dtype, device=self.device)
+        return torch.empty(self.spec.kv_shape(num_tokens), dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def fill(self, kv_L2GPD: Tensor, ids: Sequence[int], begin: int = 0, *, chunk_tokens: int = 1024) -> Iterator[int]:

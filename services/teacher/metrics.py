@@ -14,17 +14,48 @@ PREFILL_SECONDS = Histogram(
     "Time to compute a document's KV.",
     buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
-CONTEXTS = Gauge("foundry_teacher_resident_contexts", "Documents whose KV is in memory.")
-CONTEXT_BYTES = Gauge("foundry_teacher_context_bytes", "Memory that the documents' KV takes.")
-CONTEXT_BUDGET_BYTES = Gauge("foundry_teacher_context_budget_bytes", "Most memory that the documents' KV may take.")
+CONTEXTS = Gauge("foundry_teacher_resident_contexts", "Documents whose KV is kept: device, host or disk.", ["tier"])
+CONTEXT_BYTES = Gauge("foundry_teacher_context_bytes", "What the documents' KV takes.", ["tier"])
+CONTEXT_BUDGET_BYTES = Gauge("foundry_teacher_context_budget_bytes", "Most that the documents' KV may take.", ["tier"])
 CONTEXT_REQUESTS = Counter(
     "foundry_teacher_context_requests",
-    "Documents that were put, by whether their KV was there: hit or miss; and scores refused for want of it: absent.",
+    "Documents that were put, by whether their KV was in any tier: hit or miss; and scores refused for want of it: "
+    "absent.",
     ["result"],
 )
-CONTEXT_EVICTIONS = Counter("foundry_teacher_context_evictions", "Documents whose KV was dropped for another's.")
+CONTEXT_HITS = Counter(
+    "foundry_teacher_context_hits",
+    "Documents that were put or scored behind, once for each micro-batch, by where their KV was: device, host or disk.",
+    ["tier"],
+)
+CONTEXT_RELOAD_SECONDS = Histogram(
+    "foundry_teacher_context_reload_seconds",
+    "Time until a document's KV was back on the device, with making room and what the device did before: host or disk.",
+    ["tier"],
+    buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+)
+CONTEXT_EVICTIONS = Counter(
+    "foundry_teacher_context_evictions",
+    "Documents whose KV made room in a tier; lower ones may have it.",
+    ["tier"],
+)
+CONTEXT_FILE_ERRORS = Counter(
+    "foundry_teacher_context_file_errors",
+    "Files of KV that could not be written, or were not what was written when they were read: write or read.",
+    ["operation"],
+)
 PENDING = Gauge("foundry_teacher_pending_requests", "Calls that wait for the device or use it.")
 MAX_PENDING = Gauge("foundry_teacher_max_pending_requests", "Most such calls; more are refused.")
 
 for _result in ("hit", "miss", "absent"):
     CONTEXT_REQUESTS.labels(_result)
+for _tier in ("device", "host", "disk"):
+    CONTEXTS.labels(_tier)
+    CONTEXT_BYTES.labels(_tier)
+    CONTEXT_BUDGET_BYTES.labels(_tier)
+    CONTEXT_HITS.labels(_tier)
+    CONTEXT_EVICTIONS.labels(_tier)
+for _tier in ("host", "disk"):
+    CONTEXT_RELOAD_SECONDS.labels(_tier)
+for _operation in ("read", "write"):
+    CONTEXT_FILE_ERRORS.labels(_operation)

@@ -15,7 +15,7 @@ import grpc
 import structlog
 
 from foundry.errors import Cancelled, FingerprintMismatch, IdentityMismatch, InvalidArgument, ResourceExhausted
-from foundry.identity import ids_checksum
+from foundry.identity import ids_checksum, ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.packing import micro_batches
 from foundry.model.template import ChatTemplate
@@ -25,7 +25,9 @@ from foundry.rpc.limits import PART_BYTES
 from foundry.rpc.teacher import scores_checksum
 from foundry.v1 import common_pb2, teacher_pb2, teacher_pb2_grpc
 from services.teacher import metrics
-from services.teacher.contexts import Contexts, Key
+from services.teacher.contexts import Contexts
+from services.teacher.disk import DiskContexts
+from services.teacher.pages import Key
 from services.teacher.scorer import Item, ItemScores, Want, check_item, score
 from services.teacher.settings import TeacherSettings
 
@@ -42,7 +44,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     def __init__(self, lm: FrozenLM, settings: TeacherSettings) -> None:
         self._lm = lm
         self._template = ChatTemplate(lm.tokenizer, settings.template_clock)
-        self._contexts = Contexts(lm, settings.context_budget_bytes)
+        self._contexts = _contexts(lm, settings)
         self._max_context_tokens = lm.spec.max_tokens - min(settings.reserve_tokens, lm.spec.max_tokens // 4)
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._max_pending = settings.max_pending_requests
@@ -61,8 +63,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         if request.without_document and request.document:
             raise InvalidArgument("there is a document, and without_document is set", field="without_document")
         ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._context_ids, request)
-        digest = await self._run(lambda go_on: self._contexts.put(tenant, ids, go_on))
-        return teacher_pb2.PutContextResponse(context_digest=digest, num_tokens=len(ids), identity=self._identity())
+        key = Key(tenant, ids_digest(ids))
+        await self._run(partial(self._contexts.put, key, ids))
+        return teacher_pb2.PutContextResponse(context_digest=key.digest, num_tokens=len(ids), identity=self._identity())
 
     async def Score(
         self, request: teacher_pb2.ScoreRequest, context: Context
@@ -95,6 +98,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     def close(self) -> None:
         self._device.shutdown()
+        self._contexts.close()
         self._tokenizing.shutdown()
 
     async def _run(self, work: Callable[[Callable[[], None]], T]) -> T:
@@ -133,11 +137,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         go_on()
         began = time.perf_counter()
         # Looked up here, on the device thread, so that no eviction comes between look-up and use.
-        contexts = [self._contexts.get(Key(tenant, item.context_digest)) for item in items]
-        scoring = score(self._lm, items, contexts, want)
+        keys = [Key(tenant, item.context_digest) for item in items]
+        scorings = [
+            score(self._lm, items[some], self._contexts.get(keys[some]), want) for some in self._contexts.fitting(keys)
+        ]
 
         def result() -> list[ItemScores]:
-            scores = scoring.result()
+            scores = [each for scoring in scorings for each in scoring.result()]
             metrics.SCORE_SECONDS.observe(time.perf_counter() - began)
             metrics.SCORED_ANSWERS.inc(len(items))
             metrics.SCORED_TOKENS.inc(sum(len(item.ids) - item.score_from for item in items))
@@ -209,3 +215,15 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     def _identity(self) -> common_pb2.Identity:
         return common_pb2.Identity(model_fingerprint=self._lm.spec.fingerprint, template_digest=self._template.digest)
+
+
+def _contexts(lm: FrozenLM, settings: TeacherSettings) -> Contexts:
+    """With the tiers that the settings ask for. Raises InvalidArgument if the disk's directory can't be used."""
+    host_budget_bytes = settings.host_context_budget_bytes
+    if host_budget_bytes is None:
+        host_budget_bytes = 0 if lm.device.type == "cpu" else 4 * 1024**3
+    disk = None
+    if settings.disk_context_directory is not None:
+        model = f"{lm.spec.fingerprint} {lm.dtype}"
+        disk = DiskContexts(settings.disk_context_directory, settings.disk_context_budget_bytes, model)
+    return Contexts(lm, settings.context_budget_bytes, host_budget_bytes, disk)

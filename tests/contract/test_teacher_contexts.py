@@ -14,7 +14,7 @@ from foundry.identity import ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
 from foundry.v1 import teacher_pb2
-from services.teacher.contexts import Key
+from services.teacher.pages import Key
 from services.teacher.servicer import TeacherServicer
 from services.teacher.settings import TeacherSettings
 from tests.tiny import CLOCK, build_tiny_model
@@ -75,7 +75,7 @@ async def test_it_is_taken_up_where_it_was_left(site: Site, tmp_path: Path) -> N
     # Each chunk once.
     ends = [min(end, len(ids)) for end in range(CHUNK_TOKENS, len(ids) + CHUNK_TOKENS, CHUNK_TOKENS)]
     assert site.computed == [(len(ids), end) for end in ends]
-    assert site.servicer._contexts.get(Key("", ids_digest(ids))).equal(whole)
+    assert site.servicer._contexts.get([Key("", ids_digest(ids))])[0].equal(whole)
 
 
 async def test_another_one_does_not_wait_for_it(site: Site) -> None:

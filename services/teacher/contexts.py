@@ -68,16 +68,15 @@ class Contexts:
             self._disk.keep(key, begun.kv_L2GPD)
 
     def get(self, keys: Sequence[Key]) -> list[Tensor]:
-        """The KV of each context, which must fit on the device together. Raises ContextNotFound."""
+        """The KV of each context, which must be `fitting`: those used last don't leave for each other then.
+
+        Raises ContextNotFound.
+        """
         found: dict[Key, Tensor] = {}
-        try:
-            for key in dict.fromkeys(keys):
-                if (kv_L2GPD := self._find(key)) is None:
-                    raise _absent(key)
-                found[key] = kv_L2GPD
-                self._device.held.add(key)
-        finally:
-            self._device.held.clear()
+        for key in dict.fromkeys(keys):
+            if (kv_L2GPD := self._find(key)) is None:
+                raise _absent(key)
+            found[key] = kv_L2GPD
         return [found[key] for key in keys]
 
     def fitting(self, keys: Sequence[Key]) -> Iterator[slice]:

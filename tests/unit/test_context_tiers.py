@@ -92,6 +92,9 @@ class Site:
         copies = [page for (_, pages), _ in tier._tier._entries.values() for page in pages]
         assert sum(page.nbytes for page in [*copies, *tier._free]) <= self.host_bytes
         assert sum(path.stat().st_size for path in self.files()) <= self.disk_bytes
+        # Whose memory is still read has not been given to another.
+        if (files := self.contexts._disk) is not None:
+            assert all(key in self.contexts._device for key in files._writes)
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_what_was_evicted_comes_back_bit_for_bit(site: Make, lm: FrozenLM, in_ho
     tiers = site(1, in_host, on_disk)
     documents = range(2 if not on_disk else 3)
     for document in documents:
-        tiers.put(document)
+        tiers.put(document, go_on=tiers.check_budgets)
     before = prefills()
     for document in [*documents, *documents]:
         assert tiers.get(document).equal(lm.prefill(ids_of(document)))

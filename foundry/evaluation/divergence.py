@@ -86,8 +86,7 @@ def greedy(lm: FrozenLM, context_L2GPD: Tensor, turn: Sequence[int], max_tokens:
     fresh = list(turn)
     while len(answer) < max_tokens and not (answer and answer[-1] in lm.eos_ids):
         plan = PrefillAttention(kv_L2GPD, begin, len(fresh))
-        positions_T = torch.arange(begin, begin + len(fresh), device=lm.device)
-        hidden_TE = lm.hidden(torch.tensor(fresh, device=lm.device), positions_T, plan)
+        hidden_TE = lm.hidden(torch.tensor(fresh, device=lm.device), plan.positions_T, plan)
         begin += len(fresh)
         fresh = [int(lm.logits(hidden_TE[-1:]).argmax())]
         answer += fresh

@@ -19,12 +19,16 @@ from foundry.identity import Dtype
 from foundry.model.attention import ATTENTION, AttentionPlan, LayeredPlan
 from foundry.model.attention.flex import FlexAttention
 from foundry.model.attention.packed import PackedAttention
-from foundry.model.attention.prefill import PrefillAttention
+from foundry.model.attention.prefill import FlexPrefill, PrefillAttention
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.info import ModelInfo, resolve_dtype
 from foundry.model.layers import compile_layers
 from foundry.model.projections import join_projections
 from foundry.model.transfer import to_device
+
+# Of a document, computed at once. With more a GPU is no fuller, and nobody could stop meanwhile.
+_CUDA_CHUNK_TOKENS = 8192
+_CHUNK_TOKENS = 1024
 
 
 class FrozenLM:
@@ -46,6 +50,9 @@ class FrozenLM:
         # FlexAttention knows no backward on a CPU, and without compilation no fused kernel.
         self.packed_plan: type[FlexAttention | PackedAttention] = (
             FlexAttention if self.head_VE.is_cuda else PackedAttention
+        )
+        self.prefill_plan: type[FlexPrefill | PrefillAttention] = (
+            FlexPrefill if self.head_VE.is_cuda else PrefillAttention
         )
 
     @classmethod
@@ -88,13 +95,9 @@ class FrozenLM:
         too long sequence.
         """
         plan = self.packed_plan(sequences, prefixes, self.spec.max_tokens, self.device)
-        ids = [token for sequence in sequences for token in sequence]
-        # A plan may have more positions than there are tokens.
-        ids_T = torch.zeros(len(plan.positions_T), dtype=torch.long)
-        ids_T[: len(ids)] = torch.tensor(ids)
-        return self.hidden(to_device(ids_T, self.device), plan.positions_T, plan)[: len(ids)]
+        return self._planned_hidden([token for sequence in sequences for token in sequence], plan)
 
-    def prefill(self, ids: Sequence[int], *, chunk_tokens: int = 1024) -> Tensor:
+    def prefill(self, ids: Sequence[int], *, chunk_tokens: int | None = None) -> Tensor:
         """KV [L, 2, G, P, D] of a context at positions 0..P-1, computed `chunk_tokens` at a time."""
         kv_L2GPD = self.unfilled(len(ids))
         for _ in self.fill(kv_L2GPD, ids, chunk_tokens=chunk_tokens):
@@ -106,14 +109,26 @@ class FrozenLM:
         return torch.empty(self.spec.kv_shape(num_tokens), dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def fill(self, kv_L2GPD: Tensor, ids: Sequence[int], begin: int = 0, *, chunk_tokens: int = 1024) -> Iterator[int]:
+    def fill(
+        self, kv_L2GPD: Tensor, ids: Sequence[int], begin: int = 0, *, chunk_tokens: int | None = None
+    ) -> Iterator[int]:
         """Computes a context's KV in place, from token `begin` on; after each chunk says how many tokens have theirs.
 
-        Who stops and goes on from there gets the same bits.
+        Who stops and goes on from there gets the same bits. On CUDA a chunk is a multiple of 128 tokens.
         """
+        chunk_tokens = chunk_tokens or (_CUDA_CHUNK_TOKENS if self.device.type == "cuda" else _CHUNK_TOKENS)
         for start in range(begin, len(ids), chunk_tokens):
             chunk = ids[start : start + chunk_tokens]
-            plan = PrefillAttention(kv_L2GPD, start, len(chunk))
-            positions_T = torch.arange(start, start + len(chunk), device=self.device)
-            self.hidden(torch.tensor(chunk, device=self.device), positions_T, plan)
+            plan = self.prefill_plan(kv_L2GPD, start, len(chunk))
+            self._planned_hidden(chunk, plan)
+            plan.keep()
+            if kv_L2GPD.is_cuda:
+                # Else a document's chunks would all be queued before anybody could stop them.
+                torch.cuda.current_stream(self.device).synchronize()
             yield start + len(chunk)
+
+    def _planned_hidden(self, ids: Sequence[int], plan: Any) -> Tensor:
+        """Hidden states [T, E] of tokens at their plan's positions, of which there may be more than tokens."""
+        ids_T = torch.zeros(len(plan.positions_T), dtype=torch.long)
+        ids_T[: len(ids)] = torch.tensor(ids)
+        return self.hidden(to_device(ids_T, self.device), plan.positions_T, plan)[: len(ids)]

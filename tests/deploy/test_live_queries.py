@@ -118,7 +118,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         # Until somebody has asked for it.
         rollout.freeze()
         gateway = stack.gateway([rollout], "--census-seconds", "0.5", "--retry-timeout-seconds", "0.1")
-        teacher = stack.spawn("teacher", "--model", str(stack.model))
+        teacher = stack.spawn(
+            *("teacher", "--model", str(stack.model), "--disk-context-budget-bytes", str(1 << 30)),
+            # From where the document comes back to the one that is started again.
+            *("--disk-context-directory", str(directory / "contexts")),
+        )
         trainer = stack.spawn(
             *("trainer", "--model", str(stack.model), "--rollout-addresses", rollout.address),
             *("--teacher-address", teacher.address),

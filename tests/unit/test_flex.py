@@ -23,6 +23,7 @@ from foundry.model import layers
 from foundry.model.attention import flex
 from foundry.model.attention.flex import BLOCK, FlexAttention, Spans, block_mask
 from foundry.model.attention.packed import PackedAttention
+from foundry.model.attention.whole import attend_whole
 from foundry.model.lm import FrozenLM
 from tests.tiny import build_tiny_model
 
@@ -118,6 +119,20 @@ def test_flex_attention_reads_the_mask_so(lm: FrozenLM, case: str, monkeypatch: 
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("case", ["one shared", "whole blocks", "below a block"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@torch.no_grad()
+def test_one_prefix_is_read_apart(lm: FrozenLM, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = {length: prefix.detach() for length, prefix in prefixes_of(lm, CASES[case][1]).items()}
+    monkeypatch.setattr(flex, "reads_whole", lambda kv: kv is not None)
+    read = []
+    monkeypatch.setattr(flex, "attend_whole", lambda *each: read.append(each[1].shape[1]) or attend_whole(*each))
+    found = hidden_by(lm, FlexAttention, case, prefixes, monkeypatch)
+    expected = hidden_by(lm, PackedAttention, case, prefixes, monkeypatch)
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    assert read == [CASES[case][1][0]] * lm.spec.num_layers
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_blocks_are_those_that_torch_finds(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -146,9 +161,13 @@ def test_blocks_are_those_that_torch_finds(seed: int) -> None:
     assert torch.equal(seen_TK[:, :num_prefix_keys].sum(1), widths[segments_T])
 
 
-def test_one_code_for_all_layers_lengths_and_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_code_for_all_layers_lengths_and_prefixes(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a GPU would compile, counted with a compiler that changes nothing; a graph break would raise."""
     counter = CompileCounter()
+    monkeypatch.setattr(flex, "reads_whole", lambda kv: apart)
     monkeypatch.setattr(layers, "_on_cuda", lambda layer: True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     lm = FrozenLM.load(build_tiny_model(tmp_path))

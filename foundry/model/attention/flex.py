@@ -2,8 +2,9 @@
 
 FlexAttention (https://arxiv.org/abs/2412.05496), compiled with the layers. The keys of a layer are those of the
 distinct prefixes, each once however many sequences stand behind it, and then the packed tokens' own. Prefixes begin at
-a block's border, and the packed tokens are filled up to one, so that few shapes exist. Shape suffixes:
-`foundry.model.lm`, and K all keys, Q blocks of queries, C blocks of keys.
+a block's border, and the packed tokens are filled up to one, so that few shapes exist. One prefix that all see, whose
+gradient nobody wants, is read by a kernel without a mask (`whole`). Shape suffixes: `foundry.model.lm`, and K all keys,
+Q blocks of queries, C blocks of keys.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from foundry.model.attention import LayerAttention, LayeredPlan, check_lengths
+from foundry.model.attention.whole import attend_whole, reads_whole
 from foundry.model.transfer import to_device
 
 BLOCK = 128
@@ -97,22 +100,35 @@ def _visible(spans: Spans) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FlexLayer(LayerAttention):
-    """Prefix keys and values [G, P, D] of one layer, and what all layers share."""
+    """Prefix keys and values [G, P, D] of one layer, and what all layers share.
+
+    The mask is over the prefix's keys and the packed tokens' own or, `apart`, over the latter alone.
+    """
 
     k_GPD: Tensor | None
     v_GPD: Tensor | None
     mask: BlockMask
+    apart: bool
 
     def attend(self, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
-        if self.k_GPD is not None and self.v_GPD is not None:
+        if self.k_GPD is None or self.v_GPD is None:
+            out_HTD: Tensor = self._flex(q_HTD, k_GTD, v_GTD, scale=scale)[0]
+        elif not self.apart:
             k_GTD = torch.cat([self.k_GPD, k_GTD], dim=1)
             v_GTD = torch.cat([self.v_GPD, v_GTD], dim=1)
+            out_HTD = self._flex(q_HTD, k_GTD, v_GTD, scale=scale)[0]
+        else:
+            own, own_lse = self._flex(q_HTD, k_GTD, v_GTD, scale=scale, return_lse=True)
+            prefix_HTD, lse_HT = attend_whole(q_HTD, self.k_GPD, self.v_GPD, scale)
+            own_share_HT1 = torch.sigmoid(own_lse[0] - lse_HT)[..., None].to(own.dtype)
+            out_HTD = torch.lerp(prefix_HTD, own[0], own_share_HT1)
+        return out_HTD.transpose(0, 1)
+
+    def _flex(self, q_HTD: Tensor, k_GKD: Tensor, v_GKD: Tensor, **options: Any) -> Any:
         # Said to compiled code, which then reads whole blocks without asking where they end.
         torch._check(q_HTD.shape[1] % BLOCK == 0)  # type: ignore[no-untyped-call]
-        torch._check(k_GTD.shape[1] % BLOCK == 0)  # type: ignore[no-untyped-call]
-        out = flex_attention(q_HTD[None], k_GTD[None], v_GTD[None], block_mask=self.mask, scale=scale, enable_gqa=True)
-        assert isinstance(out, Tensor)
-        return out[0].transpose(0, 1)
+        torch._check(k_GKD.shape[1] % BLOCK == 0)  # type: ignore[no-untyped-call]
+        return flex_attention(q_HTD[None], k_GKD[None], v_GKD[None], block_mask=self.mask, enable_gqa=True, **options)
 
 
 class FlexAttention(LayeredPlan):
@@ -135,18 +151,20 @@ class FlexAttention(LayeredPlan):
         distinct = {id(prefix): prefix for prefix in prefixes if prefix is not None}
         # In training, where the prefix is the same again and again.
         self.fixed_lengths = any(prefix.requires_grad for prefix in distinct.values())
+        self._apart = not self.fixed_lengths and len({*map(id, prefixes)}) == 1 and reads_whole(prefixes[0])
         num_filled = max(2 * BLOCK, _whole(sum(lengths)))
-        if self.fixed_lengths:
+        if self.fixed_lengths or self._apart:
             num_filled = next((BLOCK * each for each in _FIXED_BLOCKS if BLOCK * each >= num_filled), num_filled)
         num_fill = num_filled - sum(lengths)
         # Taken apart once: the gradient of indexing is a whole prefix of zeros for every layer.
         self._prefixes = [prefix.unbind(0) for prefix in distinct.values()]
-        spans = {id(None): (0, 0)}
+        spans: dict[int, tuple[int, int]] = {}
         num_prefix_keys = 0
         for key, prefix in distinct.items():
-            spans[key] = (num_prefix_keys, num_prefix_keys + prefix.shape[3])
-            num_prefix_keys += _whole(prefix.shape[3])
-        behind = [spans[id(prefix)] for prefix in prefixes]
+            if not self._apart:
+                spans[key] = (num_prefix_keys, num_prefix_keys + prefix.shape[3])
+                num_prefix_keys += _whole(prefix.shape[3])
+        behind = [spans.get(id(prefix), (0, 0)) for prefix in prefixes]
         if num_fill:
             lengths, prefix_lengths, behind = [*lengths, num_fill], [*prefix_lengths, 0], [*behind, (0, 0)]
         positions_T = [
@@ -158,10 +176,16 @@ class FlexAttention(LayeredPlan):
 
     def layer(self, index: int) -> FlexLayer:
         if not self._prefixes:
-            return FlexLayer(None, None, self._mask)
+            return FlexLayer(None, None, self._mask, apart=False)
+        if self._apart:
+            k_GPD, v_GPD = self._prefixes[0][index].unbind(0)
+            # A length of its own, else code is compiled for prefixes that happen to be as long as something else.
+            for prefix_GPD in (k_GPD, v_GPD):
+                torch._dynamo.maybe_mark_dynamic(prefix_GPD, 1)
+            return FlexLayer(k_GPD, v_GPD, self._mask, apart=True)
         parts = [_filled(layers[index]) for layers in self._prefixes]
         k_GPD, v_GPD = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).unbind(0)
-        return FlexLayer(k_GPD, v_GPD, self._mask)
+        return FlexLayer(k_GPD, v_GPD, self._mask, apart=False)
 
     def attend(self, layer: int, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, scale: float) -> Tensor:
         return self.layer(layer).attend(q_HTD, k_GTD, v_GTD, scale)

@@ -10,6 +10,7 @@ from torch import Tensor
 from foundry.errors import InvalidArgument
 from foundry.model.attention import LayeredPlan, attend_masked, causal_mask
 from foundry.model.attention.flex import BLOCK, FlexLayer, Spans, block_mask
+from foundry.model.attention.whole import reads_whole
 
 
 class PrefillAttention:
@@ -62,16 +63,19 @@ class FlexPrefill(LayeredPlan):
         # Not in its place: compiled code may not write into what it reads by another name.
         num_layers, _, num_kv_heads, _, head_dim = kv_L2GPD.shape
         self._chunk_L2GTD = kv_L2GPD.new_empty((num_layers, 2, num_kv_heads, num_filled, head_dim))
-        self._mask = block_mask(Spans.of([num_filled], [(0, begin)], begin).to(device), begin + num_filled)
+        self._apart = reads_whole(kv_L2GPD)
+        num_prefix_keys = 0 if self._apart else begin
+        spans = Spans.of([num_filled], [(0, num_prefix_keys)], num_prefix_keys)
+        self._mask = block_mask(spans.to(device), num_prefix_keys + num_filled)
 
     def layer(self, index: int) -> FlexPrefillLayer:
         if not self._begin:
-            return FlexPrefillLayer(None, None, self._mask, self._chunk_L2GTD[index])
+            return FlexPrefillLayer(None, None, self._mask, False, self._chunk_L2GTD[index])
         k_GPD, v_GPD = self._kv_L2GPD[index, :, :, : self._begin]
         for prefix_GPD in (k_GPD, v_GPD):
             # A length of its own, else code is compiled for prefixes that happen to be as long as the chunk.
             torch._dynamo.maybe_mark_dynamic(prefix_GPD, 1)
-        return FlexPrefillLayer(k_GPD, v_GPD, self._mask, self._chunk_L2GTD[index])
+        return FlexPrefillLayer(k_GPD, v_GPD, self._mask, self._apart, self._chunk_L2GTD[index])
 
     def keep(self) -> None:
         """After the forward: put the tokens' KV into the buffer."""

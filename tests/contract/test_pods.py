@@ -266,7 +266,7 @@ class Teachers:
 
     def holding(self) -> dict[str, int]:
         """Contexts on each."""
-        return {number: len(servicer._contexts._resident) for number, servicer in self.servicers.items()}
+        return {number: len(servicer._contexts._device._entries) for number, servicer in self.servicers.items()}
 
 
 @pytest.fixture

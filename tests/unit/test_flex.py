@@ -125,8 +125,13 @@ def test_flex_attention_reads_the_mask_so(lm: FrozenLM, case: str, monkeypatch: 
 def test_one_prefix_is_read_apart(lm: FrozenLM, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prefixes = {length: prefix.detach() for length, prefix in prefixes_of(lm, CASES[case][1]).items()}
     monkeypatch.setattr(flex, "reads_whole", lambda kv: kv is not None)
-    read = []
-    monkeypatch.setattr(flex, "attend_whole", lambda *each: read.append(each[1].shape[1]) or attend_whole(*each))
+    read: list[int] = []
+
+    def noted(q_HTD: Tensor, k_GPD: Tensor, v_GPD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        read.append(k_GPD.shape[1])
+        return attend_whole(q_HTD, k_GPD, v_GPD, scale)
+
+    monkeypatch.setattr(flex, "attend_whole", noted)
     found = hidden_by(lm, FlexAttention, case, prefixes, monkeypatch)
     expected = hidden_by(lm, PackedAttention, case, prefixes, monkeypatch)
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)

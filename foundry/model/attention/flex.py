@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from foundry.model.attention import LayerAttention, LayeredPlan, check_lengths
 from foundry.model.attention.whole import attend_whole, reads_whole
@@ -118,9 +118,9 @@ class FlexLayer(LayerAttention):
             v_GTD = torch.cat([self.v_GPD, v_GTD], dim=1)
             out_HTD = self._flex(q_HTD, k_GTD, v_GTD, scale=scale)[0]
         else:
-            own, own_lse = self._flex(q_HTD, k_GTD, v_GTD, scale=scale, return_lse=True)
+            own, aux = self._flex(q_HTD, k_GTD, v_GTD, scale=scale, return_aux=AuxRequest(lse=True))
             prefix_HTD, lse_HT = attend_whole(q_HTD, self.k_GPD, self.v_GPD, scale)
-            own_share_HT1 = torch.sigmoid(own_lse[0] - lse_HT)[..., None].to(own.dtype)
+            own_share_HT1 = torch.sigmoid(aux.lse[0] - lse_HT)[..., None].to(own.dtype)
             out_HTD = torch.lerp(prefix_HTD, own[0], own_share_HT1)
         return out_HTD.transpose(0, 1)
 

@@ -40,6 +40,8 @@ class Objective:
     # Of the loss on tokens that are known to be right: how much is their likelihood (hard labels) beside what the
     # teacher says of them (soft labels), https://arxiv.org/abs/1503.02531.
     hard_label_weight: float = 0.0
+    # The largest importance weight, of answers that an older version gave.
+    importance_ratio_max: float = 2.0
 
     @property
     def needs_hidden(self) -> bool:
@@ -111,6 +113,7 @@ def distill(
     head_VE: Tensor,
     token_ids_N: Tensor,
     verbatim_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
     *,
     tile_elements: int | None = None,
 ) -> Distilled:
@@ -118,8 +121,8 @@ def distill(
 
     `teacher` is hidden states [N, E] for the exact objectives and a TopK for `topk`; `token_ids_N` are the tokens at
     the scored positions, for `chosen_logprob_N`; `verbatim_N` says which of them are known to be right, by default
-    none; `tile_elements` is for tests. The gradient is computed here, tile by tile, and handed to autograd as a ready
-    vector. Raises InvalidArgument if the lengths differ.
+    none; `weight_N` multiplies the losses; `tile_elements` is for tests. The gradient is computed here, tile by tile,
+    and handed to autograd as a ready vector. Raises InvalidArgument if the lengths differ.
     """
     num_tokens = student_hidden_NE.shape[0]
     teacher_rows = teacher.ids_NK.shape[0] if isinstance(teacher, TopK) else teacher.shape[0]
@@ -139,9 +142,12 @@ def distill(
         tile_hidden = hidden_NE[tile].requires_grad_(grad_NE is not None)
         tile_teacher = _tile_teacher(objective, teacher, tile, head_VE)
         tile_verbatim = None if verbatim_N is None else verbatim_N[tile]
+        tile_weight = None if weight_N is None else weight_N[tile]
         with torch.set_grad_enabled(grad_NE is not None):
             logits_NV = F.linear(tile_hidden, head_VE)
-            loss, chosen, entropy = scores_of(objective, logits_NV, tile_teacher, token_ids_N[tile], tile_verbatim)
+            loss, chosen, entropy = scores_of(
+                objective, logits_NV, tile_teacher, token_ids_N[tile], tile_verbatim, tile_weight
+            )
         if grad_NE is not None:
             (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
         with torch.no_grad():
@@ -170,14 +176,17 @@ def _scores(
     teacher: Tensor | TopK | None,
     token_ids_N: Tensor,
     verbatim_N: Tensor | None,
+    weight_N: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a tile: losses, and detached logprobs of the tokens that stand there and entropies."""
     logprobs_NV = F.log_softmax(logits_NV.float(), dim=-1)
     chosen_N = logprobs_NV.gather(-1, token_ids_N[:, None]).squeeze(-1)
     loss_N = _losses(objective, logprobs_NV, teacher, chosen_N)
     if verbatim_N is not None:
-        weight_N = objective.hard_label_weight * verbatim_N
-        loss_N = (1 - weight_N) * loss_N - weight_N * chosen_N
+        hard_N = objective.hard_label_weight * verbatim_N
+        loss_N = (1 - hard_N) * loss_N - hard_N * chosen_N
+    if weight_N is not None:
+        loss_N = weight_N * loss_N
     fixed_NV = logprobs_NV.detach()
     return loss_N, chosen_N.detach(), -(fixed_NV.exp() * fixed_NV).sum(-1)
 

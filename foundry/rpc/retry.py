@@ -49,13 +49,13 @@ class Retry:
 
     async def call(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """`attempt()`'s result. Raises its last error when the budget is used up, and other errors at once."""
-        alignment_errors = 0
+        alignment_errors, told = 0, ""
 
         def after(state: RetryCallState) -> None:
-            nonlocal alignment_errors
+            nonlocal alignment_errors, told
             error = state.outcome.exception() if state.outcome else None
             alignment_errors += isinstance(error, AlignmentError)
-            self.waiting_for = f"{what}: {error}"
+            self.waiting_for = told = f"{what}: {error}"
             log.warning(
                 "waiting",
                 what=what,
@@ -92,4 +92,6 @@ class Retry:
         try:
             return await retrying(trial)
         finally:
-            self.waiting_for = ""
+            # Another call may wait beside this one.
+            if self.waiting_for == told:
+                self.waiting_for = ""

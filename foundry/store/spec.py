@@ -247,10 +247,19 @@ class RunSpec(Checked):
     policy_mismatch_threshold: Number = Field(default=0.05, gt=0)
     """Nats per token beyond which the rollout is not the policy it claims to be, and the run stops."""
 
+    # These are left out where they are the default, so that checkpoints of runs from before them keep their
+    # configuration's digest.
+    max_staleness: int = Field(default=0, ge=0, le=3, exclude_if=lambda value: value == 0)
+    """Versions that the answers of a step may be behind the policy: so many steps are answered and scored while others
+    train. 0: each step is answered by the version that it trains."""
+
+    importance_ratio_max: Number = Field(default=2.0, ge=1, le=100, exclude_if=lambda value: value == 2.0)
+    """Most that a token of an older version's answer counts: as much as what stands before it is likelier now, up to
+    this."""
+
     model_fingerprint: Annotated[str, checked(_stored)] = ""
     """Model that the run is for. Empty: whatever model the worker serves."""
 
-    # Left out, so that checkpoints of runs from before it keep their configuration's digest.
     resources: Resources | None = Field(default=None, exclude_if=lambda value: value is None)
     """For runs that are trained by a Kubernetes Job each."""
 

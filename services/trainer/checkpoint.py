@@ -6,7 +6,7 @@ The random state is not in it: every draw of a run is seeded by its place (`foun
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import load, save
 
 from foundry.errors import InvalidArgument
-from foundry.identity import read_safetensors_header
+from foundry.identity import CartridgeBytes, read_safetensors_header
+from foundry.model.cartridge import Cartridge
+from foundry.store import ManifestDraft
 from foundry.store.names import CartridgeId
 from services.trainer.update.step import TrainingStep
+
+# A version from before the checkpoint that steps after it claim, and what was said of it.
+Older = tuple[ManifestDraft, CartridgeBytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,8 @@ class Progress:
     num_no_better: int = 0
 
 
-def write(progress: Progress, training: TrainingStep) -> bytes:
-    """Master, Adam moments and progress as the bytes of one file."""
+def write(progress: Progress, training: TrainingStep, older: Sequence[Older] = ()) -> bytes:
+    """Master, Adam moments, progress and older versions as the bytes of one file."""
     master = training.cartridge.master_L2GRD
     moments = training.optimiser.state.get(master, {})
     tensors = {
@@ -60,9 +65,13 @@ def write(progress: Progress, training: TrainingStep) -> bytes:
         "exp_avg": moments.get("exp_avg", torch.zeros_like(master)),
         "exp_avg_sq": moments.get("exp_avg_sq", torch.zeros_like(master)),
     }
+    tensors |= {_older_name(draft): Cartridge.from_bytes(stored).kv_L2GPD for draft, stored in older}
     return save(
         {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-        metadata={"progress": json.dumps(asdict(progress))},
+        metadata={
+            "progress": json.dumps(asdict(progress)),
+            "older": json.dumps([draft.model_dump(mode="json") for draft, _ in older]),
+        },
     )
 
 
@@ -103,6 +112,20 @@ def read(content: bytes, training: TrainingStep, *, config: str, template: str) 
             "exp_avg_sq": tensors["exp_avg_sq"].to(master.device),
         }
     return progress
+
+
+def read_older(content: bytes, training: TrainingStep) -> list[Older]:
+    """The older versions, oldest first."""
+    drafts = json.loads(read_safetensors_header(content)["__metadata__"].get("older", "[]"))
+    tensors, header = load(content) if drafts else {}, training.cartridge.header
+    return [
+        (draft, Cartridge(header, tensors[_older_name(draft)]).to_bytes())
+        for draft in (ManifestDraft(**values) for values in drafts)
+    ]
+
+
+def _older_name(draft: ManifestDraft) -> str:
+    return f"older.{draft.step}"
 
 
 def _is(kind: type[Progress] | type[Best], values: Mapping[str, Any]) -> bool:

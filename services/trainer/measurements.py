@@ -27,13 +27,12 @@ class Measurements:
         training: TrainingStep,
         teachers: Teachers,
         publisher: PolicyPublisher,
-        stages: Stages,
         *,
         heldout: HeldOutSet,
         general: HeldOutSet,
     ) -> None:
         self._attempt, self._progress, self._training = attempt, progress, training
-        self._teachers, self._publisher, self._stages = teachers, publisher, stages
+        self._teachers, self._publisher = teachers, publisher
         self._heldout, self._general = heldout, general
 
     async def begin(self) -> None:
@@ -45,7 +44,7 @@ class Measurements:
     async def take(self) -> None:
         """Measure the policy as it stands, say so, and tag it if there was no better one."""
         progress, lm, cartridge = self._progress, self._training.lm, self._training.cartridge
-        with self._stages.timed("evaluate"):
+        with Stages().timed("evaluate"):
             distance = await asyncio.to_thread(self._heldout.distance, lm, cartridge)
             general = await asyncio.to_thread(self._general.distance, lm, cartridge) if self._general.samples else None
         progress.heldout_kl_last = distance.kl

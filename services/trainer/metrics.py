@@ -30,6 +30,13 @@ VERSION = Gauge("foundry_trainer_version", "Latest version that the active run p
 STALENESS = Gauge(
     "foundry_trainer_staleness_versions", "How many versions the oldest answer of the last step was behind its policy."
 )
+IMPORTANCE_WEIGHT = Gauge(
+    "foundry_trainer_importance_weight",
+    "Mean weight of the last step's answer tokens: below 1 where an older version said what the policy seldom would.",
+)
+IMPORTANCE_TRUNCATED = Gauge(
+    "foundry_trainer_importance_truncated_ratio", "Share of the last step's answer tokens at importance_ratio_max."
+)
 LOSS = Gauge("foundry_trainer_loss", "Mean loss per token of the last step, in nats.")
 GRAD_NORM = Gauge("foundry_trainer_grad_norm", "Norm of the last step's gradient.")
 HELDOUT_KL = Gauge("foundry_trainer_heldout_kl", "Mean forward KL to the teacher on held-out answers, in nats.")
@@ -57,8 +64,8 @@ REFUSED = Counter(
 )
 STAGE_SECONDS = Histogram(
     "foundry_trainer_stage_seconds",
-    "Time of one stage of a step: rollout, teacher, update, publish, all of them (total); and between steps evaluate "
-    "and checkpoint.",
+    "Time of one stage of a step: rollout, teacher, update, publish, all of them (total; with max_staleness only what "
+    "the run waited for); and between steps evaluate and checkpoint.",
     ["stage"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )

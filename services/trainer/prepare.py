@@ -38,7 +38,6 @@ from services.trainer.signals import Teachers
 from services.trainer.sources.hybrid import Hybrid
 from services.trainer.sources.off_policy import OffPolicy
 from services.trainer.sources.on_policy import OnPolicy
-from services.trainer.stages import Stages
 from services.trainer.start import plan_start
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
@@ -91,7 +90,8 @@ class Preparation:
             await end(writing)
         training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
         progress = await self._resume(kept, training, curriculum) if kept else self._begin(curriculum)
-        publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
+        older = checkpoint.read_older(kept, training) if kept else []
+        publisher = PolicyPublisher(attempt, training.cartridge, progress, older)
         objective = training.objective
         return Run(
             attempt,
@@ -99,16 +99,15 @@ class Preparation:
             training,
             source=Hybrid(
                 OffPolicy(attempt, lm, contexts, curriculum, teachers, self._cache, objective),
-                OnPolicy(attempt, curriculum, self._rollouts, teachers, objective, publisher, stages),
+                OnPolicy(attempt, curriculum, self._rollouts, teachers, objective, publisher),
                 num_first_steps=spec.num_off_policy_steps,
             ),
             publisher=publisher,
             measurements=Measurements(
-                *(attempt, progress, training, teachers, publisher, stages),
+                *(attempt, progress, training, teachers, publisher),
                 heldout=self._heldout(curriculum.heldout),
                 general=self._heldout(curriculum.general_heldout),
             ),
-            stages=stages,
             control=control,
         )
 
@@ -179,4 +178,4 @@ class Preparation:
 
 
 def objective_of(spec: RunSpec) -> Objective:
-    return Objective(spec.objective, spec.jsd_beta, spec.topk, spec.hard_label_weight)
+    return Objective(spec.objective, spec.jsd_beta, spec.topk, spec.hard_label_weight, spec.importance_ratio_max)

@@ -11,6 +11,8 @@ from foundry.store import RunSpec
 from services.trainer import metrics
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
+from services.trainer.lookahead import Answers
+from services.trainer.policy import Policy
 from services.trainer.sample import Guards, Sample
 from services.trainer.update.heldout import Distance
 from services.trainer.update.proof import Proof
@@ -29,24 +31,29 @@ def report_begin(progress: Progress, spec: RunSpec) -> None:
 
 
 async def report_step(
-    attempt: Attempt, progress: Progress, samples: Sequence[Sample], update: Update, seconds: Mapping[str, float]
+    attempt: Attempt, made: Policy, answers: Answers, update: Update, seconds: Mapping[str, float]
 ) -> None:
+    """`made` is what `update` made of the policy."""
+    samples, policy = answers.samples, made.id
     guards = Guards.of(samples)
     mismatch = _mismatch(update.proof)
-    _observe(progress, samples, update, guards)
+    staleness = made.step - 1 - answers.policy.step if update.proof else None
+    _observe(made.step, samples, update, guards)
+    if staleness is not None:
+        metrics.STALENESS.set(staleness)
     log.info(
         "step",
-        step=progress.step,
+        step=made.step,
         loss=update.loss,
         policy_mismatch_kl=mismatch["policy_mismatch_kl"],
-        version=progress.policy.version,
-        digest=progress.policy.digest,
+        version=policy.version,
+        digest=policy.digest,
         seconds=seconds["total"],
     )
     await attempt.tell(
         {
             "type": "step",
-            "step": progress.step,
+            "step": made.step,
             "attempt": attempt.claimed.attempt,
             "num_steps": attempt.spec.num_steps,
             "objective": attempt.spec.loss,
@@ -58,9 +65,12 @@ async def report_step(
             "mean_length": guards.mean_length,
             "truncated": guards.truncated,
             "repetition": guards.repetition,
-            "version": progress.policy.version,
-            "digest": progress.policy.digest,
+            "version": policy.version,
+            "digest": policy.digest,
             "sampled_digest": samples[0].digest,
+            "staleness": staleness,
+            "importance_weight": update.importance.mean_weight if update.importance else None,
+            "importance_truncated": update.importance.truncated if update.importance else None,
             "seconds": {stage: seconds[stage] for stage in _STAGES if stage in seconds},
         }
     )
@@ -86,13 +96,16 @@ async def report_heldout(
     )
 
 
-def _observe(progress: Progress, samples: Sequence[Sample], update: Update, guards: Guards) -> None:
-    metrics.STEP.set(progress.step)
+def _observe(step: int, samples: Sequence[Sample], update: Update, guards: Guards) -> None:
+    metrics.STEP.set(step)
     metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
     metrics.LOSS.set(update.loss)
     metrics.GRAD_NORM.set(update.grad_norm)
     if update.proof is not None:
         metrics.POLICY_MISMATCH_KL.set(update.proof.total.kl)
+        # What was not weighted counts 1.
+        metrics.IMPORTANCE_WEIGHT.set(update.importance.mean_weight if update.importance else 1.0)
+        metrics.IMPORTANCE_TRUNCATED.set(update.importance.truncated if update.importance else 0.0)
     metrics.ENTROPY.set(update.entropy)
     metrics.TRUNCATED.set(guards.truncated)
     metrics.REPETITION.set(guards.repetition)

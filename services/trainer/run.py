@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+
+from opentelemetry import trace
 
 from foundry.errors import PolicyMismatch
+from foundry.model.cartridge import Cartridge
 from services.trainer import checkpoint, metrics
 from services.trainer.attempt import Attempt
+from services.trainer.background import Background
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
+from services.trainer.lookahead import Answers, Lookahead
 from services.trainer.measurements import Measurements
+from services.trainer.policy import Policy
 from services.trainer.publish import PolicyPublisher
 from services.trainer.report import report_begin, report_step
-from services.trainer.sample import Sample
 from services.trainer.sources import SampleSource
 from services.trainer.stages import Stages
-from services.trainer.update.gradient import Signal
 from services.trainer.update.schedule import learning_rate_scale
 from services.trainer.update.step import TrainingStep, Update
 
@@ -33,42 +36,49 @@ class Run:
         source: SampleSource,
         publisher: PolicyPublisher,
         measurements: Measurements,
-        stages: Stages,
         control: Control,
     ) -> None:
         """`publisher` and the run move the same `progress`."""
         self.claimed, self.spec = attempt.claimed, attempt.spec
         self.progress = progress
         self._attempt, self._training, self._source = attempt, training, source
-        self._publisher, self._measurements, self._stages, self._control = publisher, measurements, stages, control
+        self._publisher, self._measurements, self._control = publisher, measurements, control
+        self._lookahead = Lookahead(attempt, source, publisher)
+        self._reporting, self._keeping = Background(), Background()
 
     async def train(self) -> Progress:
         """Train to the last step, or until it is cancelled or learns no more; what it ends with is durable."""
-        await self._begin()
-        while await self._goes_on():
-            with self._stages.traced_step(self._attempt, self.progress):
-                with self._stages.timed("total"):
-                    samples = await self._source.samples(self.progress.step, self.progress.policy)
-                    with self._stages.timed("teacher"):
-                        signals = await self._source.signals(self.progress.step, samples)
-                    update = await self._update(samples, signals)
-                    await self._publish(update)
-                await report_step(self._attempt, self.progress, samples, update, self._stages.seconds)
-                await self._evaluate_and_keep()
-        await self._end()
-        return self.progress
+        try:
+            await self._begin()
+            while await self._goes_on():
+                step = self._lookahead.take(self.progress.step)
+                with trace.use_span(step.span, end_on_exit=True):
+                    with step.stages.timed("total"):
+                        answers = await step.answers
+                        update = await self._update(answers, step.stages)
+                        publication = await self._publish(update, step.stages)
+                    await self._report(publication, answers, update, step.stages)
+                    await self._evaluate_and_keep()
+            await self._end()
+            return self.progress
+        finally:
+            await self._close()
 
     # The stages of one step
 
-    async def _update(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> Update:
-        step = self.progress.step
-        if prove_policy := self._source.proves_policy(step):
-            metrics.STALENESS.set(self.progress.policy.version - min(sample.version for sample in samples))
-        scale = learning_rate_scale(self.spec, step)
+    async def _update(self, answers: Answers, stages: Stages) -> Update:
+        step, policy = self.progress.step, answers.policy
+        prove_policy = self._source.proves_policy(step)
+        stale = prove_policy and policy.step < step
         try:
-            with self._stages.timed("update"):
+            with stages.timed("update"):
                 update = await asyncio.to_thread(
-                    self._training.run, samples, signals, prove_policy=prove_policy, learning_rate_scale=scale
+                    self._training.run,
+                    answers.samples,
+                    answers.signals,
+                    prove_policy=prove_policy,
+                    claimed=Cartridge.from_bytes(policy.stored) if stale else None,
+                    learning_rate_scale=learning_rate_scale(self.spec, step),
                 )
         except PolicyMismatch as error:
             metrics.REFUSED.labels(error.reason).inc()
@@ -77,17 +87,31 @@ class Run:
         self.progress.tokens_seen += update.num_tokens
         return update
 
-    async def _publish(self, update: Update) -> None:
-        with self._stages.timed("publish"):
-            await self._publisher.publish(update)
+    async def _publish(self, update: Update, stages: Stages) -> asyncio.Task[Policy]:
+        # One version at a time: the one before is out, and said to be.
+        await self._reporting.settle()
+        publication = self._publisher.publish(update, stages)
+        if not self.spec.max_staleness:
+            await publication
+        return publication
+
+    async def _report(
+        self, publication: asyncio.Task[Policy], answers: Answers, update: Update, stages: Stages
+    ) -> None:
+        async def report() -> None:
+            await report_step(self._attempt, await publication, answers, update, stages.seconds)
+
+        await self._reporting.start(report())
+        if not self.spec.max_staleness:
+            await self._reporting.settle()
 
     # Around the steps
 
     async def _begin(self) -> None:
         report_begin(self.progress, self.spec)
         await self._attempt.acquire()
-        await self._stages.link(self._attempt)
-        await self._publisher.publish()
+        await self._lookahead.link()
+        await self._publisher.begin()
         await self._measurements.begin()
         if self.progress.step == 0:
             await self._measurements.take()
@@ -96,6 +120,7 @@ class Run:
     async def _goes_on(self) -> bool:
         if self.progress.step >= self.spec.num_steps or self._learns_no_more:
             return False
+        self._keeping.check()
         await self._control.wait_until_running()
         return not self._control.cancelled
 
@@ -107,13 +132,17 @@ class Run:
         step, spec = self.progress.step, self.spec
         last = step == spec.num_steps
         if last or (spec.heldout_every and step % spec.heldout_every == 0):
+            await self._reporting.settle()
             await self._measurements.take()
         if last or step % spec.checkpoint_every == 0:
             await self._keep()
 
     async def _end(self) -> None:
+        await self._reporting.settle()
+        await self._lookahead.close()
         if self.progress.step < self.spec.num_steps:
             await self._keep()
+        await self._keeping.settle()
         await self._publisher.publish_again()
         best = self.progress.best
         if best is not None and best.policy.digest != self.progress.policy.digest and not self._control.cancelled:
@@ -121,6 +150,19 @@ class Run:
         await self._attempt.release()
 
     async def _keep(self) -> None:
-        content = checkpoint.write(self.progress, self._training)
-        with self._stages.timed("checkpoint"):
-            await self._attempt.save_checkpoint(self.progress.step, content)
+        """Copy all that stands, and have it stored in the background."""
+        await self._reporting.settle()
+        older = await self._publisher.older()
+        content = await asyncio.to_thread(checkpoint.write, self.progress, self._training, older)
+        await self._keeping.start(self._store(self.progress.step, content))
+
+    async def _store(self, step: int, content: bytes) -> None:
+        with Stages().timed("checkpoint"):
+            await self._attempt.save_checkpoint(step, content)
+
+    async def _close(self) -> None:
+        """Leave nothing that goes on, if the run can't."""
+        await self._lookahead.close()
+        await self._reporting.close()
+        await self._publisher.close()
+        await self._keeping.close()

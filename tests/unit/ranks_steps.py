@@ -85,6 +85,16 @@ def run(lm: FrozenLM, leader: Leader | None, case: Case) -> dict[str, Tensor]:
         assert step.cartridge.master_L2GRD.grad is not None
         found[f"gradient {index}"] = step.cartridge.master_L2GRD.grad
         found[f"version {index}"] = step.cartridge.cast().detach()
+    # Answers of the version before.
+    older, claimed = step.cartridge.snapshot(), [with_own_logprobs(lm, step.cartridge, sample) for sample in samples]
+    step.run(claimed, signals, prove_policy=True)
+    update = step.run(claimed, signals, prove_policy=True, claimed=older)
+    assert update.proof is not None
+    assert update.importance is not None
+    found["older"] = torch.tensor([update.loss, update.proof.total.kl, update.importance.mean_weight])
+    assert step.cartridge.master_L2GRD.grad is not None
+    found["older gradient"] = step.cartridge.master_L2GRD.grad
+    found["newest"] = step.cartridge.cast().detach()
     # One token of one sample, on whatever rank it is computed.
     for index in range(len(samples)):
         fresh = [with_own_logprobs(lm, step.cartridge, sample) for sample in samples]
@@ -92,7 +102,7 @@ def run(lm: FrozenLM, leader: Leader | None, case: Case) -> dict[str, Tensor]:
         fresh[index] = replace(fresh[index], rollout_logprobs=[first - 0.5, *others])
         with pytest.raises(PolicyMismatch):
             step.run(fresh, signals, prove_policy=True)
-        assert torch.equal(step.cartridge.cast(), found["version 1"])
+        assert torch.equal(step.cartridge.cast(), found["newest"])
     return found
 
 

@@ -14,7 +14,6 @@ from services.trainer.checkpoint import Progress
 from services.trainer.measurements import Measurements
 from services.trainer.publish import PolicyPublisher
 from services.trainer.signals import Teachers
-from services.trainer.stages import Stages
 from services.trainer.update.heldout import Distance, HeldOutSet
 from services.trainer.update.step import TrainingStep
 
@@ -48,7 +47,7 @@ def measurements_of(every: Everything) -> Measurements:
     heldout = cast(HeldOutSet, every)
     return Measurements(
         *(cast(Attempt, every), every.progress, cast(TrainingStep, every), cast(Teachers, every)),
-        *(cast(PolicyPublisher, every), Stages()),
+        cast(PolicyPublisher, every),
         heldout=heldout,
         general=heldout,
     )

@@ -16,16 +16,18 @@ from foundry.identity import ids_digest
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective, TopK
 from foundry.selfstudy.wording import normalised
-from foundry.store import CartridgeId, RunSpec
+from foundry.store import RunSpec
 from services.teacher.scorer import Item, ItemScores, Want, score
 from services.trainer.attempt import Attempt
 from services.trainer.contexts import Context
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
+from services.trainer.policy import Policy
 from services.trainer.sample import Sample
 from services.trainer.signal_cache import SignalCache
 from services.trainer.signals import Teachers
 from services.trainer.sources.off_policy import OffPolicy
+from services.trainer.stages import Stages
 from services.trainer.update.authorship import prove_authors
 from services.trainer.update.gradient import Signal, join
 from tests.conversations import conversation
@@ -34,7 +36,8 @@ from tests.tiny import build_tiny_model
 from tests.unit.test_dataset import Retrying
 
 DOCUMENT = "The harbour is open again. The treaty was signed in the spring. The price of grain is twelve."
-POLICY = CartridgeId("report", 1, "")
+# Nobody asks it.
+POLICY = cast(Policy, None)
 EXACT, TOPK = Objective("forward_kl"), Objective("topk", k=4)
 # Three epochs over ten answers, which fit into no step evenly.
 SPEC = run_spec(mode="off", num_steps=8, batch_size=4)
@@ -122,7 +125,7 @@ def bits(signals: Sequence[Signal]) -> list[Tensor]:
 async def steps(source: OffPolicy, begin: int = 0) -> list[list[Tensor]]:
     found = []
     for step in range(begin, SPEC.num_steps):
-        samples = await source.samples(step, POLICY)
+        samples = await source.samples(step, POLICY, Stages())
         found.append(bits(await source.signals(step, samples)))
     return found
 
@@ -156,10 +159,8 @@ async def test_every_answer_is_scored_once(case: Case) -> None:
 @pytest.mark.parametrize("objective", [EXACT, TOPK])
 async def test_what_memory_does_not_hold_is_on_disk_with_the_same_bits(case: Case, objective: Objective) -> None:
     expected = await steps(case.source(objective))
-    one_answer = sum(
-        each.nbytes
-        for each in bits(await case.source(objective).signals(0, (await case.source(objective).samples(0, POLICY))[:1]))
-    )
+    first = (await case.source(objective).samples(0, POLICY, Stages()))[:1]
+    one_answer = sum(each.nbytes for each in bits(await case.source(objective).signals(0, first)))
     source = case.source(objective, 2 * one_answer, PLENTY)
     assert equal(await steps(source), expected)
     assert case.cache._files
@@ -180,7 +181,7 @@ async def test_an_attempt_that_begins_later_gets_the_same_bits(case: Case, begin
 
 async def proved(case: Case, objective: Objective = EXACT, claimed: float | None = None, **changes: Any) -> None:
     """With every logprob of one of the model's answers as `claimed`, and one of the document's with `changes`."""
-    samples = [sample for step in range(3) for sample in await case.source(objective).samples(step, POLICY)]
+    samples = [sample for step in range(3) for sample in await case.source(objective).samples(step, POLICY, Stages())]
     modelled = next(place for place, sample in enumerate(samples) if sample.rollout_logprobs)
     recited = next(place for place, sample in enumerate(samples) if not sample.rollout_logprobs)
     if claimed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,13 +12,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from foundry.errors import InvalidArgument, PolicyMismatch
+from foundry.identity import ObjectiveKind
+from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
+from foundry.store import ManifestDraft
 from foundry.store.names import CartridgeId
 from services.trainer import checkpoint
 from services.trainer.checkpoint import Best, Progress
-from services.trainer.update.gradient import distill_samples
+from services.trainer.sample import Sample
+from services.trainer.update.gradient import Signal, distill_samples
 from services.trainer.update.heldout import MEASURE, HeldOutSet
+from services.trainer.update.importance import Importance, importance_weights
 from services.trainer.update.step import TrainingStep
 from tests.tiny import build_tiny_model
 from tests.unit.test_packing import LENGTHS, make_cartridge, make_samples, make_signals, with_own_logprobs
@@ -53,6 +58,97 @@ def test_answers_of_another_version_are_refused_and_change_nothing(lm: FrozenLM)
     with pytest.raises(PolicyMismatch, match="nothing was trained"):
         step.run(samples, signals, prove_policy=True)
     assert torch.equal(step.cartridge.master_L2GRD, before)
+
+
+def moved_on(lm: FrozenLM, threshold: float = 1e-8) -> tuple[TrainingStep, list[Sample], Cartridge]:
+    """A step whose cartridge has been trained since an older version gave these answers; and that version."""
+    step = make_step(lm, threshold)
+    older = step.cartridge.snapshot()
+    samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(LENGTHS)]
+    step.run(samples, make_signals(lm, samples), prove_policy=True)
+    return step, samples, older
+
+
+def test_answers_of_an_older_version_are_proved_against_its_bytes(lm: FrozenLM) -> None:
+    step, samples, older = moved_on(lm)
+    signals, before = make_signals(lm, samples), step.cartridge.master_L2GRD.detach().clone()
+    # They claim the older version and are the present one's, or another's.
+    present = [with_own_logprobs(lm, step.cartridge, sample) for sample in samples]
+    with pytest.raises(PolicyMismatch, match="nothing was trained"):
+        step.run(present, signals, prove_policy=True, claimed=older)
+    another = Cartridge(older.header, older.kv_L2GPD + 0.05)
+    with pytest.raises(PolicyMismatch, match="nothing was trained"):
+        step.run(samples, signals, prove_policy=True, claimed=another)
+    assert torch.equal(step.cartridge.master_L2GRD, before)
+    update = step.run(samples, signals, prove_policy=True, claimed=older)
+    assert update.proof is not None
+    assert update.proof.total.kl < 1e-9
+    assert not torch.equal(step.cartridge.master_L2GRD, before)
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("micro_batch_tokens", [4096, 20])
+def test_an_older_version_s_answers_count_as_much_as_they_are_likelier_now(
+    lm: FrozenLM, objective: ObjectiveKind, micro_batch_tokens: int
+) -> None:
+    _, samples, older = moved_on(lm)
+    step = make_step(lm)
+    step.objective = Objective(objective, importance_ratio_max=1.05)
+    step._micro_batch_tokens = micro_batch_tokens
+    with torch.no_grad():
+        step.cartridge.master_L2GRD += 0.02 * torch.randn(
+            step.cartridge.master_L2GRD.shape, generator=torch.Generator().manual_seed(3)
+        )
+    signals = make_signals(lm, samples)
+    plain = distill_samples(lm, step.cartridge.cast(), step.objective, samples, signals)
+    claimed_N = torch.tensor([logprob for sample in samples for logprob in sample.rollout_logprobs])
+    lengths = [len(sample.answer_ids) for sample in samples]
+    weight_N = importance_weights(plain.chosen_logprob_N - claimed_N, lengths, 1.05)
+    # By autograd over plain losses, one by one.
+    losses = [
+        weight * distill_samples(lm, step.cartridge.cast(), step.objective, [cut], [signal]).loss
+        for cut, signal, weight in _one_by_one(samples, signals, weight_N)
+    ]
+    (expected,) = torch.autograd.grad(torch.stack(losses).mean(), step.cartridge.master_L2GRD)
+    update = step.run(samples, signals, prove_policy=True, claimed=older)
+    assert step.cartridge.master_L2GRD.grad is not None
+    torch.testing.assert_close(step.cartridge.master_L2GRD.grad, expected, atol=1e-6, rtol=1e-3)
+    assert update.importance is not None
+    assert update.importance.mean_weight == pytest.approx(weight_N.mean().item(), rel=1e-4)
+    assert 0 < update.importance.truncated < 1
+    assert update.loss == pytest.approx((weight_N * plain.token_loss_N).mean().item(), rel=1e-4)
+
+
+def _one_by_one(
+    samples: Sequence[Sample], signals: Sequence[Signal], weight_N: Tensor
+) -> Iterator[tuple[Sample, Tensor, float]]:
+    """Each answer token with what stands before it as the turn, its signal and its weight."""
+    weights = iter(weight_N.tolist())
+    for sample, signal in zip(samples, signals, strict=True):
+        assert isinstance(signal, Tensor)
+        for place, token in enumerate(sample.answer_ids):
+            turn = [*sample.turn_ids, *sample.answer_ids[:place]]
+            yield replace(sample, turn_ids=turn, answer_ids=[token]), signal[place : place + 1], next(weights)
+
+
+def test_importance_weights_are_those_computed_by_hand() -> None:
+    now, then = torch.tensor([0.6, 0.2, 0.9, 0.4, 0.5, 0.3, 0.8]), torch.tensor([0.3, 0.4, 0.3, 0.9, 0.5, 0.6, 0.1])
+    # What a token counts is decided by those before it in its own answer: products of 2, 1/2, 3 and of 1, 1/2.
+    weight_N = importance_weights(now.log() - then.log(), [4, 3], 2.5)
+    torch.testing.assert_close(weight_N, torch.tensor([1.0, 2.0, 1.0, 2.5, 1.0, 1.0, 0.5]))
+    importance = Importance.of(now.log() - then.log(), [4, 3], 2.5)
+    assert importance.mean_weight == pytest.approx(9 / 7)
+    assert importance.truncated == pytest.approx(1 / 7)
+
+
+def test_a_version_that_has_not_moved_weighs_nothing(lm: FrozenLM) -> None:
+    plain, weighted = make_step(lm), make_step(lm)
+    samples = [with_own_logprobs(lm, plain.cartridge, sample) for sample in make_samples(LENGTHS)]
+    signals = make_signals(lm, samples)
+    assert plain.run(samples, signals, prove_policy=True).importance is None
+    update = weighted.run(samples, signals, prove_policy=True, claimed=weighted.cartridge.snapshot())
+    assert update.importance == Importance(mean_weight=1.0, truncated=0.0)
+    assert torch.equal(plain.cartridge.master_L2GRD, weighted.cartridge.master_L2GRD)
 
 
 def test_logprobs_shifted_by_one_position_are_refused(lm: FrozenLM) -> None:
@@ -187,6 +283,7 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
         train(step)
         train(step)
     content = checkpoint.write(progress, interrupted)
+    assert checkpoint.read_older(content, resumed) == []
     assert checkpoint.read(content, resumed, config="config", template="template") == progress
     train(straight)
     train(resumed)
@@ -195,6 +292,20 @@ def test_a_step_after_a_checkpoint_is_the_step_without_it(lm: FrozenLM) -> None:
         checkpoint.read(content, make_step(lm), config="another", template="template")
     with pytest.raises(InvalidArgument, match="another configuration: its chat template is template"):
         checkpoint.read(content, make_step(lm), config="config", template="another")
+
+
+def test_a_checkpoint_keeps_the_older_versions_that_steps_in_flight_claim(lm: FrozenLM) -> None:
+    progress = Progress(2, CartridgeId("name", 3, "blake3:" + "0" * 64), 100, "config", "template", "")
+    step = make_step(lm)
+    older = []
+    for number in (0, 1):
+        draft = ManifestDraft(name="name", run="run-a", attempt=1, step=number, metrics={"loss": 0.1 * number})
+        older.append((draft, step.cartridge.snapshot().to_bytes()))
+        with torch.no_grad():
+            step.cartridge.master_L2GRD += 0.1
+    found = checkpoint.read_older(checkpoint.write(progress, step, older), make_step(lm))
+    assert [draft for draft, _ in found] == [draft for draft, _ in older]
+    assert [stored.digest() for _, stored in found] == [stored.digest() for _, stored in older]
 
 
 def test_a_checkpoint_of_another_release_is_refused(lm: FrozenLM) -> None:

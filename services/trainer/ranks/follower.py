@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from foundry.errors import FoundryError
+from foundry.identity import CartridgeHeader
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from services.trainer.ranks.group import Group, RankMessage
 from services.trainer.ranks.share import Share
-from services.trainer.update.gradient import backward
+from services.trainer.update.gradient import Batch, backward
 
 
 def follow(lm: FrozenLM, group: Group) -> int:
@@ -29,13 +32,13 @@ def follow(lm: FrozenLM, group: Group) -> int:
 def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
     """The gradient of the share; rank 0 has its scores then. None if it failed, which rank 0 knows then."""
     header = share.prefix
-    prefix_L2GPD = torch.empty(header.shape, dtype=getattr(torch, header.dtype), device=group.device)
-    group.broadcast(prefix_L2GPD)
+    prefix_L2GPD = _receive_prefix(group, header)
+    claimed_L2GPD = _receive_prefix(group, header) if share.claims_older else None
     try:
         lm.spec.check(header)
         # The published cast, as a master: cast again, it is the same numbers.
         cartridge = TrainableCartridge(lm, prefix_L2GPD, num_frozen=header.num_frozen, dtype=prefix_L2GPD.dtype)
-        scores = _backward(lm, cartridge, share)
+        scores = _backward(lm, cartridge, replace(share.batch, claimed_L2GPD=claimed_L2GPD))
     except Exception as error:
         reason = error.reason if isinstance(error, FoundryError) else FoundryError.reason
         message = error.message if isinstance(error, FoundryError) else repr(error)
@@ -46,9 +49,12 @@ def _compute(lm: FrozenLM, group: Group, share: Share) -> Tensor | None:
     return master.grad if master.grad is not None else torch.zeros_like(master)
 
 
-def _backward(lm: FrozenLM, cartridge: TrainableCartridge, share: Share) -> Tensor:
-    """[3, N], as the fields of TokenScores stand."""
-    if not share.batch.samples:
-        return torch.empty(3, 0)
-    scores = backward(lm, cartridge, share.batch)
-    return torch.stack([scores.loss_N, scores.chosen_logprob_N, scores.entropy_N])
+def _receive_prefix(group: Group, header: CartridgeHeader) -> Tensor:
+    prefix_L2GPD = torch.empty(header.shape, dtype=getattr(torch, header.dtype), device=group.device)
+    group.broadcast(prefix_L2GPD)
+    return prefix_L2GPD
+
+
+def _backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> Tensor:
+    """[4, N], as the fields of TokenScores stand."""
+    return backward(lm, cartridge, batch).stacked() if batch.samples else torch.empty(4, 0)

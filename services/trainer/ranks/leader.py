@@ -44,6 +44,8 @@ class Leader:
             for rank in self._followers:
                 self._group.send(rank, shares[rank].to_message())
             self._group.broadcast(cartridge.cast().detach())
+            if batch.claimed_L2GPD is not None:
+                self._group.broadcast(batch.claimed_L2GPD)
             try:
                 own = backward(lm, cartridge, shares[0].batch)
             finally:
@@ -93,7 +95,6 @@ def _in_order(
     """Of all samples as they stand in the step, from those of each rank."""
     rows: dict[int, torch.Tensor] = {}
     for part, indices in zip(scores, assigned, strict=True):
-        stacked = torch.stack([part.loss_N, part.chosen_logprob_N, part.entropy_N])
         lengths = [len(samples[index].answer_ids) for index in indices]
-        rows |= dict(zip(indices, torch.split(stacked, lengths, dim=1), strict=True))
+        rows |= dict(zip(indices, torch.split(part.stacked(), lengths, dim=1), strict=True))
     return TokenScores(*torch.cat([rows[index] for index in range(len(samples))], dim=1))

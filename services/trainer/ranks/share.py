@@ -32,21 +32,24 @@ def share_out(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    # The prefix itself is broadcast.
+    # The prefix itself is broadcast, and after it the older one that the samples claim, if they do.
     prefix: CartridgeHeader
     batch: Batch
+    claims_older: bool
 
     @classmethod
     def of(cls, prefix: CartridgeHeader, batch: Batch, indices: Sequence[int]) -> Self:
         """Of a step's batch, the samples that stand at `indices`."""
         samples = [batch.samples[index] for index in indices]
-        return cls(prefix, replace(batch, samples=samples, signals=[batch.signals[index] for index in indices]))
+        signals = [batch.signals[index] for index in indices]
+        return cls(prefix, replace(batch, samples=samples, signals=signals), batch.claimed_L2GPD is not None)
 
     def to_message(self) -> RankMessage:
         """Of the samples only what the gradient takes: where they come from is for the proof, on rank 0."""
         batch = self.batch
         values = {
             "prefix": asdict(self.prefix),
+            "claims_older": self.claims_older,
             "objective": asdict(batch.objective),
             "num_tokens": batch.num_tokens,
             "micro_batch_tokens": batch.micro_batch_tokens,
@@ -79,7 +82,7 @@ class Share:
             values["num_tokens"],
             values["micro_batch_tokens"],
         )
-        return cls(CartridgeHeader.from_dict(values["prefix"]), batch)
+        return cls(CartridgeHeader.from_dict(values["prefix"]), batch, values["claims_older"])
 
 
 def _tensors(signal: Signal) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from foundry.store.names import CartridgeId
+from services.trainer.policy import Policy
 from services.trainer.sample import Sample
 from services.trainer.sources import SampleSource
+from services.trainer.stages import Stages
 from services.trainer.update.gradient import Signal
 
 
@@ -17,8 +18,8 @@ class Hybrid:
     def proves_policy(self, step: int) -> bool:
         return self._at(step).proves_policy(step)
 
-    async def samples(self, step: int, policy: CartridgeId) -> Sequence[Sample]:
-        return await self._at(step).samples(step, policy)
+    async def samples(self, step: int, policy: Policy, stages: Stages) -> Sequence[Sample]:
+        return await self._at(step).samples(step, policy, stages)
 
     async def signals(self, step: int, samples: Sequence[Sample]) -> Sequence[Signal]:
         return await self._at(step).signals(step, samples)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from foundry.selfstudy.wording import normalised
-from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt
 from services.trainer.contexts import Context
 from services.trainer.data.curriculum import Curriculum
+from services.trainer.policy import Policy
 from services.trainer.sample import Sample
 from services.trainer.signal_cache import SignalCache
 from services.trainer.signals import Teachers
+from services.trainer.stages import Stages
 from services.trainer.update.authorship import prove_authors
 from services.trainer.update.gradient import Signal
 
@@ -45,7 +46,7 @@ class OffPolicy:
     def proves_policy(self, step: int) -> bool:
         return False
 
-    async def samples(self, step: int, policy: CartridgeId) -> list[Sample]:
+    async def samples(self, step: int, policy: Policy, stages: Stages) -> list[Sample]:
         return self._written(step)
 
     async def signals(self, step: int, samples: Sequence[Sample]) -> list[Signal]:

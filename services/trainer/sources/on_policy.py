@@ -12,10 +12,10 @@ from foundry.model.objectives import Objective
 from foundry.rpc.answers import Prompt
 from foundry.rpc.rollout import RolloutClient
 from foundry.seeds import derive_seed
-from foundry.store.names import CartridgeId
 from services.trainer.attempt import Attempt
 from services.trainer.data.conversation import Conversation
 from services.trainer.data.curriculum import Curriculum
+from services.trainer.policy import Policy
 from services.trainer.publish import PolicyPublisher
 from services.trainer.sample import Sample
 from services.trainer.signals import Teachers
@@ -39,40 +39,39 @@ class OnPolicy:
         teachers: Teachers,
         objective: Objective,
         publisher: PolicyPublisher,
-        stages: Stages,
     ) -> None:
         self._attempt, self._spec, self._curriculum = attempt, attempt.spec, curriculum
         self._rollouts, self._teachers, self._objective = rollouts, teachers, objective
-        self._publisher, self._stages = publisher, stages
+        self._publisher = publisher
 
     def proves_policy(self, step: int) -> bool:
         return True
 
-    async def samples(self, step: int, policy: CartridgeId) -> list[Sample]:
+    async def samples(self, step: int, policy: Policy, stages: Stages) -> list[Sample]:
         with _tracer.start_as_current_span("prompts"):
             asked = self._curriculum.asked_batch(step, self._spec)
             prompts = self._prompts(step, asked)
             contexts = [each.context for each in asked for _ in range(self._spec.samples_per_prompt)]
-        losses = itertools.count(1)
+        losses, asked_of = itertools.count(1), policy.id
 
         async def sample() -> list[Sample]:
-            nonlocal policy
+            nonlocal asked_of
             try:
                 answers = await self._rollouts.sample(
-                    prompts, policy, temperature=self._spec.temperature, max_new_tokens=self._spec.max_new_tokens
+                    prompts, asked_of, temperature=self._spec.temperature, max_new_tokens=self._spec.max_new_tokens
                 )
             except (CartridgeNotFound, DigestMismatch) as error:
                 if next(losses) > _MAX_LOSSES:
                     raise
                 # Redis was emptied and this version was not durable, or all copies are damaged: the bytes are here.
-                policy = await self._publisher.publish_again()
+                asked_of = await self._publisher.publish_again(policy)
                 raise Unavailable(f"{error.message}; it was published again") from error
             return [
-                Sample.of(prompt, answer, policy, context)
+                Sample.of(prompt, answer, asked_of, context)
                 for prompt, answer, context in zip(prompts, answers, contexts, strict=True)
             ]
 
-        with self._stages.timed("rollout"):
+        with stages.timed("rollout"):
             return await self._attempt.retry.call("rollout", sample)
 
     async def signals(self, step: int, samples: Sequence[Sample]) -> Sequence[Signal]:

@@ -18,9 +18,13 @@ from foundry.model.objectives import Distilled, Objective, TopK, distill
 from foundry.model.packing import micro_batch_tokens, micro_batches, scored_hidden
 from foundry.model.transfer import to_device
 from services.trainer.sample import Sample
+from services.trainer.update.importance import importance_weights
 
 # Of a trained number, beside its master: gradient, two moments of Adam, and as much as two in passing.
 _TRAINED_BYTES = 20
+
+# Asks for no more than the logprobs of the tokens that stand there.
+_LIKELIHOOD = Objective("nll")
 
 # The teacher's word on one sample's answer: hidden states [N, E] or a TopK.
 Signal = Tensor | TopK
@@ -33,6 +37,12 @@ class TokenScores:
     loss_N: Tensor
     chosen_logprob_N: Tensor
     entropy_N: Tensor
+    # Under the version that the samples claim.
+    claimed_logprob_N: Tensor
+
+    def stacked(self) -> Tensor:
+        """[4, N], as the fields stand."""
+        return torch.stack([self.loss_N, self.chosen_logprob_N, self.entropy_N, self.claimed_logprob_N])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,8 @@ class Batch:
     num_tokens: int
     # None: as many as fit into memory, up to where more gain nothing.
     micro_batch_tokens: int | None
+    # KV [L, 2, G, P, D] of the version that the samples claim; None: the cartridge as it stands.
+    claimed_L2GPD: Tensor | None = None
 
 
 def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> TokenScores:
@@ -55,32 +67,47 @@ def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> Token
     max_tokens = batch.micro_batch_tokens or micro_batch_tokens(lm, beside_bytes)
     # Nothing in this loop waits for the device, so that it never waits for the host.
     for some in micro_batches(batch.samples, max_tokens):
-        part = distill_samples(lm, cartridge.cast(), batch.objective, batch.samples[some], batch.signals[some])
+        samples, signals = batch.samples[some], batch.signals[some]
+        claimed_N = None
+        if batch.claimed_L2GPD is not None:
+            with torch.no_grad():
+                claimed_N = distill_samples(lm, batch.claimed_L2GPD, _LIKELIHOOD, samples, signals).chosen_logprob_N
+        part = distill_samples(lm, cartridge.cast(), batch.objective, samples, signals, claimed_N)
         # Each part's loss is the mean over its own tokens; the step's is the mean over all.
         (part.loss * (part.token_loss_N.shape[0] / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
-        parts.append(part)
-    return TokenScores(
-        torch.cat([part.token_loss_N for part in parts]),
-        torch.cat([part.chosen_logprob_N for part in parts]),
-        torch.cat([part.entropy_N for part in parts]),
-    )
+        claimed_N = part.chosen_logprob_N if claimed_N is None else claimed_N
+        scores = TokenScores(part.token_loss_N, part.chosen_logprob_N, part.entropy_N, claimed_N)
+        parts.append(scores.stacked())
+    return TokenScores(*torch.cat(parts, dim=1))
 
 
 def distill_samples(
-    lm: FrozenLM, prefix_L2GPD: Tensor, objective: Objective, samples: Sequence[Sample], signals: Sequence[Signal]
+    lm: FrozenLM,
+    prefix_L2GPD: Tensor,
+    objective: Objective,
+    samples: Sequence[Sample],
+    signals: Sequence[Signal],
+    claimed_logprob_N: Tensor | None = None,
 ) -> Distilled:
     """Distil samples behind one prefix KV [L, 2, G, P, D], in one packed forward; gradients reach the prefix.
 
-    Each sample sees the prefix and itself only.
+    Each sample sees the prefix and itself only. With `claimed_logprob_N`, of the answers' tokens under another version
+    that gave them, losses are weighted by how much likelier the prefix makes what stands before a token.
     """
-    rows = scored_hidden(lm, samples, [prefix_L2GPD] * len(samples))
+    hidden_NE = torch.cat(scored_hidden(lm, samples, [prefix_L2GPD] * len(samples)))
     token_ids = [token for sample in samples for token in sample.answer_ids]
     token_ids_N = to_device(torch.tensor(token_ids), lm.device)
     verbatim_N = None
     if objective.hard_label_weight:
         verbatim = [sample.verbatim for sample in samples for _ in sample.answer_ids]
         verbatim_N = to_device(torch.tensor(verbatim), lm.device)
-    return distill(objective, torch.cat(rows), join(signals, lm.device), lm.head_VE, token_ids_N, verbatim_N)
+    signal, weight_N = join(signals, lm.device), None
+    if claimed_logprob_N is not None:
+        # The weights of all tokens come before the gradient of any.
+        chosen_N = distill(_LIKELIHOOD, hidden_NE.detach(), signal, lm.head_VE, token_ids_N).chosen_logprob_N
+        lengths = [len(sample.answer_ids) for sample in samples]
+        weight_N = importance_weights(chosen_N - claimed_logprob_N, lengths, objective.importance_ratio_max)
+    return distill(objective, hidden_NE, signal, lm.head_VE, token_ids_N, verbatim_N, weight_N)
 
 
 def join(signals: Sequence[Signal], device: torch.device) -> Signal:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foundry.model.cartridge import TrainableCartridge
+from foundry.model.cartridge import Cartridge, TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Batch, Signal, backward
+from services.trainer.update.importance import Importance
 from services.trainer.update.proof import Proof, prove
 
 
@@ -31,6 +32,8 @@ class Update:
     entropy: float
     # None where the samples were not to be proved.
     proof: Proof | None
+    # None where the samples are the policy's as it stood, or nobody's: nothing was weighted.
+    importance: Importance | None = None
 
 
 class TrainingStep:
@@ -65,28 +68,36 @@ class TrainingStep:
         signals: Sequence[Signal],
         *,
         prove_policy: bool,
+        claimed: Cartridge | None = None,
         learning_rate_scale: float = 1.0,
     ) -> Update:
         """Train on the samples.
 
-        With `prove_policy` raises PolicyMismatch, and changes nothing, if they are not this policy's. Without it their
-        logprobs are not looked at: that is for samples which nobody says are the policy's.
+        With `prove_policy` raises PolicyMismatch, and changes nothing, if they are not this policy's, or not the older
+        one's that they claim, `claimed`; what that one gave is weighted (`services.trainer.update.importance`). Without
+        it their logprobs are not looked at: that is for samples which nobody says are the policy's.
         """
         self.optimiser.zero_grad(set_to_none=True)
-        num_tokens = sum(len(sample.answer_ids) for sample in samples)
-        batch = Batch(samples, signals, self.objective, num_tokens, self._micro_batch_tokens)
+        lengths = [len(sample.answer_ids) for sample in samples]
+        claimed_L2GPD = None if claimed is None else claimed.kv_L2GPD.to(self.lm.device)
+        batch = Batch(samples, signals, self.objective, sum(lengths), self._micro_batch_tokens, claimed_L2GPD)
         scores = self._backward(self.lm, self.cartridge, batch)
-        proof = prove(samples, scores.chosen_logprob_N, self._policy_mismatch_threshold) if prove_policy else None
+        proof = prove(samples, scores.claimed_logprob_N, self._policy_mismatch_threshold) if prove_policy else None
+        importance = None
+        if claimed is not None:
+            log_ratio_N = scores.chosen_logprob_N - scores.claimed_logprob_N
+            importance = Importance.of(log_ratio_N, lengths, self.objective.importance_ratio_max)
         grad_norm = self._clip()
         for group in self.optimiser.param_groups:
             group["lr"] = self._learning_rate * learning_rate_scale
         self.optimiser.step()
         return Update(
             loss=scores.loss_N.mean().item(),
-            num_tokens=num_tokens,
+            num_tokens=batch.num_tokens,
             grad_norm=grad_norm,
             entropy=scores.entropy_N.mean().item(),
             proof=proof,
+            importance=importance,
         )
 
     def _clip(self) -> float:

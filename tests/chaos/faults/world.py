@@ -44,7 +44,6 @@ from services.trainer.run import Run
 from services.trainer.sample import Sample
 from services.trainer.signals import Teachers
 from services.trainer.sources.on_policy import OnPolicy
-from services.trainer.stages import Stages
 from services.trainer.update.gradient import Signal
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep, Update
@@ -224,21 +223,21 @@ class World:
                 progress = Progress(0, CartridgeId(NAME, 0, ""), 0, NAME, self.template.digest, curriculum.digest)
             else:
                 progress = checkpoint.read(kept, training, config=NAME, template=self.template.digest)
-            publisher, stages = PolicyPublisher(attempt, training.cartridge, progress), Stages()
+            older = checkpoint.read_older(kept, training) if kept else []
+            publisher = PolicyPublisher(attempt, training.cartridge, progress, older)
             teachers = Teachers({ids_digest(self.context): teacher})
             heldout = [Sample.written(each, "heldout") for each in curriculum.heldout]
             yield Run(
                 attempt,
                 progress,
                 training,
-                source=OnPolicy(attempt, curriculum, rollouts, teachers, training.objective, publisher, stages),
+                source=OnPolicy(attempt, curriculum, rollouts, teachers, training.objective, publisher),
                 publisher=publisher,
                 measurements=Measurements(
-                    *(attempt, progress, training, teachers, publisher, stages),
+                    *(attempt, progress, training, teachers, publisher),
                     heldout=HeldOutSet(heldout, MICRO_BATCH_TOKENS),
                     general=HeldOutSet([], MICRO_BATCH_TOKENS),
                 ),
-                stages=stages,
                 control=control,
             )
         finally:

@@ -25,6 +25,8 @@ class Span:
     links: tuple[tuple[str, str], ...]
     attributes: dict[str, Any]
     failed: bool
+    began_ns: int
+    ended_ns: int
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -57,6 +59,8 @@ def _span(service: str, span: Any) -> Span:
         links=tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
         attributes=_attributes(span.attributes),
         failed=span.status.code == span.status.STATUS_CODE_ERROR,
+        began_ns=span.start_time_unix_nano,
+        ended_ns=span.end_time_unix_nano,
     )
 
 

@@ -25,7 +25,7 @@ from services.trainer.update.gradient import Signal
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class StepBatch:
     """What a step trains on, and the version that was asked for it."""
 
     policy: Policy
@@ -37,7 +37,7 @@ class Answers:
 class StepInFlight:
     span: trace.Span
     stages: Stages
-    answers: asyncio.Task[Answers]
+    batch: asyncio.Task[StepBatch]
 
 
 class Lookahead:
@@ -62,7 +62,7 @@ class Lookahead:
 
     async def close(self) -> None:
         """Let go of what was not taken."""
-        await end(*(each.answers for each in self._in_flight))
+        await end(*(each.batch for each in self._in_flight))
         while self._in_flight:
             self._in_flight.popleft().span.end()
 
@@ -71,7 +71,7 @@ class Lookahead:
         with trace.use_span(span):
             return StepInFlight(span, stages, asyncio.create_task(self._answer(step, span, stages)))
 
-    async def _answer(self, step: int, span: trace.Span, stages: Stages) -> Answers:
+    async def _answer(self, step: int, span: trace.Span, stages: Stages) -> StepBatch:
         async with self._sampling:
             policy = await self._publisher.policy(max(0, step - self._spec.max_staleness))
             span.set_attributes({"foundry.version": policy.id.version, "foundry.digest": policy.id.digest})
@@ -79,4 +79,4 @@ class Lookahead:
         async with self._scoring:
             with stages.timed("teacher"):
                 signals = await self._source.signals(step, samples)
-        return Answers(policy, samples, signals)
+        return StepBatch(policy, samples, signals)

@@ -11,7 +11,7 @@ from foundry.store import RunSpec
 from services.trainer import metrics
 from services.trainer.attempt import Attempt
 from services.trainer.checkpoint import Progress
-from services.trainer.lookahead import Answers
+from services.trainer.lookahead import StepBatch
 from services.trainer.policy import Policy
 from services.trainer.sample import Guards, Sample
 from services.trainer.update.heldout import Distance
@@ -31,13 +31,13 @@ def report_begin(progress: Progress, spec: RunSpec) -> None:
 
 
 async def report_step(
-    attempt: Attempt, made: Policy, answers: Answers, update: Update, seconds: Mapping[str, float]
+    attempt: Attempt, made: Policy, batch: StepBatch, update: Update, seconds: Mapping[str, float]
 ) -> None:
     """`made` is what `update` made of the policy."""
-    samples, policy = answers.samples, made.id
+    samples, policy = batch.samples, made.id
     guards = Guards.of(samples)
     mismatch = _mismatch(update.proof)
-    staleness = made.step - 1 - answers.policy.step if update.proof else None
+    staleness = made.step - 1 - batch.policy.step if update.proof else None
     _observe(made.step, samples, update, guards)
     if staleness is not None:
         metrics.STALENESS.set(staleness)

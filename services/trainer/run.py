@@ -13,7 +13,7 @@ from services.trainer.attempt import Attempt
 from services.trainer.background import Background
 from services.trainer.checkpoint import Progress
 from services.trainer.control import Control
-from services.trainer.lookahead import Answers, Lookahead
+from services.trainer.lookahead import Lookahead, StepBatch
 from services.trainer.measurements import Measurements
 from services.trainer.policy import Policy
 from services.trainer.publish import PolicyPublisher
@@ -54,10 +54,10 @@ class Run:
                 step = self._lookahead.take(self.progress.step)
                 with trace.use_span(step.span, end_on_exit=True):
                     with step.stages.timed("total"):
-                        answers = await step.answers
-                        update = await self._update(answers, step.stages)
+                        batch = await step.batch
+                        update = await self._update(batch, step.stages)
                         publication = await self._publish(update, step.stages)
-                    await self._report(publication, answers, update, step.stages)
+                    await self._report(publication, batch, update, step.stages)
                     await self._evaluate_and_keep()
             await self._end()
             return self.progress
@@ -66,16 +66,16 @@ class Run:
 
     # The stages of one step
 
-    async def _update(self, answers: Answers, stages: Stages) -> Update:
-        step, policy = self.progress.step, answers.policy
+    async def _update(self, batch: StepBatch, stages: Stages) -> Update:
+        step, policy = self.progress.step, batch.policy
         prove_policy = self._source.proves_policy(step)
         stale = prove_policy and policy.step < step
         try:
             with stages.timed("update"):
                 update = await asyncio.to_thread(
                     self._training.run,
-                    answers.samples,
-                    answers.signals,
+                    batch.samples,
+                    batch.signals,
                     prove_policy=prove_policy,
                     claimed=Cartridge.from_bytes(policy.stored) if stale else None,
                     learning_rate_scale=learning_rate_scale(self.spec, step),
@@ -96,10 +96,10 @@ class Run:
         return publication
 
     async def _report(
-        self, publication: asyncio.Task[Policy], answers: Answers, update: Update, stages: Stages
+        self, publication: asyncio.Task[Policy], batch: StepBatch, update: Update, stages: Stages
     ) -> None:
         async def report() -> None:
-            await report_step(self._attempt, await publication, answers, update, stages.seconds)
+            await report_step(self._attempt, await publication, batch, update, stages.seconds)
 
         await self._reporting.start(report())
         if not self.spec.max_staleness:

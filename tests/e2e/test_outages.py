@@ -32,19 +32,24 @@ def services(stack: Stack) -> tuple[Process, Process, Process]:
     return start_trainer(stack)
 
 
+@pytest.fixture(scope="module", params=[0, 1])
+def max_staleness(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def calm(stack: Stack, services: tuple[Process, Process, Process]) -> dict[int, dict[str, Any]]:
+def calm(stack: Stack, services: tuple[Process, Process, Process], max_staleness: int) -> dict[int, dict[str, Any]]:
     async def run(store: CartridgeStore) -> dict[int, dict[str, Any]]:
-        run_id = await create_run(store, "calm", durable_every=100)
+        run_id = await create_run(store, f"calm-{max_staleness}", durable_every=100, max_staleness=max_staleness)
         return {event["step"]: numbers(event) async for event in step_events(store, run_id)}
 
     return stack.with_store(run)
 
 
-def disturbed(stack: Stack, name: str, disturb: Callable[[], None]) -> list[dict[str, Any]]:
+def disturbed(stack: Stack, name: str, max_staleness: int, disturb: Callable[[], None]) -> list[dict[str, Any]]:
     async def run(store: CartridgeStore) -> list[dict[str, Any]]:
         # Only the first and the last version are durable: the others live in Redis alone.
-        run_id = await create_run(store, name, durable_every=100)
+        run_id = await create_run(store, name, durable_every=100, max_staleness=max_staleness)
         events = []
         async for event in step_events(store, run_id):
             events.append(event)
@@ -57,7 +62,11 @@ def disturbed(stack: Stack, name: str, disturb: Callable[[], None]) -> list[dict
 
 @pytest.mark.parametrize("which", [0, 1], ids=["rollout", "teacher"])
 def test_a_server_that_is_killed(
-    stack: Stack, services: tuple[Process, Process, Process], calm: dict[int, dict[str, Any]], which: int
+    stack: Stack,
+    services: tuple[Process, Process, Process],
+    calm: dict[int, dict[str, Any]],
+    max_staleness: int,
+    which: int,
 ) -> None:
     server = services[which]
 
@@ -65,18 +74,20 @@ def test_a_server_that_is_killed(
         server.kill()
         server.start()
 
-    events = disturbed(stack, f"killed-{which}", restart)
+    events = disturbed(stack, f"killed-{which}-{max_staleness}", max_staleness, restart)
     assert {event["step"]: numbers(event) for event in events} == calm
     assert len(events) == STEPS
 
 
 def test_redis_emptied(
-    stack: Stack, services: tuple[Process, Process, Process], calm: dict[int, dict[str, Any]]
+    stack: Stack, services: tuple[Process, Process, Process], calm: dict[int, dict[str, Any]], max_staleness: int
 ) -> None:
     """Redis is killed and comes back with nothing, of the versions between the first and the last too."""
 
+    name = f"emptied-{max_staleness}"
+
     async def run(store: CartridgeStore) -> dict[int, dict[str, Any]]:
-        run_id = await create_run(store, "emptied", durable_every=100)
+        run_id = await create_run(store, name, durable_every=100, max_staleness=max_staleness)
         found: dict[int, dict[str, Any]] = {}
         after = "0-0"
         while True:
@@ -94,9 +105,9 @@ def test_redis_emptied(
                 continue
         record = await store.runs.get(run_id)
         assert record.state is RunState.SUCCEEDED, record.error
-        manifests = await store.versions("emptied")
+        manifests = await store.versions(name)
         assert manifests[-1].digest == found[STEPS]["digest"]
-        assert (await store.resolve("emptied")).digest == found[STEPS]["digest"]
+        assert (await store.resolve(name)).digest == found[STEPS]["digest"]
         return found
 
     found = stack.with_store(run)

@@ -30,16 +30,19 @@ def trainer(stack: Stack) -> Process:
     return start_trainer(stack)[2]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_resumed_run_equals_the_undisturbed_one(stack: Stack, trainer: Process, seed: int) -> None:
+# Between two checkpoints and on one, where steps in flight claim versions from before it.
+@pytest.mark.parametrize(("seed", "max_staleness"), [(0, 0), (1, 0), (0, 1), (2, 2)])
+def test_resumed_run_equals_the_undisturbed_one(stack: Stack, trainer: Process, seed: int, max_staleness: int) -> None:
     kill_at = random.Random(seed).randrange(1, STEPS)
 
     async def undisturbed(store: CartridgeStore) -> list[dict[str, Any]]:
-        return [event async for event in step_events(store, await create_run(store, f"calm-{seed}"))]
+        run_id = await create_run(store, f"calm-{seed}-{max_staleness}", max_staleness=max_staleness)
+        return [event async for event in step_events(store, run_id)]
 
     async def killed(store: CartridgeStore) -> list[dict[str, Any]]:
         events = []
-        async for event in step_events(store, await create_run(store, f"killed-{seed}")):
+        run_id = await create_run(store, f"killed-{seed}-{max_staleness}", max_staleness=max_staleness)
+        async for event in step_events(store, run_id):
             events.append(event)
             if event["step"] == kill_at and len(events) == kill_at:
                 trainer.kill()
@@ -60,9 +63,9 @@ def test_resumed_run_equals_the_undisturbed_one(stack: Stack, trainer: Process, 
     assert versions[max(versions)] == expected[-1]["digest"]
 
     async def check_store(store: CartridgeStore) -> None:
-        latest = await store.resolve(f"killed-{seed}")
+        latest = await store.resolve(f"killed-{seed}-{max_staleness}")
         assert latest.digest == expected[-1]["digest"]
-        kept = await store.versions(f"killed-{seed}")
+        kept = await store.versions(f"killed-{seed}-{max_staleness}")
         assert [manifest.version for manifest in kept] == sorted({manifest.version for manifest in kept})
         record = await store.runs.get((await store.runs.list())[0].run_id)
         assert record.attempt == 2

@@ -194,6 +194,8 @@ def test_every_value_of_a_run_is_an_option(document: Path) -> None:
         "durable_every": 8,
         "checkpoint_every": 9,
         "policy_mismatch_threshold": 0.5,
+        "max_staleness": 2,
+        "importance_ratio_max": 4.0,
         "model_fingerprint": "blake3:" + "0" * 64,
     }
     parts: dict[str, dict[str, Any]] = {

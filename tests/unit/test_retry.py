@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -81,6 +82,25 @@ async def test_what_cannot_pass_is_raised_at_once(error: FoundryError) -> None:
     with pytest.raises(type(error)):
         await Retry(60).call("rollout", flaky)
     assert flaky.calls == 1
+
+
+async def test_a_call_that_ends_says_nothing_of_one_that_waits_beside_it() -> None:
+    retry, waiting, may_end = Retry(60, max_wait_seconds=0.001), asyncio.Event(), asyncio.Event()
+
+    async def away() -> None:
+        if retry.waiting_for and not may_end.is_set():
+            waiting.set()
+            await may_end.wait()
+        elif not may_end.is_set():
+            raise Unavailable("away")
+
+    beside = asyncio.create_task(retry.call("rollout", away))
+    await waiting.wait()
+    assert await retry.call("teacher", Flaky(Unavailable("away"), 0)) == "done"
+    assert retry.waiting_for == "rollout: away"
+    may_end.set()
+    await beside
+    assert retry.waiting_for == ""
 
 
 async def test_the_budget_is_an_end() -> None:

@@ -118,6 +118,13 @@ def test_resources_are_kubernetes_quantities() -> None:
     assert "resources" not in json.loads(run_spec().to_json())
 
 
+def test_a_run_that_no_answer_is_old_for_has_the_digest_that_it_always_had() -> None:
+    assert not {"max_staleness", "importance_ratio_max"} & json.loads(run_spec().to_json()).keys()
+    ahead = run_spec(max_staleness=1, importance_ratio_max=3.0)
+    assert ahead.digest != run_spec().digest
+    assert RunSpec.from_json(ahead.to_json()) == ahead
+
+
 def test_minimal_json_is_enough() -> None:
     assert RunSpec.model_validate(MINIMAL) == run_spec()
 
@@ -144,6 +151,9 @@ def test_minimal_json_is_enough() -> None:
         ("schedule", "linear"),
         ("warmup_steps", -1),
         ("max_grad_norm", -1),
+        ("max_staleness", -1),
+        ("max_staleness", 4),
+        ("importance_ratio_max", 0.5),
         ("patience", -1),
         ("init_text", DOCUMENT),
         ("init_version", "handbook@3"),

@@ -175,6 +175,13 @@ def _identity() -> Panels:
             "How old is the policy that answered? Versions that a step's oldest answer was behind; 0: on policy.",
             query(chosen("foundry_trainer_staleness_versions"), PROCESS),
         ),
+        series(
+            "Importance weights",
+            "none",
+            "Do older answers still count? Mean weight of the last step's tokens, and the share that is truncated.",
+            query(chosen("foundry_trainer_importance_weight"), f"mean {PROCESS}"),
+            query(chosen("foundry_trainer_importance_truncated_ratio"), f"truncated {PROCESS}"),
+        ),
     ]
 
 

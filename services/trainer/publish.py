@@ -32,6 +32,8 @@ class PolicyPublisher:
         self._cartridge, self._progress, self._older = cartridge, progress, older
         # By step, oldest first.
         self._published: dict[int, asyncio.Task[Policy]] = {}
+        # One at a time: a number that was taken before another is out before it.
+        self._publishing = asyncio.Lock()
 
     async def begin(self) -> None:
         """Publish where the attempt begins, and before it what steps in flight claim.
@@ -92,7 +94,8 @@ class PolicyPublisher:
 
     async def _publish(self, draft: ManifestDraft, stored: CartridgeBytes, *, durable: bool = False) -> Policy:
         durable = durable or draft.step in (0, self._spec.num_steps) or draft.step % self._spec.durable_every == 0
-        manifest = await self._attempt.publish(stored, draft, durable=durable)
+        async with self._publishing:
+            manifest = await self._attempt.publish(stored, draft, durable=durable)
         if draft.step == max(self._published):
             self._progress.policy = manifest.id
             metrics.VERSION.set(manifest.version)

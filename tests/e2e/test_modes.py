@@ -35,12 +35,20 @@ async def events_of(store: CartridgeStore, name: str, **changes: Any) -> list[di
     return [event async for event in follow(store, await create_run(store, name, **settings))]
 
 
+@pytest.fixture(scope="module", params=[0, 2])
+def max_staleness(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def hybrid(stack: Stack, trainer: Process) -> list[dict[str, Any]]:
-    return stack.with_store(lambda store: events_of(store, "hybrid", mode="hybrid"))
+def hybrid(stack: Stack, trainer: Process, max_staleness: int) -> list[dict[str, Any]]:
+    name = f"hybrid-{max_staleness}"
+    return stack.with_store(lambda store: events_of(store, name, mode="hybrid", max_staleness=max_staleness))
 
 
-def test_what_the_policy_says_is_proved_and_nothing_else_claims_to_be(hybrid: list[dict[str, Any]]) -> None:
+def test_what_the_policy_says_is_proved_and_nothing_else_claims_to_be(
+    hybrid: list[dict[str, Any]], max_staleness: int
+) -> None:
     steps = [event for event in hybrid if event["type"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
     first, then = steps[:OFF_POLICY_STEPS], steps[OFF_POLICY_STEPS:]
@@ -49,7 +57,9 @@ def test_what_the_policy_says_is_proved_and_nothing_else_claims_to_be(hybrid: li
     assert len({event["sampled_digest"] for event in first}) == 1
     assert all(event["policy_mismatch_kl"] < 1e-5 for event in then)
     digests = [event["digest"] for event in steps]
-    assert [event["sampled_digest"] for event in then] == digests[OFF_POLICY_STEPS - 1 : -1]
+    end = len(digests) - 1 - max_staleness
+    assert [event["sampled_digest"] for event in then] == digests[end - len(then) : end]
+    assert [event["staleness"] for event in steps] == [None] * len(first) + [max_staleness] * len(then)
 
 
 @pytest.mark.parametrize("mode", ["off", "hybrid", "on"])
@@ -64,12 +74,13 @@ def test_every_mode_comes_nearer_to_the_document(stack: Stack, trainer: Process,
 
 @pytest.mark.parametrize("kill_at", [2, 6])
 def test_a_resumed_run_is_the_undisturbed_one(
-    stack: Stack, trainer: Process, hybrid: list[dict[str, Any]], kill_at: int
+    stack: Stack, trainer: Process, hybrid: list[dict[str, Any]], max_staleness: int, kill_at: int
 ) -> None:
     async def killed(store: CartridgeStore) -> list[dict[str, Any]]:
         settings = {"num_steps": STEPS, "off_policy_share": SHARE, "mode": "hybrid", "heldout_every": 1}
+        settings |= {"max_staleness": max_staleness}
         events = []
-        async for event in step_events(store, await create_run(store, f"killed-{kill_at}", **settings)):
+        async for event in step_events(store, await create_run(store, f"killed-{kill_at}-{max_staleness}", **settings)):
             events.append(event)
             if event["step"] == kill_at and event["attempt"] == 1:
                 trainer.kill()

@@ -150,11 +150,13 @@ class Run:
         await self._attempt.release()
 
     async def _keep(self) -> None:
-        """Copy all that stands, and have it stored in the background."""
+        """Copy all that stands, and store it: beside the next steps, where steps go on beside each other."""
         await self._reporting.settle()
         older = await self._publisher.older()
         content = await asyncio.to_thread(checkpoint.write, self.progress, self._training, older)
         await self._keeping.start(self._store(self.progress.step, content))
+        if not self.spec.max_staleness:
+            await self._keeping.settle()
 
     async def _store(self, step: int, content: bytes) -> None:
         with Stages().timed("checkpoint"):

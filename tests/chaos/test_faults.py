@@ -59,14 +59,22 @@ class Stage:
     valkey: Valkey
     directory: Path
 
-    async def play(self, seed: int, num_faults: int, *kinds: str, mismatch_threshold: float | None = None) -> Report:
+    async def play(
+        self,
+        seed: int,
+        num_faults: int,
+        *kinds: str,
+        mismatch_threshold: float | None = None,
+        max_staleness: int = 0,
+    ) -> Report:
         """One episode with the kinds named, or with all."""
         world = World(self.lm, self.model, self.valkey, self.directory / str(seed))
         if mismatch_threshold is not None:
             world.mismatch_threshold = mismatch_threshold
         try:
             async with world.opened():
-                return await Episode(world, seed, num_faults, {kind: KINDS[kind] for kind in kinds or KINDS}).play()
+                played = {kind: KINDS[kind] for kind in kinds or KINDS}
+                return await Episode(world, seed, num_faults, played, max_staleness=max_staleness).play()
         finally:
             shutil.rmtree(world.directory, ignore_errors=True)
             # Connections that a fault broke while they were being made are nobody's; not to be found in another test.
@@ -94,6 +102,15 @@ async def test_no_token_is_trained_on_that_its_digest_did_not_decode(stage: Stag
     assert not tally.failures, "\n".join(tally.failures)
     assert not tally.missing()
     assert tally.result()["trained_tokens"] > FAULTS
+
+
+@pytest.mark.parametrize("max_staleness", [1, 3])
+async def test_nor_one_whose_step_was_answered_while_others_trained(stage: Stage, max_staleness: int) -> None:
+    # A store that is restored must not be emptied meanwhile; here it would be asked for between two emptyings.
+    kinds = [name for name, kind in KINDS.items() if not kind.empties_redis]
+    report = await stage.play(max_staleness, 60, *kinds, max_staleness=max_staleness)
+    assert not report.violations, str(report)
+    assert report.trained_tokens > 60
 
 
 # The harness can fail: with one guard off, the same seeds end in violations.

@@ -53,8 +53,11 @@ class Report:
 class Episode:
     """Until `num_faults` have fired."""
 
-    def __init__(self, world: World, seed: int, num_faults: int, kinds: Mapping[str, Kind] = KINDS) -> None:
+    def __init__(
+        self, world: World, seed: int, num_faults: int, kinds: Mapping[str, Kind] = KINDS, *, max_staleness: int = 0
+    ) -> None:
         self._world, self._num_faults, self._kinds = world, num_faults, dict(kinds)
+        self._max_staleness = max_staleness
         self._rng = random.Random(seed)
         # Drawn before all others.
         self._due = turns(seed, self._kinds)
@@ -66,7 +69,7 @@ class Episode:
 
     async def play(self) -> Report:
         world, report = self._world, self.report
-        run_id = await world.create_run(report.seed)
+        run_id = await world.create_run(report.seed, self._max_staleness)
         while report.num_fired < self._num_faults and not world.observer.violations:
             claimed = await world.direct.runs.claim("trainer", 600)
             assert claimed is not None

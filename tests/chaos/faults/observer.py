@@ -102,11 +102,11 @@ class Observer:
     def trained(
         self, prefix_L2GPD: Tensor, samples: Sequence[Sample], signals: Sequence[Signal], threshold: float
     ) -> None:
-        """The optimiser has moved: the master was `prefix_L2GPD` before, these samples and signals moved it."""
+        """The optimiser has moved: these samples and signals moved it, and were proved against `prefix_L2GPD`."""
         digest = samples[0].digest
         published = self._offered.get(digest)
         if published is None or not torch.equal(prefix_L2GPD, published):
-            self.violation(f"the step's own forward did not use the bytes of {digest}")
+            self.violation(f"the step's proof did not use the bytes of {digest}")
         self.trained_tokens += sum(len(sample.answer_ids) for sample in samples)
         log_ratios = []
         for sample, signal in zip(samples, signals, strict=True):

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from foundry.errors import StoreUnavailable
 from foundry.identity import CartridgeBytes, ids_digest
-from foundry.model.cartridge import TrainableCartridge
+from foundry.model.cartridge import Cartridge, TrainableCartridge
 from foundry.model.initialise import cut_context
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
@@ -88,16 +88,19 @@ class ObservedStep(TrainingStep):
 
     observer: Observer
 
-    def run(self, samples: Sequence[Sample], signals: Sequence[Signal], **how: Any) -> Update:
+    def run(
+        self, samples: Sequence[Sample], signals: Sequence[Signal], *, claimed: Cartridge | None = None, **how: Any
+    ) -> Update:
         before = self.cartridge.snapshot().kv_L2GPD
         moved = False
         try:
-            update = super().run(samples, signals, **how)
+            update = super().run(samples, signals, claimed=claimed, **how)
             moved = True
         finally:
             if not moved and not self.cartridge.snapshot().kv_L2GPD.equal(before):
                 self.observer.violation("a step failed and left the cartridge changed")
-        self.observer.trained(before, samples, signals, MISMATCH_THRESHOLD)
+        proved = before if claimed is None else claimed.kv_L2GPD
+        self.observer.trained(proved, samples, signals, MISMATCH_THRESHOLD)
         return update
 
 
@@ -171,7 +174,7 @@ class World:
 
     # The run
 
-    async def create_run(self, seed: int) -> str:
+    async def create_run(self, seed: int, max_staleness: int) -> str:
         document = await self.direct.documents.put(DOCUMENT)
         spec = RunSpec(
             name=NAME,
@@ -187,6 +190,7 @@ class World:
             durable_every=2,
             checkpoint_every=2,
             policy_mismatch_threshold=MISMATCH_THRESHOLD,
+            max_staleness=max_staleness,
         )
         return await self.direct.runs.create(spec)
 

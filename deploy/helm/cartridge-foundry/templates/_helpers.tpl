@@ -42,11 +42,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
-{{/* That of a service; the rollout's has a variant for each engine but torch. Takes root and name. */}}
+{{/* That of a service; the rollout's has a variant for vLLM. Takes root and name. */}}
 {{- define "foundry.serviceImage" -}}
 {{- $values := index .root.Values .name -}}
-{{- $engine := dig "engine" "torch" $values.settings -}}
-{{- include "foundry.image" (dict "root" .root "image" $values.image "variant" (ternary "" (printf "-%s" $engine) (eq $engine "torch"))) -}}
+{{- include "foundry.image" (dict "root" .root "image" $values.image "variant" (ternary "-vllm" "" (eq (dig "engine" "auto" $values.settings) "vllm"))) -}}
 {{- end -}}
 
 {{/* Takes root and name. */}}

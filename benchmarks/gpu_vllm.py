@@ -35,9 +35,7 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
-from services.rollout.engine.vllm.connector import SEQUENCE
 from services.rollout.engine.vllm.engine import VllmEngine
-from services.rollout.engine.vllm.prefix import Prefix
 
 NUM_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2048, 128, 512
 FINGERPRINT = "blake3:" + "0" * 64
@@ -224,17 +222,16 @@ def first_tokens(engine: VllmEngine, batch: int, digest: str, ids: Iterator[int]
 
 
 def vllm_alone(engine: VllmEngine, batch: int, ids: Iterator[int]) -> dict[str, float]:
-    """vLLM's own loop in this process: ids only, without seeds, logprobs and text."""
+    """vLLM's own loop: ids only, without seeds, logprobs and text."""
     for index in range(batch):
         name = str(next(ids))
-        # The connector wants to know of every sequence.
-        engine._prefixes[name] = Prefix([], 0)
+        engine._handover.hold(name, ())
         sampling = vllm.SamplingParams(
             max_tokens=NEW_TOKENS,
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": {SEQUENCE: name}},
+            extra_args={"kv_transfer_params": {"sequence": name, "digests": [], "num_tokens": 0}},
         )
         engine._llm.add_request(name, tokens_input(list(request(5000 + index).prompt_ids)), sampling)
 
@@ -319,6 +316,7 @@ def main() -> None:
     engine = VllmEngine(
         arguments.model,
         exact.info,
+        model_name="llama",
         device="cuda",
         dtype=torch.bfloat16,
         max_sequences=256,

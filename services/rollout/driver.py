@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 # Where nothing is known yet, or a place is free at once.
 _LEAST_RETRY_AFTER_SECONDS = 1.0
+# How often an engine without work is looked at.
+_LOOK_SECONDS = 1.0
 # In which what is decoded reaches its readers.
 _FLUSH_SECONDS = 5.0
 
@@ -229,7 +231,11 @@ class Driver:
             stats = self._engine.stats()
             if (stats.num_running or stats.num_waiting) and self._commands.empty():
                 return True
-            command = self._commands.get()
+            try:
+                command = self._commands.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                # It may have ended, which its stats say.
+                continue
             if command is None:
                 return False
             command()

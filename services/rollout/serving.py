@@ -37,7 +37,7 @@ class Serving:
     def build(cls, settings: RolloutSettings, info: ModelInfo, engine: Engine, source: CartridgeSource) -> Serving:
         """Raises TemplateUnsupported."""
         template = ChatTemplate(info.tokenizer, settings.template_clock)
-        model_name = settings.model_name or settings.model.resolve().name
+        model_name = _model_name(settings)
         max_sequences = settings.max_sequences + settings.max_waiting
         return cls(
             spec=info.spec,
@@ -104,6 +104,7 @@ def _vllm_engine(settings: RolloutSettings, info: ModelInfo) -> Engine:
     return VllmEngine(
         settings.model,
         info,
+        model_name=_model_name(settings),
         device=settings.device,
         dtype=resolve_dtype(settings.dtype, settings.device),
         max_sequences=settings.max_sequences,
@@ -112,7 +113,12 @@ def _vllm_engine(settings: RolloutSettings, info: ModelInfo) -> Engine:
         gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
         kv_bytes=settings.vllm.kv_bytes,
         cuda_graphs=settings.vllm.cuda_graphs,
+        engine_args=settings.vllm.engine_args,
     )
+
+
+def _model_name(settings: RolloutSettings) -> str:
+    return settings.model_name or settings.model.resolve().name
 
 
 def _max_context_tokens(settings: RolloutSettings, spec: ModelSpec) -> int:

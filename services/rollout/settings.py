@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,10 @@ class VllmSettings(BaseModel):
     max_context_tokens: int | None = Field(default=None, ge=2)
     """Most tokens of cartridges, prompt and answer together. Unset: the model's context; KV memory must hold one such
     sequence."""
+
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further engine arguments by vLLM's names, as JSON: {"block_size": 32}. Unknown ones are refused, and those that
+    the foundry sets."""
 
     cuda_graphs: bool = True
     """Compile the model and capture CUDA graphs at the start: a minute or two there, a faster decode afterwards. On

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.envs import disable_envs_cache
 
 from foundry.errors import InvalidArgument
 from foundry.model.info import ModelInfo
@@ -32,12 +33,16 @@ Start = Callable[..., Bench]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts an engine of a model directory. One at a time: what vLLM sets up for one it takes down for all."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts an engine of a model directory. One at a time: what vLLM sets up for one it takes down for all. All of it
+    is in this process, where its parts can be looked at; test_processes.py has it as it is served."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    disable_envs_cache()
     engines = []
 
     def start(model: Path, **settings: Any) -> Bench:
         values: dict[str, Any] = {
+            "model_name": "tiny",
             "device": "cpu",
             "dtype": torch.float32,
             "max_sequences": 8,
@@ -295,6 +300,31 @@ def test_sequences_wait_and_run(bench: Bench) -> None:
     assert stats.kv_used_bytes == pytest.approx(8 * BLOCK_BYTES, rel=0.02)
     assert stats.kv_bytes == 64 * BLOCK_BYTES
     bench.finish(range(10))
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "fault"),
+    [
+        ({"max_model_len": 64}, "the foundry sets vLLM's max_model_len itself"),
+        ({"max_model_length": 64}, "no engine argument max_model_length"),
+        ({"tensor_parallel_size": 2}, "cartridges reach one worker"),
+    ],
+)
+def test_engine_arguments_that_cannot_be_set_are_refused(
+    model: Path, start: Start, engine_args: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=fault) as refused:
+        start(model, engine_args=engine_args)
+    assert refused.value.field == "vllm.engine_args"
+
+
+def test_further_engine_arguments_reach_vllm(model: Path, start: Start) -> None:
+    bench = start(model, engine_args={"block_size": 32})
+    engine: Any = bench.engine
+    assert engine._llm.vllm_config.cache_config.block_size == 32
+    bench.load("a", make_kv(bench.lm, 33))
+    asked = request(20, "a")
+    bench.check(asked, bench.run({0: asked})[0])
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu:0"])

@@ -24,7 +24,7 @@ from foundry.rpc.server import Server
 from foundry.store import StoreSettings
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout import main
-from services.rollout.engine import TokenOutput
+from services.rollout.engine import EngineStats, TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.serving import load_engine
 from services.rollout.settings import RolloutSettings
@@ -175,6 +175,19 @@ async def test_a_failing_engine_ends_the_process(directory: Path, monkeypatch: p
                 pass
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         statuses.cancel()
+        assert await task == 1
+
+
+async def test_an_engine_that_ends_without_work_ends_the_process(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with process(directory, monkeypatch, grace_seconds=0.5) as (task, channel):
+        await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+
+        def lost(self: TorchEngine) -> EngineStats:
+            raise Unavailable("its process has ended")
+
+        monkeypatch.setattr(TorchEngine, "stats", lost)
         assert await task == 1
 
 

@@ -1,31 +1,46 @@
-"""vLLM behind the engine's protocol, in this process."""
+"""vLLM behind the engine's protocol. Its scheduler and model are in a process of their own; here is what its answers
+become."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import vllm
 from vllm import EngineArgs, RequestOutput, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from foundry.errors import InvalidArgument
+from foundry.errors import InvalidArgument, Unavailable
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelInfo
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
-from services.rollout.engine import SamplingParams as Sampling
 from services.rollout.engine.answer import AnswerProgress
-from services.rollout.engine.vllm.connector import PREFIXES, SEQUENCE, CartridgeConnector
-from services.rollout.engine.vllm.prefix import Prefix, Prefixes
+from services.rollout.engine.vllm.connector import ADDRESS, DIGESTS, NUM_TOKENS, SEQUENCE, CartridgeConnector
+from services.rollout.engine.vllm.handover import Handover
+from services.rollout.engine.vllm.metrics import Metrics
 
+# What would spread the model or its requests over several.
+_ONE_WORKER = frozenset(
+    {
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+        "distributed_executor_backend",
+        "nnodes",
+    }
+)
 # Ids that hold a sequence's number.
 _NUMBER_IDS = 4
 
@@ -35,19 +50,20 @@ class _Open:
     """A sequence that has not ended."""
 
     request: SequenceRequest
-    prefix: Prefix
+    num_cartridge_tokens: int
     progress: AnswerProgress
 
 
 class VllmEngine:
-    """See `Engine`. Cartridges are kept in (pinned) host memory; those in use also in vLLM's KV memory, as long as its
-    prefix cache keeps them."""
+    """See `Engine`. Cartridges are kept in (pinned) host memory of vLLM's process; those in use also in its KV memory,
+    as long as its prefix cache keeps them."""
 
     def __init__(
         self,
         directory: Path,
         info: ModelInfo,
         *,
+        model_name: str,
         device: str,
         dtype: torch.dtype,
         max_sequences: int,
@@ -56,8 +72,12 @@ class VllmEngine:
         gpu_memory_utilization: float = 0.9,
         kv_bytes: int | None = None,
         cuda_graphs: bool = True,
+        engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """Loads the model. Raises InvalidArgument if this build of vLLM is not for the device."""
+        """Loads the model. `engine_args` are further ones of vLLM's `EngineArgs`.
+
+        Raises InvalidArgument if this build of vLLM is not for the device, or one of `engine_args` can't be set.
+        """
         if device != current_platform.device_type:
             raise InvalidArgument(
                 f"this vLLM runs on {current_platform.device_type}, not on {device}; which GPU, of several, is said by "
@@ -66,51 +86,58 @@ class VllmEngine:
             )
         self._info = info
         self._dtype = dtype
-        self._pin = on_cuda = device == "cuda"
-        self._prefixes = Prefixes()
-        self._cartridges: dict[str, Tensor] = {}
+        self._num_tokens: dict[str, int] = {}
         self._open: dict[int, _Open] = {}
+        self._max_sequences = max_sequences
+        self._lost = False
+        self._handover = Handover()
+        on_cuda = device == "cuda"
         # Decoding sequences count too. On the CPU vLLM can't cut prompts in pieces: it winds the generators of seeded
         # sequences back after a piece, which torch's for the CPU don't take.
         tokens_per_step = prefill_tokens_per_step + max_sequences if on_cuda else max_context_tokens + max_sequences
-        arguments = EngineArgs(
-            model=str(directory),
-            skip_tokenizer_init=True,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=max_context_tokens,
-            max_num_seqs=max_sequences,
-            max_num_batched_tokens=tokens_per_step,
-            enable_chunked_prefill=on_cuda,
-            enable_prefix_caching=True,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=kv_bytes,
-            enforce_eager=not (cuda_graphs and on_cuda),
-            logprobs_mode="raw_logprobs",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            kv_transfer_config=KVTransferConfig(
+        arguments: dict[str, Any] = {
+            "model": str(directory),
+            "served_model_name": model_name,
+            "skip_tokenizer_init": True,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": max_context_tokens,
+            "max_num_seqs": max_sequences,
+            "max_num_batched_tokens": tokens_per_step,
+            "enable_chunked_prefill": on_cuda,
+            "enable_prefix_caching": True,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_memory_bytes": kv_bytes,
+            "enforce_eager": not (cuda_graphs and on_cuda),
+            "logprobs_mode": "raw_logprobs",
+            "disable_log_stats": False,
+            "use_tqdm_on_load": False,
+            "kv_transfer_config": KVTransferConfig(
                 kv_connector=CartridgeConnector.__name__,
                 kv_connector_module_path=CartridgeConnector.__module__,
                 kv_role="kv_consumer",
-                kv_connector_extra_config={PREFIXES: self._prefixes.number},
+                kv_connector_extra_config={ADDRESS: self._handover.address},
             ),
-        )
-        # Scheduler and worker in this process, where cartridges are handed over as they are.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        self._llm = LLMEngine.from_engine_args(arguments)
-        self._max_sequences = max_sequences
+        }
+        _check_further(engine_args or {}, arguments)
+        # Its scheduler and worker beside this process, which has threads: a fork would copy their locks as they are.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments, **(engine_args or {})), stat_loggers=[Metrics])
+        self._handover.connect(self._lose)
+        # vLLM keeps the answer; one that is awaited when its process ends is awaited for ever.
+        self._llm.get_supported_tasks()
+        (self._metrics,) = (each for each in self._llm.logger_manager.stat_loggers if isinstance(each, Metrics))
         cache = self._llm.vllm_config.cache_config
         self._kv_bytes = cache.num_gpu_blocks * cache.block_size * info.spec.kv_bytes_per_token(dtype)
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         for sequence_id, request in requests.items():
-            kvs = [self._cartridges[digest] for digest in request.digests]
-            prefix = Prefix(kvs, sum(len(kv_PL2GD) for kv_PL2GD in kvs))
+            self._handover.hold(str(sequence_id), request.digests)
+            num_cartridge_tokens = sum(self._num_tokens[digest] for digest in request.digests)
             progress = AnswerProgress(request.sampling, self._info.text, self._info.eos_ids)
-            self._open[sequence_id] = _Open(request, prefix, progress)
-            self._prefixes[str(sequence_id)] = prefix
-            prompt = _prompt(sequence_id, request, prefix.num_tokens, self._info.spec.vocab_size)
-            self._llm.add_request(str(sequence_id), prompt, self._sampling(sequence_id, request.sampling))
+            self._open[sequence_id] = _Open(request, num_cartridge_tokens, progress)
+            prompt = _prompt(sequence_id, request, num_cartridge_tokens, self._info.spec.vocab_size)
+            self._llm.add_request(str(sequence_id), prompt, self._sampling(sequence_id, self._open[sequence_id]))
 
     def step(self) -> list[TokenOutput]:
         outputs: list[TokenOutput] = []
@@ -124,30 +151,42 @@ class VllmEngine:
     def cancel(self, sequence_id: int) -> None:
         if self._open.pop(sequence_id, None) is not None:
             self._llm.abort_request([str(sequence_id)])
-            del self._prefixes[str(sequence_id)]
 
     def load(self, digest: str, cartridge: Cartridge) -> None:
+        # Token by token, so that what is missing behind a cached beginning is one block of memory.
         kv_PL2GD = cartridge.kv_L2GPD.permute(3, 0, 1, 2, 4)
-        self._cartridges[digest] = torch.empty(kv_PL2GD.shape, dtype=self._dtype, pin_memory=self._pin).copy_(kv_PL2GD)
+        self._num_tokens[digest] = len(kv_PL2GD)
+        self._handover.load(digest, kv_PL2GD, self._dtype)
 
     def unload(self, digest: str) -> None:
         # What the prefix cache still holds is known by the digest, so it is right for as long as it is there.
-        del self._cartridges[digest]
+        self._handover.unload(digest)
 
     def stats(self) -> EngineStats:
-        num_running = sum(each.prefix.scheduled_at > 0 for each in self._open.values())
+        """As of the last step. Raises Unavailable when vLLM's process has ended."""
+        if self._lost:
+            raise Unavailable("vLLM's engine process has ended; what it said of it is on stderr")
+        num_running = min(self._metrics.num_running, len(self._open))
         return EngineStats(
             num_running=num_running,
             num_waiting=len(self._open) - num_running,
             num_slots=self._max_sequences,
             kv_bytes=self._kv_bytes,
-            kv_used_bytes=int(self._prefixes.block_pool.get_usage() * self._kv_bytes),
+            # A step that only lets go of sequences is not reported.
+            kv_used_bytes=int(self._metrics.kv_usage * self._kv_bytes) if self._open else 0,
         )
+
+    def _lose(self) -> None:
+        self._lost = True
+        core = self._llm.engine_core
+        if isinstance(core, SyncMPClient):
+            # Whoever waits for a step would wait for ever.
+            core.outputs_queue.put(Unavailable("vLLM's engine process has ended"))
 
     def _take(self, sequence_id: int, each: _Open, output: RequestOutput) -> Iterator[TokenOutput]:
         (new,) = output.outputs
-        num_cached = (output.num_cached_tokens or 0) - each.prefix.num_tokens
-        if not each.prefix.in_place or num_cached < 0:
+        num_cached = (output.num_cached_tokens or 0) - each.num_cartridge_tokens
+        if num_cached < 0:
             raise RuntimeError(f"vLLM answered sequence {sequence_id} without the cartridges before it")
         for token_id, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
             text, finish_reason = each.progress.append(token_id)
@@ -161,16 +200,23 @@ class VllmEngine:
                 text=text,
                 finish_reason=finish_reason,
                 digests=each.request.digests,
-                cartridge_tokens=each.prefix.num_tokens,
+                cartridge_tokens=each.num_cartridge_tokens,
                 cached_tokens=num_cached,
-                scheduled_at=each.prefix.scheduled_at,
+                # Of the clock that is `time.perf_counter()`'s here, in every process.
+                scheduled_at=output.metrics.scheduled_ts,
             )
             if finish_reason is not None:
                 return
         if output.finished:
             raise RuntimeError(f"vLLM ended sequence {sequence_id} before its end: {new.finish_reason}")
 
-    def _sampling(self, sequence_id: int, sampling: Sampling) -> SamplingParams:
+    def _sampling(self, sequence_id: int, each: _Open) -> SamplingParams:
+        sampling = each.request.sampling
+        transfer = {
+            SEQUENCE: str(sequence_id),
+            DIGESTS: list(each.request.digests),
+            NUM_TOKENS: each.num_cartridge_tokens,
+        }
         return SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -183,8 +229,23 @@ class VllmEngine:
             logprobs=sampling.num_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={"kv_transfer_params": {SEQUENCE: str(sequence_id)}},
+            extra_args={"kv_transfer_params": transfer},
         )
+
+
+def _check_further(engine_args: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises InvalidArgument for arguments that are unknown or ours."""
+    known = {field.name for field in fields(EngineArgs)}
+    for name in engine_args:
+        if name not in known:
+            fault = f"vLLM {vllm.__version__} has no engine argument {name}"
+        elif name in ours:
+            fault = f"the foundry sets vLLM's {name} itself, by the settings of the rollout service"
+        elif name in _ONE_WORKER:
+            fault = f"cartridges reach one worker: vLLM's {name} can't be set; more GPUs are more replicas"
+        else:
+            continue
+        raise InvalidArgument(fault, field="vllm.engine_args")
 
 
 def _prompt(sequence_id: int, request: SequenceRequest, num_placeholders: int, vocab_size: int) -> TokensInput:

@@ -18,6 +18,7 @@ from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from foundry.errors import InvalidArgument, Unavailable
@@ -26,7 +27,7 @@ from foundry.model.info import ModelInfo
 from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.vllm.connector import ADDRESS, DIGESTS, NUM_TOKENS, SEQUENCE, CartridgeConnector
-from services.rollout.engine.vllm.handover import Handover
+from services.rollout.engine.vllm.handover import ENDED, Handover
 from services.rollout.engine.vllm.metrics import Metrics
 
 # What would spread the model or its requests over several.
@@ -141,7 +142,11 @@ class VllmEngine:
 
     def step(self) -> list[TokenOutput]:
         outputs: list[TokenOutput] = []
-        for output in self._llm.step():
+        try:
+            answered = self._llm.step()
+        except EngineDeadError as error:
+            raise Unavailable(ENDED) from error
+        for output in answered:
             sequence_id = int(output.request_id)
             # One that was cancelled may have been in the batch.
             if (each := self._open.get(sequence_id)) is not None:
@@ -165,7 +170,7 @@ class VllmEngine:
     def stats(self) -> EngineStats:
         """As of the last step. Raises Unavailable when vLLM's process has ended."""
         if self._lost:
-            raise Unavailable("vLLM's engine process has ended; what it said of it is on stderr")
+            raise Unavailable(ENDED)
         num_running = min(self._metrics.num_running, len(self._open))
         return EngineStats(
             num_running=num_running,
@@ -181,7 +186,7 @@ class VllmEngine:
         core = self._llm.engine_core
         if isinstance(core, SyncMPClient):
             # Whoever waits for a step would wait for ever.
-            core.outputs_queue.put(Unavailable("vLLM's engine process has ended"))
+            core.outputs_queue.put(Unavailable(ENDED))
 
     def _take(self, sequence_id: int, each: _Open, output: RequestOutput) -> Iterator[TokenOutput]:
         (new,) = output.outputs

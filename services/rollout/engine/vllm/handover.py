@@ -30,7 +30,7 @@ Role = Literal["scheduler", "worker"]
 _MESSAGE_BYTES = 64 * 1024
 # vLLM has made its connectors when it says that it is ready.
 _CONNECT_SECONDS = 10.0
-_ENDED = "vLLM's engine process has ended"
+ENDED = "vLLM's engine process has ended; if it said why, that is on stderr"
 
 
 class Handover:
@@ -88,7 +88,7 @@ class Handover:
             answer = b""
         finally:
             os.close(descriptor)
-        if (fault := json.loads(answer) if answer else _ENDED) is not None:
+        if (fault := json.loads(answer) if answer else ENDED) is not None:
             raise Unavailable(fault)
 
     def unload(self, digest: str) -> None:

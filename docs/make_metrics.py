@@ -27,7 +27,7 @@ SECTIONS: tuple[tuple[str, str, Sequence[str], Sequence[ModuleType]], ...] = (
     (
         "Rollout, as vLLM has them",
         "vLLM's own names, labels and buckets (V1 engine), so that its dashboards and autoscalers work unchanged. "
-        "`model_name` is the base model's, `engine` is always 0.",
+        "`model_name` is the base model's, `engine` is always 0. Where vLLM decodes, its other metrics are served too.",
         ["rollout"],
         [services.rollout.engine_metrics],
     ),

@@ -27,9 +27,10 @@ from tests.process import Process
 from tests.tiny import build_tiny_model
 from tests.valkey import Valkey
 
-START_SECONDS = 60.0
 # An interpreter whose environment has vLLM: `make test-vllm` runs suites once more, with that engine in the rollouts.
 VLLM_PYTHON = os.environ.get("FOUNDRY_TEST_VLLM_PYTHON", "")
+# vLLM is imported in three processes, one after the other.
+START_SECONDS = 180.0 if VLLM_PYTHON else 60.0
 T = TypeVar("T")
 
 

@@ -1,7 +1,8 @@
 """vLLM's metrics, by its own names, labels and buckets, wherever the meaning is the same: its dashboards work here.
 
 https://docs.vllm.ai/en/latest/usage/metrics.html, as vLLM's V1 engine has them. One sequence is one request here, as
-each of a request's `n` samples is in vLLM. Nothing is ever preempted, so that is not reported.
+each of a request's `n` samples is in vLLM. The built-in engine preempts nothing, so that is not reported here; where
+vLLM decodes, what else it counts is served beside these (`services/rollout/engine/vllm/metrics.py`).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from foundry.model.attention import ATTENTION, AttentionPlan, LayeredPlan
 from foundry.model.attention.flex import FlexAttention
 from foundry.model.attention.packed import PackedAttention
 from foundry.model.attention.prefill import FlexPrefill, PrefillAttention
+from foundry.model.attention.shared import SharedPrefixAttention
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.info import ModelInfo, resolve_dtype
 from foundry.model.layers import compile_layers
@@ -47,10 +48,7 @@ class FrozenLM:
         self.head_VE: Tensor = head.weight
         self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
         self.num_heads: int = model.config.get_text_config().num_attention_heads
-        # FlexAttention knows no backward on a CPU, and without compilation no fused kernel.
-        self.packed_plan: type[FlexAttention | PackedAttention] = (
-            FlexAttention if self.head_VE.is_cuda else PackedAttention
-        )
+        self.packed_plan = _packed_plan(self.device)
         self.prefill_plan: type[FlexPrefill | PrefillAttention] = (
             FlexPrefill if self.head_VE.is_cuda else PrefillAttention
         )
@@ -132,3 +130,10 @@ class FrozenLM:
         ids_T = torch.zeros(len(plan.positions_T), dtype=torch.long)
         ids_T[: len(ids)] = torch.tensor(ids)
         return self.hidden(to_device(ids_T, self.device), plan.positions_T, plan)[: len(ids)]
+
+
+def _packed_plan(device: torch.device) -> type[FlexAttention | SharedPrefixAttention | PackedAttention]:
+    if device.type == "cuda":
+        return FlexAttention
+    # FlexAttention knows no backward on a CPU, and without compilation no fused kernel.
+    return SharedPrefixAttention if device.type == "cpu" else PackedAttention

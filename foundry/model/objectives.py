@@ -2,8 +2,8 @@
 
 All are means over the scored tokens, at temperature 1. Teacher and student share one frozen LM head, so hidden states
 decide both distributions. `distill` multiplies them by the head in tiles of tokens and differentiates tile by tile:
-whatever the number of tokens, at most one tile of logits exists at a time. On CUDA what happens to a tile's logits is
-compiled: all in few passes over them, without float32 copies.
+whatever the number of tokens, at most one tile of logits exists at a time. What happens to a tile's logits takes many
+passes over them. On CUDA it is compiled: few passes, without float32 copies. On a CPU it is done a few rows at a time.
 
 Shape suffixes: N scored tokens, E hidden size, V vocabulary, K top-k.
 """
@@ -11,7 +11,7 @@ Shape suffixes: N scored tokens, E hidden size, V vocabulary, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +26,8 @@ from foundry.identity import ObjectiveKind
 _TILE_ELEMENTS = 8 * 1024 * 1024
 # A product with fewer rows takes as long as reading the head. In bfloat16 these are 128 MiB, of which there are three.
 _CUDA_TILE_ELEMENTS = 8 * _TILE_ELEMENTS
+# Numbers of those rows of a tile that a CPU scores at a time: what is made of them stays in its cache.
+_BLOCK_ELEMENTS = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,28 +134,30 @@ def distill(
             f"{token_ids_N.shape[0]} token ids"
         )
     rows = tile_rows(head_VE, tile_elements)
-    scores_of = _compiled_scores() if head_VE.is_cuda else _scores
     hidden_NE = student_hidden_NE.detach()
     grad_NE = torch.empty_like(hidden_NE) if student_hidden_NE.requires_grad else None
     # Written in place: small results allocated between the tiles would leave holes that no later tile fits into.
     token_loss_N, chosen_N, entropy_N = torch.empty(3, num_tokens, device=hidden_NE.device)
     for begin in range(0, num_tokens, rows):
         tile = slice(begin, begin + rows)
-        tile_hidden = hidden_NE[tile].requires_grad_(grad_NE is not None)
-        tile_teacher = _tile_teacher(objective, teacher, tile, head_VE)
-        tile_verbatim = None if verbatim_N is None else verbatim_N[tile]
-        tile_weight = None if weight_N is None else weight_N[tile]
-        with torch.set_grad_enabled(grad_NE is not None):
-            logits_NV = F.linear(tile_hidden, head_VE)
-            loss, chosen, entropy = scores_of(
-                objective, logits_NV, tile_teacher, token_ids_N[tile], tile_verbatim, tile_weight
+        with torch.no_grad():
+            logits_NV = F.linear(hidden_NE[tile], head_VE)
+            tile_teacher = _tile_teacher(objective, teacher, tile, head_VE)
+        for block in _blocks(logits_NV):
+            scored = slice(begin + block.start, begin + block.stop)
+            verbatim = None if verbatim_N is None else verbatim_N[scored]
+            weight = None if weight_N is None else weight_N[scored]
+            token_loss_N[scored], chosen_N[scored], entropy_N[scored] = _score_block(
+                objective,
+                logits_NV[block],
+                _rows(tile_teacher, block),
+                token_ids_N[scored],
+                verbatim,
+                weight,
+                differentiate=grad_NE is not None,
             )
         if grad_NE is not None:
-            (grad_NE[tile],) = torch.autograd.grad(loss.sum(), tile_hidden)
-        with torch.no_grad():
-            token_loss_N[tile] = loss
-            chosen_N[tile] = chosen
-            entropy_N[tile] = entropy
+            torch.mm(logits_NV, head_VE, out=grad_NE[tile])
     mean = token_loss_N.mean()
     if grad_NE is not None:
         mean = _WithGradient.apply(student_hidden_NE, mean, grad_NE / num_tokens)  # type: ignore[no-untyped-call]
@@ -168,6 +172,39 @@ def _tile_teacher(objective: Objective, teacher: Tensor | TopK, tile: slice, hea
     if isinstance(teacher, TopK):
         return TopK(teacher.ids_NK[tile].long(), teacher.logprobs_NK[tile], teacher.tail_logprob_N[tile])
     return F.linear(teacher[tile], head_VE)
+
+
+def _blocks(logits_NV: Tensor) -> Iterator[slice]:
+    num_rows, vocab_size = logits_NV.shape
+    step = num_rows if logits_NV.is_cuda else max(1, _BLOCK_ELEMENTS // vocab_size)
+    return (slice(begin, min(begin + step, num_rows)) for begin in range(0, num_rows, step))
+
+
+def _rows(teacher: Tensor | TopK | None, rows: slice) -> Tensor | TopK | None:
+    if isinstance(teacher, TopK):
+        return TopK(teacher.ids_NK[rows], teacher.logprobs_NK[rows], teacher.tail_logprob_N[rows])
+    return None if teacher is None else teacher[rows]
+
+
+def _score_block(
+    objective: Objective,
+    logits_NV: Tensor,
+    teacher: Tensor | TopK | None,
+    token_ids_N: Tensor,
+    verbatim_N: Tensor | None,
+    weight_N: Tensor | None,
+    *,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `_scores`; with `differentiate` the sum of losses' gradient is left in the place of the logits."""
+    scores_of = _compiled_scores() if logits_NV.is_cuda else _scores
+    leaf_NV = logits_NV.detach().requires_grad_(differentiate)
+    with torch.set_grad_enabled(differentiate):
+        loss_N, chosen_N, entropy_N = scores_of(objective, leaf_NV, teacher, token_ids_N, verbatim_N, weight_N)
+    if differentiate:
+        (grad_NV,) = torch.autograd.grad(loss_N.sum(), leaf_NV)
+        logits_NV.copy_(grad_NV)
+    return loss_N.detach(), chosen_N, entropy_N
 
 
 def _scores(

@@ -92,7 +92,7 @@ def hidden_by(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_plan_of_cpus(lm: FrozenLM, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_plain_plan(lm: FrozenLM, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients of the prefixes, within 1e-5 of the largest."""
     prefixes = prefixes_of(lm, CASES[case][1])
     monkeypatch.setattr(flex, "flex_attention", by_a_dense_product)

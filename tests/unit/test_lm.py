@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foundry.errors import InvalidArgument, ModelUnsupported
-from foundry.model.attention import ATTENTION, packed
+from foundry.model.attention import ATTENTION
+from foundry.model.attention.packed import PackedAttention
+from foundry.model.attention.shared import SharedPrefixAttention
 from foundry.model.lm import FrozenLM
 from tests.tiny import build_tiny_model
 
@@ -63,25 +65,27 @@ def test_packed_sequences_see_their_own_prefix_only(directory: Path, lm: FrozenL
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_what_attends_together_is_as_if_alone(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several behind one prefix, some of them beyond what one call takes, between others behind another or none."""
+def test_prefixes_read_once_are_as_if_read_by_each(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several behind one prefix, between others behind another, an empty one or none; one prefix in two places."""
     first, second = (lm.prefill(random_ids(length, lm, seed=length)) for length in (33, 7))
+    empty = first[:, :, :, :0]
     tails = [random_ids(length, lm, seed=length) for length in (12, 1, 30, 5, 40, 3, 8, 9)]
-    places = [0, 0, 0, 0, 1, 1, None, None]
+    places = [0, 0, 0, 1, 1, None, 2, 0]
 
-    def run(together_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        monkeypatch.setattr(packed, "_TOGETHER_TOKENS", together_tokens)
+    def run(plan: type[PackedAttention | SharedPrefixAttention]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        monkeypatch.setattr(lm, "packed_plan", plan)
         leaves = [prefix.clone().requires_grad_() for prefix in (first, second)]
-        hidden = lm.packed_hidden(tails, [None if place is None else leaves[place] for place in places])
+        behind = [None if place is None else (*leaves, empty)[place] for place in places]
+        hidden = lm.packed_hidden(tails, behind)
         weight = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
         return hidden.detach(), list(torch.autograd.grad((hidden * weight).sum(), leaves))
 
-    alone, alone_grads = run(1)
-    for together_tokens in (20, 64, 1000):
-        hidden, grads = run(together_tokens)
-        torch.testing.assert_close(hidden, alone, atol=1e-5, rtol=1e-5)
-        for grad, alone_grad in zip(grads, alone_grads, strict=True):
-            torch.testing.assert_close(grad, alone_grad, atol=1e-4, rtol=1e-4)
+    assert lm.packed_plan is SharedPrefixAttention
+    hidden, grads = run(SharedPrefixAttention)
+    expected, expected_grads = run(PackedAttention)
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
 def test_prefill_does_not_depend_on_its_chunks(lm: FrozenLM) -> None:

@@ -12,11 +12,11 @@ from foundry.errors import StoreUnavailable
 from foundry.store import CartridgeStore, RunState
 from tests.e2e.training import STEPS, create_run, numbers, start_trainer, step_events
 from tests.process import Process
-from tests.services import Stack
+from tests.services import START_SECONDS, Stack
 
 KILL_AT = 4
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(4 * START_SECONDS)
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,15 @@ def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms: Sequenc
 
     Logprobs are those of the untempered distribution.
     """
-    ids_N = torch.argmax(logits_NV, dim=-1)
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
-    if rows:
-        logits = logits_NV if len(rows) == len(sequences) else logits_NV[rows]
-        ids_N[rows] = draw(logits, [sequences[row].sampling for row in rows], [uniforms[row] for row in rows])
+    if len(rows) == len(sequences):
+        # Not the greatest of each row as well: on a CPU that takes as long as all else here.
+        ids_N = draw(logits_NV, [sequence.sampling for sequence in sequences], uniforms)
+    else:
+        ids_N = torch.argmax(logits_NV, dim=-1)
+        if rows:
+            params, drawn = [sequences[row].sampling for row in rows], [uniforms[row] for row in rows]
+            ids_N[rows] = draw(logits_NV[rows], params, drawn)
     lse_N = torch.logsumexp(logits_NV, dim=-1)
     logprobs = (logits_NV.gather(1, ids_N[:, None])[:, 0] - lse_N).tolist()
     top = _top_logprobs(logits_NV, lse_N, [sequence.sampling.num_logprobs for sequence in sequences])

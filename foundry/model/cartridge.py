@@ -15,6 +15,7 @@ from foundry.buffers import allocate
 from foundry.errors import InvalidArgument, ShapeMismatch
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.model.lm import FrozenLM
+from foundry.model.transfer import to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Cartridge:
 
     def to_bytes(self) -> CartridgeBytes:
         """The bytes that are hashed and stored; on the CPU they share the tensor's memory."""
-        kv = self.kv_L2GPD.detach().contiguous().cpu()
+        kv = to_host(self.kv_L2GPD.detach().contiguous())
         return CartridgeBytes(self.header, kv.view(torch.uint8).reshape(-1).numpy().data)
 
     @classmethod

@@ -5,7 +5,7 @@ Nothing here needs torch: tensors stay messages, so that the gateway can ask too
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from foundry.errors import AlignmentError, ContextNotFound, DocumentTooLong, IdentityMismatch
@@ -60,8 +60,11 @@ class TeacherClient:
             )
         return await self._put_context(await self._choose())
 
-    async def score(self, samples: Sequence[Scored], want: teacher_pb2.Want) -> list[list[teacher_pb2.ScoreResponse]]:
-        """The teacher's word on every answer token of every sample, in order: each sample's parts, in order.
+    async def score(
+        self, samples: Sequence[Scored], want: teacher_pb2.Want
+    ) -> AsyncIterator[list[teacher_pb2.ScoreResponse]]:
+        """The teacher's word on every answer token of every sample, in order: each sample's parts, as soon as they are
+        here.
 
         Raises AlignmentError if a score belongs to other ids, another context or another model.
         """
@@ -74,23 +77,17 @@ class TeacherClient:
             )
             for sample in samples
         ]
-        scores = []
         for some in batches(items):
-            request = teacher_pb2.ScoreRequest(
-                model_fingerprint=self._model_fingerprint,
-                template_digest=self._template_digest,
-                items=some,
-                want=want,
-                caller=self._caller,
-            )
-            try:
-                scores += await self._score(pod, request)
-            except ContextNotFound:
-                # Dropped for other documents' sake, or another teacher than before: the same digest comes of the same
-                # ids.
-                await self._put_context(pod)
-                scores += await self._score(pod, request)
-        return scores
+            num_scored = 0
+            while num_scored < len(some):
+                try:
+                    async for parts in self._score(pod, some[num_scored:], want):
+                        num_scored += 1
+                        yield parts
+                except ContextNotFound:
+                    # Dropped for other documents' sake, or another teacher than before: the same digest comes of the
+                    # same ids.
+                    await self._put_context(pod)
 
     async def close(self) -> None:
         await self._pods.close()
@@ -126,40 +123,50 @@ class TeacherClient:
             )
         return found.num_tokens
 
-    async def _score(self, pod: Pod, request: teacher_pb2.ScoreRequest) -> list[list[teacher_pb2.ScoreResponse]]:
-        parts: list[list[teacher_pb2.ScoreResponse]] = [[] for _ in request.items]
+    async def _score(
+        self, pod: Pod, items: Sequence[teacher_pb2.ScoreItem], want: teacher_pb2.Want
+    ) -> AsyncIterator[list[teacher_pb2.ScoreResponse]]:
+        request = teacher_pb2.ScoreRequest(
+            model_fingerprint=self._model_fingerprint,
+            template_digest=self._template_digest,
+            items=items,
+            want=want,
+            caller=self._caller,
+        )
+        num_scored, parts = 0, list[teacher_pb2.ScoreResponse]()
         with pod.calling() as channel:
             stub: teacher_pb2_grpc.TeacherAsyncStub = teacher_pb2_grpc.TeacherStub(channel)
             async for message in stub.Score(request, timeout=self._timeout_seconds):
-                response = decoded(message, pod.name)
-                if response.item >= len(parts):
-                    raise AlignmentError(f"{pod.name} scored item {response.item} of {len(parts)}")
-                parts[response.item].append(response)
-        for item, its_parts in zip(request.items, parts, strict=True):
-            self._check(item, its_parts, pod.name)
-        return parts
+                part = decoded(message, pod.name)
+                if part.item != num_scored or num_scored == len(items):
+                    raise AlignmentError(
+                        f"{pod.name} scored item {part.item} where {num_scored} of {len(items)} was due"
+                    )
+                item = items[num_scored]
+                self._check(item, part, parts[-1].end if parts else item.score_from, pod.name)
+                parts.append(part)
+                if part.end == len(item.token_ids.ids):
+                    yield parts
+                    num_scored, parts = num_scored + 1, []
+        if num_scored < len(items):
+            raise AlignmentError(f"{pod.name} sent whole scores of {num_scored} items of {len(items)}")
 
-    def _check(self, item: teacher_pb2.ScoreItem, parts: Sequence[teacher_pb2.ScoreResponse], peer: str) -> None:
-        ids, position = item.token_ids.ids, item.score_from
-        for part in parts:
-            identity = (part.context_digest, part.identity.model_fingerprint, part.identity.template_digest)
-            if identity != (self._context_digest, self._model_fingerprint, self._template_digest):
-                raise AlignmentError(f"{peer} scored with {identity}")
-            if part.begin != position or part.ids_checksum != ids_checksum(ids, part.begin, part.end):
-                raise AlignmentError(
-                    f"{peer} sent scores of positions {part.begin} to {part.end} that do not belong to the ids sent"
-                )
-            tensors = [tensor for field, tensor in part.ListFields() if field.message_type == _TENSOR]
-            if part.tensors_checksum != scores_checksum(tensors):
-                raise AlignmentError(f"{peer} sent scores from position {part.begin} that were damaged on the way")
-            rows = {tensor.shape[0] for tensor in tensors}
-            if rows != {part.end - part.begin}:
-                raise AlignmentError(
-                    f"{peer} sent {rows} rows for the {part.end - part.begin} positions from {part.begin}"
-                )
-            position = part.end
-        if position != len(ids):
-            raise AlignmentError(f"{peer} sent scores that end at position {position} of {len(ids)}")
+    def _check(self, item: teacher_pb2.ScoreItem, part: teacher_pb2.ScoreResponse, position: int, peer: str) -> None:
+        """Raises AlignmentError unless the part is the item's, from `position` on."""
+        ids = item.token_ids.ids
+        identity = (part.context_digest, part.identity.model_fingerprint, part.identity.template_digest)
+        if identity != (self._context_digest, self._model_fingerprint, self._template_digest):
+            raise AlignmentError(f"{peer} scored with {identity}")
+        if part.begin != position or part.ids_checksum != ids_checksum(ids, part.begin, part.end):
+            raise AlignmentError(
+                f"{peer} sent scores of positions {part.begin} to {part.end} that do not belong to the ids sent"
+            )
+        tensors = [tensor for field, tensor in part.ListFields() if field.message_type == _TENSOR]
+        if part.tensors_checksum != scores_checksum(tensors):
+            raise AlignmentError(f"{peer} sent scores from position {part.begin} that were damaged on the way")
+        rows = {tensor.shape[0] for tensor in tensors}
+        if rows != {part.end - part.begin}:
+            raise AlignmentError(f"{peer} sent {rows} rows for the {part.end - part.begin} positions from {part.begin}")
 
 
 def scores_checksum(tensors: Iterable[common_pb2.Tensor]) -> str:

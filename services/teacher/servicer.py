@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
@@ -153,7 +153,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     def _parts(
         self, request: teacher_pb2.ScoreRequest, index: int, scores: ItemScores
-    ) -> list[teacher_pb2.ScoreResponse]:
+    ) -> Iterator[teacher_pb2.ScoreResponse]:
         """One item's scores as messages of at most PART_BYTES."""
         item = request.items[index]
         # Fields of the message are named as those of ItemScores, without the shape.
@@ -165,23 +165,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         num_rows = len(item.token_ids.ids) - item.score_from
         row_bytes = sum(tensor.nbytes // num_rows for tensor in present.values())
         step = max(1, PART_BYTES // max(1, row_bytes))
-        parts = []
         for row in range(0, num_rows, step):
             begin, end = item.score_from + row, item.score_from + min(row + step, num_rows)
             messages = {name: tensors.to_message(tensor[row : row + step]) for name, tensor in present.items()}
-            parts.append(
-                teacher_pb2.ScoreResponse(
-                    item=index,
-                    begin=begin,
-                    end=end,
-                    ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
-                    context_digest=item.context_digest,
-                    identity=self._identity(),
-                    tensors_checksum=scores_checksum(messages.values()),
-                    **messages,
-                )
+            yield teacher_pb2.ScoreResponse(
+                item=index,
+                begin=begin,
+                end=end,
+                ids_checksum=ids_checksum(item.token_ids.ids, begin, end),
+                context_digest=item.context_digest,
+                identity=self._identity(),
+                tensors_checksum=scores_checksum(messages.values()),
+                **messages,
             )
-        return parts
 
     def _checked_items(self, request: teacher_pb2.ScoreRequest) -> list[Item]:
         self._check_fingerprint(request.model_fingerprint)

@@ -81,14 +81,16 @@ class Preparation:
             bare=bare,
             passage_tokens=self._settings.selfstudy_chunk_tokens,
         )
-        # The one is computed here, the other is asked of the rollout servers.
+        # The one is computed here, and what it is trained with compiled; the other is asked of the rollout servers.
         writing = asyncio.create_task(writer.write())
         try:
             kv = await start()
+            training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
+            if lm.device.type == "cuda":
+                await asyncio.to_thread(training.warm_up)
             curriculum = await writing
         finally:
             await end(writing)
-        training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
         progress = await self._resume(kept, training, curriculum) if kept else self._begin(curriculum)
         older = checkpoint.read_older(kept, training) if kept else []
         publisher = PolicyPublisher(attempt, training.cartridge, progress, older)

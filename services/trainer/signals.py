@@ -38,7 +38,7 @@ class Teachers:
 async def signals_of(teacher: TeacherClient, samples: Sequence[Sample], objective: Objective) -> list[Signal]:
     """Of samples that all have the teacher's context, in their order."""
     want = teacher_pb2.Want(hidden=True) if objective.needs_hidden else teacher_pb2.Want(topk=objective.k)
-    return [_signal(parts, objective) for parts in await teacher.score(samples, want)]
+    return [_signal(parts, objective) async for parts in teacher.score(samples, want)]
 
 
 def _signal(parts: Sequence[teacher_pb2.ScoreResponse], objective: Objective) -> Signal:

@@ -261,7 +261,7 @@ async def test_scores_that_were_damaged_on_the_way_are_refused(
     honest = TeacherServicer._parts
 
     def damaged(*args: object) -> list[teacher_pb2.ScoreResponse]:
-        parts = honest(*args)  # type: ignore[arg-type]
+        parts = list(honest(*args))  # type: ignore[arg-type]
         tensor = parts[0].hidden if objective.needs_hidden else parts[0].topk_logprobs
         if harm == "data":
             tensor.data = bytes([tensor.data[0] ^ 1]) + tensor.data[1:]

@@ -45,6 +45,18 @@ def make_step(lm: FrozenLM, threshold: float = 1e-4) -> TrainingStep:
     )
 
 
+def test_a_warm_up_leaves_nothing_behind(lm: FrozenLM) -> None:
+    warmed, cold = make_step(lm), make_step(lm)
+    for objective in (Objective("topk", k=5), warmed.objective):
+        warmed.objective = objective
+        warmed.warm_up()
+    assert warmed.cartridge.master_L2GRD.grad is None
+    samples = make_samples(LENGTHS)
+    signals = make_signals(lm, samples)
+    assert warmed.run(samples, signals, prove_policy=False) == cold.run(samples, signals, prove_policy=False)
+    assert torch.equal(warmed.cartridge.master_L2GRD, cold.cartridge.master_L2GRD)
+
+
 def test_answers_of_another_version_are_refused_and_change_nothing(lm: FrozenLM) -> None:
     step = make_step(lm)
     samples = [with_own_logprobs(lm, step.cartridge, sample) for sample in make_samples(LENGTHS)]

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from foundry.model.cartridge import Cartridge, TrainableCartridge
 from foundry.model.lm import FrozenLM
-from foundry.model.objectives import Objective
+from foundry.model.objectives import Objective, TopK
+from foundry.model.packing import CUDA_MICRO_BATCH_TOKENS
 from services.trainer.ranks.leader import Leader
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Batch, Signal, backward
 from services.trainer.update.importance import Importance
 from services.trainer.update.proof import Proof, prove
+
+# Which fill a micro-batch.
+_WARM_UP_SAMPLES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,21 @@ class TrainingStep:
             proof=proof,
             importance=importance,
         )
+
+    def warm_up(self) -> None:
+        """Compute what a full step computes and throw it away: on CUDA all of it is compiled at its first use."""
+        lm = self.lm
+        room = lm.spec.max_tokens - self.cartridge.header.num_tokens - 1
+        num_answer = max(1, min(CUDA_MICRO_BATCH_TOKENS // _WARM_UP_SAMPLES - 1, room))
+        sample = Sample([0], [0] * num_answer, [0.0] * num_answer, "", 0, truncated=True)
+        signal: Signal = torch.zeros(num_answer, lm.spec.hidden_size, dtype=lm.dtype)
+        if not self.objective.needs_hidden:
+            num_top = (num_answer, self.objective.k)
+            signal = TopK(torch.zeros(num_top).long(), torch.zeros(num_top), torch.zeros(num_answer))
+        num = _WARM_UP_SAMPLES
+        batch = Batch([sample] * num, [signal] * num, self.objective, num * num_answer, self._micro_batch_tokens)
+        self._backward(lm, self.cartridge, batch)
+        self.optimiser.zero_grad(set_to_none=True)
 
     def _clip(self) -> float:
         """The gradient's norm before it is shortened."""

@@ -90,7 +90,7 @@ class EngineSpeed:
     host_seconds_per_layer: float = 0.0  # to launch its kernels, while the device works on those before
     weight_share: float = 1.0  # of the bandwidth; what any decode step costs besides is in it
     reread_share: float = 0.0  # of a cartridge, that memory gives again to each further sequence of the step
-    flops_share: float | None = None  # what each sequence costs besides is in it; None: the GPU's `compute_share`
+    flops_share: float | None = None  # what each sequence costs besides is in it; None: the GPU's `forward_share`
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ class Gpu:
     memory_gb: float  # 10^9 bytes
     tflops: float  # dense 10^12 FLOP/s in bfloat16, by the datasheet
     bandwidth_gb_per_s: float
-    compute_share: float = 0.46  # of the FLOP/s in scoring and update: 0.45 to 0.47 (teacher.json, update.json)
-    document_share: float = 0.23  # the same, while a document's KV is computed (gpu_rates.json)
+    update_share: float = 0.46  # of the FLOP/s in an update (update.json)
+    forward_share: float = 0.54  # the same, while documents are computed and scored behind: 0.51 to 0.58 (teacher.json)
     decoding: EngineSpeed | None = None  # of the built-in engine, where that is another
 
 
@@ -111,14 +111,14 @@ GPUS = {
     "l4": Gpu(24, 121, 300),
     # 2 cores with AVX2 at 2.7 GHz in float32: 32 FLOP a cycle and core. Bandwidth and share: on_policy.json.
     "cpu-2-cores": Gpu(
-        8, 0.17, 5, compute_share=0.54, document_share=0.54, decoding=EngineSpeed(host_seconds_per_layer=1.8e-3)
+        8, 0.17, 5, update_share=0.54, forward_share=0.54, decoding=EngineSpeed(host_seconds_per_layer=1.8e-3)
     ),
 }
 
 
 ENGINES = {
-    # All of rollout.json. A shared cartridge is read once, and merged for each sequence.
-    "torch": EngineSpeed(weight_share=0.37, reread_share=0.08, flops_share=0.63),
+    # All of rollout.json. A shared cartridge is read once.
+    "torch": EngineSpeed(weight_share=0.42, flops_share=0.51),
     # All of gpu_vllm.json. What is read again comes from the L2 cache in part.
     "vllm": EngineSpeed(weight_share=0.50, reread_share=0.45, flops_share=0.34),
 }
@@ -199,7 +199,7 @@ class Sizing:
 
     def document_seconds(self) -> float:
         """The teacher computes a document's KV, once."""
-        return self._seconds(sum(self.model.forward_flops(1, self.document_tokens, 0)), self.gpu.document_share)
+        return self._seconds(sum(self.model.forward_flops(1, self.document_tokens, 0)))
 
     def score_seconds(self) -> float:
         """A training batch behind the document. The trainer makes logits of the hidden states: no LM head."""
@@ -213,7 +213,7 @@ class Sizing:
         """
         matrices, attention = self.model.forward_flops(self.batch_size, self.sample_tokens, self.cartridge_tokens)
         head = 2 * self.model.head_parameters * self.batch_size * self.answer_tokens
-        return self._seconds(2 * matrices + 3.5 * attention + 3 * head)
+        return self._seconds(2 * matrices + 3.5 * attention + 3 * head, self.gpu.update_share)
 
     def version_seconds(self) -> float:
         """From the trainer's memory to a rollout server's, by way of the store."""
@@ -298,7 +298,7 @@ class Sizing:
         return ServiceSize(gpus, bound_by, busy / gpus, figures)
 
     def _seconds(self, flops: float, share: float | None = None) -> float:
-        return flops / ((share or self.gpu.compute_share) * self.gpu.tflops * 1e12)
+        return flops / ((share or self.gpu.forward_share) * self.gpu.tflops * 1e12)
 
     def _free_bytes(self, what: str, needed: float) -> float:
         """Of a replica beside its weights. Raises InvalidArgument if that is less than `what` needs."""

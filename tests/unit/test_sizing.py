@@ -57,7 +57,7 @@ def test_first_tokens_by_vllm(batch: int) -> None:
 
 
 def test_decoding_by_the_built_in_engine() -> None:
-    """Within 20 %: 128 prompt and 512 new tokens, every batch and number of cartridges."""
+    """Within 16 %: 128 prompt and 512 new tokens, every batch and number of cartridges."""
     rates = results("rollout.json")["rates"]
     assert len(rates) == 20
     for case, measured in rates.items():
@@ -65,14 +65,16 @@ def test_decoding_by_the_built_in_engine() -> None:
         num_cartridges = min(int(batch), int(cartridges))
         sizing = replace(TORCH, answer_tokens=512, cartridge_tokens=2048 if num_cartridges else 0)
         seconds, _ = sizing.decode_step(int(batch), num_cartridges)
-        assert seconds * 1e3 == near(measured["step_median_ms"], 0.2), case
+        assert seconds * 1e3 == near(measured["step_median_ms"], 0.16), case
 
 
 def test_teacher_and_trainer() -> None:
-    document, scoring, update = (results(f"{name}.json") for name in ("gpu_rates", "teacher", "update"))
-    assert replace(TORCH, gpu=GPUS["h100-80"]).document_seconds() == near(document["document_seconds"])
-    for row in scoring["rows"]:
+    teacher, update = (results(f"{name}.json") for name in ("teacher", "update"))
+    assert len(teacher["rows"]) == len(teacher["prefill"]) == 3
+    for row in teacher["rows"]:
         assert replace(TORCH, document_tokens=row["document_tokens"]).score_seconds() == near(row["seconds"])
+    for row in teacher["prefill"]:
+        assert replace(TORCH, document_tokens=row["document_tokens"]).document_seconds() == near(row["seconds"])
     ours = [row for row in update["rows"] if row["name"] == "ours"]
     assert len(ours) >= 2
     for row in ours:
@@ -81,10 +83,13 @@ def test_teacher_and_trainer() -> None:
 
 
 def test_memory() -> None:
-    """Within 10 %."""
-    document, rollout, update = (results(f"{name}.json") for name in ("gpu_rates", "rollout", "update"))
+    """Within 10 %, where nothing else is said."""
+    teacher, rollout, update = (results(f"{name}.json") for name in ("teacher", "rollout", "update"))
     assert TORCH.trainer_bytes(MICRO_BATCH_TOKENS) / 1e9 == near(update["rows"][0]["peak_gb"], 0.1)
-    assert (TORCH.model.weight_bytes + TORCH.document_bytes) / 1e9 == near(document["document_peak_gb"], 0.1)
+    for row in teacher["prefill"]:
+        kv_bytes = replace(TORCH, document_tokens=row["document_tokens"]).document_bytes
+        # The room for captured steps is a server's, and more than documents need.
+        assert row["peak_gb"] <= (TORCH.model.weight_bytes + kv_bytes + WORKSPACE_BYTES) / 1e9 <= 1.2 * row["peak_gb"]
     kv_bytes = 32 * TORCH.cartridge_bytes + 256 * (128 + 512) * TORCH.model.kv_bytes_per_token
     assert (TORCH.model.weight_bytes + kv_bytes + WORKSPACE_BYTES) / 1e9 == near(rollout["peak_gb"], 0.1)
 

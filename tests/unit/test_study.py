@@ -246,7 +246,7 @@ SERVICES = ("grpc", "redis", "fastapi", "obstore", "pydantic_settings")
 @pytest.mark.parametrize(
     ("blocked", "modules"),
     [
-        ((*SERVICES, "prometheus_client"), ("study.grid", "gpu_rates", "rollout", "update")),
+        ((*SERVICES, "prometheus_client"), ("study.grid", "rollout", "update")),
         # It brings contexts back through the teacher's own tiers, which count.
         (SERVICES, ("teacher",)),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from foundry.model.attention import LayeredPlan
@@ -35,6 +36,8 @@ def _forward(layer: Any, index: int) -> Any:
     def forward(*args: Any, plan: Any, **kwargs: Any) -> Any:
         if isinstance(plan, LayeredPlan):
             run = compiled_fixed if plan.fixed_lengths else compiled
+            if plan.recompute and torch.is_grad_enabled():
+                return checkpoint(run, *args, plan=plan.layer(index), use_reentrant=False, **kwargs)
             return run(*args, plan=plan.layer(index), **kwargs)
         return eager(*args, plan=plan, **kwargs)
 

@@ -86,13 +86,17 @@ class FrozenLM:
         """Logits [T, V] in float32."""
         return F.linear(hidden_TE, self.head_VE).float()
 
-    def packed_hidden(self, sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None]) -> Tensor:
+    def packed_hidden(
+        self, sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None], *, recompute: bool = False
+    ) -> Tensor:
         """Hidden states [T, E] of sequences laid end to end, each behind its own prefix KV [L, 2, G, P, D].
 
-        Token i of a sequence has position P + i. Gradients reach the prefixes. Raises InvalidArgument for an empty or
-        too long sequence.
+        Token i of a sequence has position P + i. Gradients reach the prefixes. With `recompute` what is kept for the
+        backward on CUDA is a tenth, for a forward more. Raises InvalidArgument for an empty or too long sequence.
         """
         plan = self.packed_plan(sequences, prefixes, self.spec.max_tokens, self.device)
+        if isinstance(plan, LayeredPlan):
+            plan.recompute = recompute
         return self._planned_hidden([token for sequence in sequences for token in sequence], plan)
 
     def prefill(self, ids: Sequence[int], *, chunk_tokens: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -28,18 +29,22 @@ class Scored(Protocol):
     def score_from(self) -> int: ...
 
 
-def micro_batch_tokens(lm: FrozenLM, beside_bytes: int = 0) -> int:
+def micro_batch_tokens(lm: FrozenLM, fitting_tokens: int) -> int:
+    """Tokens in one forward, of which so many may fit: beyond these a device gains nothing."""
+    return min(fitting_tokens, CUDA_MICRO_BATCH_TOKENS if lm.device.type == "cuda" else _CPU_MICRO_BATCH_TOKENS)
+
+
+def fitting_tokens(lm: FrozenLM, beside_bytes: int = 0) -> int:
     """Most tokens in one forward whose backward fits into the memory that is free, if `beside_bytes` are taken too.
 
-    On CUDA each token keeps `kept_bytes_per_token`; of what is free a fifth is left. On a CPU it is a fixed number.
+    On CUDA each token keeps `kept_bytes_per_token`; of what is free a fifth is left. Elsewhere nothing is counted.
     """
     if lm.device.type != "cuda":
-        return _CPU_MICRO_BATCH_TOKENS
+        return sys.maxsize
     free_bytes, _ = torch.cuda.mem_get_info(lm.device)
     # What torch holds for itself and nothing lives in is free too.
     free_bytes += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
-    fitting = int(_USABLE_MEMORY * free_bytes - beside_bytes) // kept_bytes_per_token(lm)
-    return max(1, min(fitting, CUDA_MICRO_BATCH_TOKENS))
+    return max(1, int(_USABLE_MEMORY * free_bytes - beside_bytes) // kept_bytes_per_token(lm))
 
 
 def kept_bytes_per_token(lm: FrozenLM) -> int:
@@ -66,14 +71,17 @@ def micro_batches(samples: Sequence[Scored], max_tokens: int) -> Iterator[slice]
         yield slice(begin, len(samples))
 
 
-def scored_hidden(lm: FrozenLM, samples: Sequence[Scored], prefixes: Sequence[Tensor | None]) -> list[Tensor]:
+def scored_hidden(
+    lm: FrozenLM, samples: Sequence[Scored], prefixes: Sequence[Tensor | None], *, recompute: bool = False
+) -> list[Tensor]:
     """The hidden states [N, E] that predict each sample's N answer tokens, out of one packed forward.
 
-    Each sample sees its own prefix KV [L, 2, G, P, D] and itself only; gradients reach the prefixes.
+    Each sample sees its own prefix KV [L, 2, G, P, D] and itself only; gradients reach the prefixes. `recompute`:
+    see `FrozenLM.packed_hidden`.
     """
     # The last token of an answer predicts nothing that is scored.
     sequences = [sample.ids[:-1] for sample in samples]
-    hidden_TE = lm.packed_hidden(sequences, prefixes)
+    hidden_TE = lm.packed_hidden(sequences, prefixes, recompute=recompute)
     ends = list(accumulate(map(len, sequences)))
     return [
         hidden_TE[end - len(sequence) + sample.score_from - 1 : end]

@@ -109,6 +109,30 @@ def test_equals_the_plain_plan(lm: FrozenLM, case: str, monkeypatch: pytest.Monk
     assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
+def test_layers_computed_anew_give_the_same_gradient(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, behind = CASES["one shared"]
+    prefixes = prefixes_of(lm, behind)
+    num_calls = 0
+
+    def counted(*tensors: Tensor, **options: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return by_a_dense_product(*tensors, **options)
+
+    monkeypatch.setattr(flex, "flex_attention", counted)
+    monkeypatch.setattr(lm, "packed_plan", FlexAttention)
+    gradients = []
+    for recompute in (False, True):
+        hidden_TE = lm.packed_hidden(
+            sequences_of(lengths), [prefixes[length] for length in behind], recompute=recompute
+        )
+        gradients.append(torch.autograd.grad(hidden_TE.square().sum(), list(prefixes.values())))
+    # Each layer once, and then twice.
+    assert num_calls == 3 * lm.spec.num_layers
+    for kept, anew in zip(*gradients, strict=True):
+        assert torch.equal(kept, anew)
+
+
 @pytest.mark.parametrize("case", ["one shared", "several", "none"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
-from foundry.model.packing import kept_bytes_per_token, micro_batch_tokens
+from foundry.model.packing import fitting_tokens, kept_bytes_per_token, micro_batch_tokens
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
 from services.trainer.update.step import TrainingStep
@@ -175,10 +175,10 @@ def test_free_memory_chooses_the_micro_batch(lm: FrozenLM, monkeypatch: pytest.M
 
     def chosen(free_bytes: float, beside_bytes: int = 0) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_bytes), 0))
-        return micro_batch_tokens(large, beside_bytes)
+        return micro_batch_tokens(large, fitting_tokens(large, beside_bytes))
 
     assert chosen(100e9) == 4608
     assert chosen(3e9) == int(0.8 * 5e9) // 1_720_320
     assert chosen(3e9, 10**9) == (int(0.8 * 5e9) - 10**9) // 1_720_320
     assert chosen(0, 10**10) == 1
-    assert micro_batch_tokens(lm, 10**18) == 4096
+    assert micro_batch_tokens(lm, fitting_tokens(lm, 10**18)) == 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -253,9 +254,9 @@ def test_heldout_measures_are_means_over_all_tokens_however_they_are_packed(
     forwards: list[int] = []
     packed_hidden = lm.packed_hidden
 
-    def counted(sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None]) -> Tensor:
+    def counted(*packed: Any, **options: Any) -> Tensor:
         forwards[-1] += 1
-        return packed_hidden(sequences, prefixes)
+        return packed_hidden(*packed, **options)
 
     monkeypatch.setattr(lm, "packed_hidden", counted)
     for micro_batch_tokens in (4096, 30, 1):

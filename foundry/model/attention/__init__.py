@@ -44,6 +44,8 @@ class LayeredPlan(ABC):
 
     # Whether lengths are few enough that layers are compiled for each: kernels are a third faster for it.
     fixed_lengths = False
+    # Whether backward computes each layer anew, of its input alone, instead of keeping what came between.
+    recompute = False
 
     @abstractmethod
     def layer(self, index: int) -> LayerAttention:

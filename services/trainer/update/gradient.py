@@ -15,7 +15,7 @@ from torch import Tensor
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Distilled, Objective, TopK, distill
-from foundry.model.packing import micro_batch_tokens, micro_batches, scored_hidden
+from foundry.model.packing import fitting_tokens, micro_batch_tokens, micro_batches, scored_hidden
 from foundry.model.transfer import to_device
 from services.trainer.sample import Sample
 from services.trainer.update.importance import importance_weights
@@ -64,7 +64,8 @@ def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> Token
     """Add to the master's gradient what the samples have in that of the mean loss over `num_tokens` answer tokens."""
     parts = []
     beside_bytes = _TRAINED_BYTES * cartridge.master_L2GRD.numel()
-    max_tokens = batch.micro_batch_tokens or micro_batch_tokens(lm, beside_bytes)
+    fitting = fitting_tokens(lm, beside_bytes)
+    max_tokens = batch.micro_batch_tokens or micro_batch_tokens(lm, fitting)
     # Nothing in this loop waits for the device, so that it never waits for the host.
     for some in micro_batches(batch.samples, max_tokens):
         samples, signals = batch.samples[some], batch.signals[some]
@@ -72,7 +73,9 @@ def backward(lm: FrozenLM, cartridge: TrainableCartridge, batch: Batch) -> Token
         if batch.claimed_L2GPD is not None:
             with torch.no_grad():
                 claimed_N = distill_samples(lm, batch.claimed_L2GPD, _LIKELIHOOD, samples, signals).chosen_logprob_N
-        part = distill_samples(lm, cartridge.cast(), batch.objective, samples, signals, claimed_N)
+        # A long sample, or as many as somebody asked for.
+        recompute = sum(len(sample.ids) for sample in samples) > fitting
+        part = distill_samples(lm, cartridge.cast(), batch.objective, samples, signals, claimed_N, recompute=recompute)
         # Each part's loss is the mean over its own tokens; the step's is the mean over all.
         (part.loss * (part.token_loss_N.shape[0] / batch.num_tokens)).backward()  # type: ignore[no-untyped-call]
         claimed_N = part.chosen_logprob_N if claimed_N is None else claimed_N
@@ -88,13 +91,15 @@ def distill_samples(
     samples: Sequence[Sample],
     signals: Sequence[Signal],
     claimed_logprob_N: Tensor | None = None,
+    *,
+    recompute: bool = False,
 ) -> Distilled:
     """Distil samples behind one prefix KV [L, 2, G, P, D], in one packed forward; gradients reach the prefix.
 
     Each sample sees the prefix and itself only. With `claimed_logprob_N`, of the answers' tokens under another version
     that gave them, losses are weighted by how much likelier the prefix makes what stands before a token.
     """
-    hidden_NE = torch.cat(scored_hidden(lm, samples, [prefix_L2GPD] * len(samples)))
+    hidden_NE = torch.cat(scored_hidden(lm, samples, [prefix_L2GPD] * len(samples), recompute=recompute))
     token_ids = [token for sample in samples for token in sample.answer_ids]
     token_ids_N = to_device(torch.tensor(token_ids), lm.device)
     verbatim_N = None

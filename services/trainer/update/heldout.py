@@ -11,7 +11,7 @@ from torch import Tensor
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Distilled, Objective
-from foundry.model.packing import micro_batch_tokens, micro_batches
+from foundry.model.packing import fitting_tokens, micro_batch_tokens, micro_batches
 from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal, distill_samples
 
@@ -52,5 +52,5 @@ class HeldOutSet:
 
     @torch.no_grad()
     def _distilled(self, lm: FrozenLM, cartridge: TrainableCartridge) -> Iterator[Distilled]:
-        for some in micro_batches(self.samples, self._micro_batch_tokens or micro_batch_tokens(lm)):
+        for some in micro_batches(self.samples, self._micro_batch_tokens or micro_batch_tokens(lm, fitting_tokens(lm))):
             yield distill_samples(lm, cartridge.cast(), MEASURE, self.samples[some], self.signals[some])

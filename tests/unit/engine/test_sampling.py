@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams
-from services.rollout.engine.torch.sampler import draw
+from services.rollout.engine.torch.sampler import draw, invert
 from tests.unit.engine.bench import Bench, ids_of, random_ids, request
 
 
@@ -90,3 +90,14 @@ def test_frequencies_are_the_probabilities(lm: FrozenLM) -> None:
     deviation = (counts / num_samples - probs)[likely].abs() / (probs * (1 - probs) / num_samples).sqrt()[likely]
     assert likely.sum() > 5
     assert deviation.max() < 4.5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-12, 0.25, 0.5, 0.75, 1 - 2**-53])
+def test_what_has_no_mass_is_never_drawn(uniform: float) -> None:
+    """Masses at both sides of a block's border, at the vocabulary's end, and one after only empty blocks."""
+    vocab_size = 1500
+    for ids in ([0], [255, 256], [1, 511, 512], [vocab_size - 1], [700, vocab_size - 1]):
+        scaled_NV = torch.full((1, vocab_size), float("-inf"))
+        scaled_NV[0, ids] = 0.0
+        found = invert(scaled_NV, torch.tensor([uniform], dtype=torch.float64)).item()
+        assert found == ids[min(int(uniform * len(ids)), len(ids) - 1)]

@@ -22,8 +22,8 @@ from services.trainer.update.gradient import Batch, Signal, backward
 from services.trainer.update.importance import Importance
 from services.trainer.update.proof import Proof, prove
 
-# Which fill a micro-batch.
-_WARM_UP_SAMPLES = 4
+# A quarter of a micro-batch each: a full one, and one of three quarters, as long answers leave it.
+_WARM_UP_SAMPLES, _WARM_UP_TOKENS = 7, CUDA_MICRO_BATCH_TOKENS // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class TrainingStep:
         """Compute what a full step computes and throw it away: on CUDA all of it is compiled at its first use."""
         lm = self.lm
         room = lm.spec.max_tokens - self.cartridge.header.num_tokens - 1
-        num_answer = max(1, min(CUDA_MICRO_BATCH_TOKENS // _WARM_UP_SAMPLES - 1, room))
+        num_answer = max(1, min(_WARM_UP_TOKENS - 1, room))
         sample = Sample([0], [0] * num_answer, [0.0] * num_answer, "", 0, truncated=True)
         signal: Signal = torch.zeros(num_answer, lm.spec.hidden_size, dtype=lm.dtype)
         if not self.objective.needs_hidden:

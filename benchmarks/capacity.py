@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import LLAMA_3B
-from benchmarks.step import SMALL, build_model
+from benchmarks.shapes import LLAMA_3B, TINY
+from benchmarks.step import build_model
 from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.model.info import ModelInfo
@@ -218,7 +218,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=arguments.directory) as directory,
     ):
         # In a process of its own, so that none of the GPU's memory stays with this one.
-        shape = SMALL if arguments.small else LLAMA_3B
+        shape = TINY if arguments.small else LLAMA_3B
         building = multiprocessing.get_context("spawn").Process(
             target=build_model, args=(Path(model), arguments.device, shape, 8192)
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_swap import build
-from benchmarks.shapes import LLAMA_3B
+from benchmarks.shapes import LLAMA_3B, TINY
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
@@ -30,14 +30,6 @@ from services.trainer.sample import Sample
 from services.trainer.update.gradient import Signal
 from services.trainer.update.step import TrainingStep
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 MICRO_BATCH_TOKENS, TIMEOUT_SECONDS = 4096, 600.0
 
 
@@ -120,7 +112,7 @@ def main() -> None:
     device = torch.device(rank.device(arguments.device))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     group = Group(rank, device, TIMEOUT_SECONDS)
-    lm = build(str(device), dtype, **(SMALL if arguments.small else LLAMA_3B))
+    lm = build(str(device), dtype, **(TINY if arguments.small else LLAMA_3B))
     if not rank.leads:
         raise SystemExit(follow(lm, group))
     leader = Leader(group)

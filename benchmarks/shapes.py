@@ -13,3 +13,13 @@ LLAMA_3B: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
+
+# To try a program.
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}

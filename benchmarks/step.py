@@ -30,21 +30,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.shapes import LLAMA_3B
+from benchmarks.shapes import LLAMA_3B, TINY
 from foundry.client import FoundryClient
 from foundry.local.stack import LocalStack
 from tests.tiny import build_tokenizer
 
 NUM_SAMPLES, TURN_TOKENS, ANSWER_TOKENS = 32, 128, 1024
 CARTRIDGE_TOKENS, DOCUMENT_TOKENS = 2048, 12_288
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 _WORDS = ("treaty", "harbour", "price", "grain", "spring", "union", "message", "congress", "answer", "document")
 
 
@@ -146,7 +138,7 @@ def main() -> None:
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "runs": {}}
     os.environ.update(environment(arguments))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        shape, num_positions = (SMALL if arguments.small else LLAMA_3B), 2 * arguments.document_tokens + 4096
+        shape, num_positions = (TINY if arguments.small else LLAMA_3B), 2 * arguments.document_tokens + 4096
         # In a process of its own, so that none of the GPU's memory stays with this one.
         building = multiprocessing.get_context("spawn").Process(
             target=build_model, args=(Path(directory) / "model", arguments.device, shape, num_positions)

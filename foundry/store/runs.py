@@ -205,17 +205,17 @@ class RunStore(RunQueue):
         await self._archive.events(run_id)
         return 0
 
-    async def restore(self, server_run: str) -> int:
-        """Put all runs back into the Redis of that run id, and no others; returns how many are not over."""
+    async def restore(self, token: str) -> int:
+        """Put all runs back into Redis, and no others, in the rebuild of that token; returns how many are not over."""
         kept = json.dumps(dict.fromkeys(await self._archive.ids(), True))
-        await self._connection.run_restoring("runs/keep", server_run, kept)
+        await self._connection.run_restoring("runs/keep", token, kept)
         runs = await self._archive.runs()
         for run in runs:
             final = run.final
             with skipped("run", key("run", run.run_id)):
                 await self._connection.run_restoring(
                     "runs/restore",
-                    server_run,
+                    token,
                     run.run_id,
                     run.spec,
                     run.name,

@@ -63,7 +63,7 @@ def steps(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
     yield from rebuild(protocol, state)
     yield from time_passes(protocol, state)
     if state.losses_left:
-        yield "Redis is lost", without_redis(state)._replace(losses_left=state.losses_left - 1)
+        yield "Redis is lost", without_redis(protocol, state)._replace(losses_left=state.losses_left - 1)
 
 
 def broken_promise(state: State) -> str:

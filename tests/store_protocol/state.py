@@ -43,6 +43,7 @@ class Protocol:
     commit_asks_for_bytes: bool = True
     limits_are_durable: bool = True
     rebuild_begins_at_the_limit: bool = True
+    rebuilds_have_tokens: bool = True
     leases_ask_for_marks: bool = True
     reservations_ask_for_marks: bool = True
     marks_ask_for_leases: bool = True
@@ -116,8 +117,9 @@ class State(NamedTuple):
     reader: Reader = Reader()
     # 0: to be set, 1: set in Redis
     tagger: int = DONE
-    # What a rebuild has read, if one is under way.
+    # What a rebuild has read, if one is under way, and whether it has written that to Redis.
     rebuilding: tuple[frozenset[tuple[int, str]], int, int] | None = None
+    rewritten: bool = False
     crashes_left: int = 0
     losses_left: int = 0
     was_lost: bool = False

@@ -37,8 +37,10 @@ def tag(state: State) -> Iterator[tuple[str, State]]:
         yield "tagger: tag in storage", state._replace(stored_tag=1, tagger=DONE)
 
 
-def without_redis(state: State) -> State:
+def without_redis(protocol: Protocol, state: State) -> State:
     empty = State()
+    # A rebuild whose token is gone begins anew.
+    going_on = not protocol.rebuilds_have_tokens
     return state._replace(
         restored=False,
         owner=0,
@@ -52,7 +54,8 @@ def without_redis(state: State) -> State:
         staged=empty.staged,
         leases=empty.leases,
         marks=empty.marks,
-        rebuilding=None,
+        rebuilding=state.rebuilding if going_on else None,
+        rewritten=state.rewritten and going_on,
         was_lost=True,
     )
 
@@ -66,14 +69,17 @@ def rebuild(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
         # The marks were read before.
         yield "rebuild: read", state._replace(rebuilding=read, marks=state.recorded)
         return
+    if state.rewritten:
+        broken = state.broken or _shown_again(state, state.visible)
+        yield "rebuild: finish", state._replace(restored=True, rebuilding=None, rewritten=False, broken=broken)
+        return
     manifests, limit, tag = state.rebuilding
     visible = frozenset(Version(number, digest, True) for number, digest in manifests)
     latest = max((version.number for version in visible), default=0)
     yield (
         "rebuild: restore",
         state._replace(
-            restored=True,
-            rebuilding=None,
+            rewritten=True,
             # The attempt in object storage (runs/<id>/attempts) is the newest that was given out.
             owner=state.newest_attempt,
             counter=limit if protocol.rebuild_begins_at_the_limit else latest,
@@ -82,7 +88,6 @@ def rebuild(protocol: Protocol, state: State) -> Iterator[tuple[str, State]]:
             latest=latest,
             tag=tag if any(version.number == tag for version in visible) else 0,
             meanings=state.meanings | manifests,
-            broken=state.broken or _shown_again(state, visible),
         ),
     )
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.store_protocol.explorer import explore
 from tests.store_protocol.state import DEAD, DONE, Collector, Protocol, Publisher, Reader, State, Version
+from tests.store_protocol.surroundings import without_redis
 
 PROTOCOL = Protocol()
 GC_BLOBS = Collector(step=PROTOCOL.collect.index("list_manifests"))
@@ -77,6 +78,8 @@ LEFT_BEHIND = State(
     collector=GC_BLOBS,
     **ACCIDENTS,
 )
+# Lost once; the other loss may come while it is restored.
+EMPTIED = without_redis(PROTOCOL, RETENTION._replace(collector=Collector()))
 SCENARIOS = {
     "takeover": TAKEOVER,
     "hot takeover": HOT_TAKEOVER,
@@ -86,6 +89,7 @@ SCENARIOS = {
     "tagged while retired": TAGGED_WHILE_RETIRED,
     "only version": ONLY_VERSION,
     "left behind": LEFT_BEHIND,
+    "emptied": EMPTIED,
 }
 # All actors at once: a minute or two.
 EVERYBODY = TAKEOVER._replace(collector=GC_BLOBS, blobs=frozenset("a"), old=frozenset("a"), limit=2, stored_limit=2)
@@ -150,6 +154,7 @@ TWICE = "a number is handed out twice"
         pytest.param(TAKEOVER, {"tombstones": False}, FENCED, id="no tombstones"),
         pytest.param(TAKEOVER, {"limits_are_durable": False}, TWICE, id="limits in Redis only"),
         pytest.param(TAKEOVER, {"rebuild_begins_at_the_limit": False}, TWICE, id="rebuild begins at latest"),
+        pytest.param(EMPTIED, {"rebuilds_have_tokens": False}, LOST, id="rebuild goes on after a loss"),
         pytest.param(ORPHAN, {"collect": _without(PROTOCOL.collect, "mark")}, NO_BLOB, id="no mark"),
         pytest.param(
             READ_WHILE_RETIRED, {"leases_ask_for_marks": False}, "leased bytes are collected", id="leases ignore marks"

@@ -1,8 +1,8 @@
 """The connection to Redis (or Valkey): scripts, typed errors, and noticing that Redis was emptied or replaced.
 
 `foundry:epoch` holds the run id of the server for which pointers were last restored. A server that restarted (empty or
-with an old snapshot) or a replica that took over has another run id; then every checked script answers `empty` and
-changes nothing until `on_empty` has restored the pointers from object storage.
+with an old snapshot) or a replica that took over has another run id, and one that was emptied has none; then every
+checked script answers `empty` and changes nothing until `on_empty` has restored the pointers from object storage.
 
 Arguments and replies of scripts carry a checksum: a bit that flips on the way (TCP's own 16-bit sum misses some) moves
 no pointer and is read by nobody as another version. A reply's also covers its call: where a flipped bit puts requests
@@ -105,7 +105,7 @@ class Connection:
         raise StoreUnavailable("Redis was emptied again while its pointers were being restored")
 
     async def run_restoring(self, script: str, *args: str | int) -> Reply:
-        """Run a script that restores pointers: it sees `restored` and `server_run` and decides by itself."""
+        """Run a script that restores pointers: it sees `epoch`, `restored` and `server_run` and decides by itself."""
         return await self._eval(script, args, checked=False)
 
     async def read(self, command: str, *args: str | int) -> Any:

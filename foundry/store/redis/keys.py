@@ -39,7 +39,8 @@ Of gateways:
 
     limits:<counter>        string  what a caller used, by the library `limits`, in this minute or the one before
 
-And `epoch`: the run id of the server for which all this was last restored.
+And `epoch`, string: the run id of the server for which all this was last restored; "<run id> <token>" while a rebuild
+restores it.
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
 """Restoring Redis from object storage after it was emptied, restarted or replaced.
 
 Until the epoch is set, every script that reads or changes pointers refuses, so nothing moves underneath. Several
-processes may restore at once: each step only brings Redis closer to what object storage says. What was read for one
-server is never written to the next: much may have been published in between.
+processes may restore at once: each step only brings Redis closer to what object storage says. They share a token, which
+stands where the epoch will; each step asks for it, and the last one replaces it. A Redis that is emptied or replaced
+meanwhile has lost it: then the rebuild is over, nothing that was read for it is written any more (much may have been
+published in between), and another begins.
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass
 
 import structlog
 
+from foundry.errors import StoreUnavailable
 from foundry.store import metrics
 from foundry.store.manifest import Manifest
 from foundry.store.names import check_name
@@ -23,6 +27,9 @@ from foundry.store.unreadable import reading, skipped
 from foundry.store.upkeep.marks import MARK_SECONDS, GcMarks
 
 log = structlog.get_logger(__name__)
+
+# Begun at most so often; each but the last was ended by one more loss.
+_MAX_REBUILDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,14 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
     Versions that were only hot are lost with Redis; their numbers are not used again. A durable version whose owner
     died between manifest and pointer is whole, and is visible from then on. One that can't be read, or whose blob is
     gone, is left out, and noted as damaged: no pointer may name bytes that nobody has, nor pass over them in silence.
-    Raises StoreUnavailable if Redis or the object storage can't be reached.
+    Raises StoreUnavailable if Redis or the object storage can't be reached, or Redis is emptied over and over.
     """
-    while (begin := await connection.run_restoring("rebuild/begin"))[0] != "restored":
-        server_run = begin[1]
-        known = await _swept_names(connection, server_run)
+    for _ in range(_MAX_REBUILDS):
+        begin = await connection.run_restoring("rebuild/begin", uuid.uuid4().hex)
+        if begin[0] == "restored":
+            return None
+        token = begin[1]
+        known = await _swept_names(connection, token)
         # What is marked later is marked in the Redis that is being restored.
         condemned, all_known = await marks.digests()
         blobs = {digest async for digest, _ in durable.blobs.entries()}
@@ -65,30 +75,30 @@ async def rebuild(connection: Connection, durable: Durable, marks: GcMarks, runs
             truth = _truth(manifests, {tag: record.version for tag, record in tags.items()}, damaged)
             # A version above the limit can only come from a store that was copied by hand; its number is taken too.
             limit = max(limits.get(name, 0), *damaged, *(manifest.version for manifest in manifests), 0)
-            await connection.run_restoring("rebuild/name", server_run, name, limit, truth)
+            await connection.run_restoring("rebuild/name", token, name, limit, truth)
             histories = {tag: " ".join(map(str, (record.moved_ms, *record.history))) for tag, record in tags.items()}
-            await connection.run_restoring("rebuild/tag_history", server_run, name, json.dumps(histories))
+            await connection.run_restoring("rebuild/tag_history", token, name, json.dumps(histories))
             num_versions += len(manifests)
             needed.update(manifest.digest for manifest in manifests)
         if not all_known:
             # A record that can't be read may have been of any blob that a collector takes for garbage.
             condemned |= blobs - needed
         if condemned:
-            await connection.run_restoring("rebuild/marks", server_run, int(MARK_SECONDS * 1000), *sorted(condemned))
-        num_runs = await runs.restore(server_run)
-        if (await connection.run_restoring("rebuild/finish", server_run))[0] == "ok":
+            await connection.run_restoring("rebuild/marks", token, int(MARK_SECONDS * 1000), *sorted(condemned))
+        num_runs = await runs.restore(token)
+        if (await connection.run_restoring("rebuild/finish", token))[0] == "ok":
             metrics.REBUILDS.inc()
             log.info("pointers_restored", num_names=len(names), num_versions=num_versions, num_unfinished_runs=num_runs)
             return Rebuilt(len(names), num_versions, num_runs)
-    return None
+    raise StoreUnavailable("Redis was emptied again and again while its pointers were being restored")
 
 
-async def _swept_names(connection: Connection, server_run: str) -> set[str]:
+async def _swept_names(connection: Connection, token: str) -> set[str]:
     """Names that Redis still knows, once keys of a wrong type are out of the way."""
     names: set[str] = set()
     cursor = "0"
     while True:
-        reply = await connection.run_restoring("rebuild/sweep", server_run, cursor)
+        reply = await connection.run_restoring("rebuild/sweep", token, cursor)
         if reply[0] == "over":
             # As every other step will find.
             return names

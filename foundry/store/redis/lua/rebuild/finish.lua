@@ -1,5 +1,6 @@
--- server run -> ok | over
+-- token -> ok: it is restored, by us or by another | over
 
-if server_run ~= ARGV[1] then return {'over'} end
+if restored then return {'ok'} end
+--@include restoring
 redis.call('SET', 'foundry:epoch', server_run)
 return {'ok'}

@@ -1,10 +1,10 @@
--- server run, name, limit,
+-- token, name, limit,
 -- JSON {versions: {version: value}, steps: {"run step": "version digest"}, tags: {tag: version},
 -- damaged: [version]}
--- -> ok | over: another restored it, or another server is there now
+-- -> ok | over
 --@include pointers
+--@include restoring
 
-if restored or server_run ~= ARGV[1] then return {'over'} end
 local name, truth = ARGV[2], cjson.decode(ARGV[4])
 local state, versions, durable, tags = key('name', name), key('versions', name), key('durable', name), key('tags', name)
 for _, field in ipairs({'counter', 'limit'}) do

@@ -1,9 +1,9 @@
 -- Keys of another type than theirs go: nothing could be restored there. And names as far as Redis still knows them: an
 -- old snapshot may hold names that were deleted since.
--- server run, cursor -> ok, next cursor, keys that went, names | over
+-- token, cursor -> ok, next cursor, keys that went, names | over
 --@include types
+--@include restoring
 
-if restored or server_run ~= ARGV[1] then return {'over'} end
 local cursor, page = scan(ARGV[2])
 local gone, names = {}, {}
 for _, each in ipairs(page) do

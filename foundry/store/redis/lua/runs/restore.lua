@@ -1,9 +1,9 @@
 -- Runs before the pointers are restored.
--- server run, id, spec, name, tenant, created ms, attempt, desired, lease ms, state or '', error, result, finished ms
--- -> ok | over: another restored it, or another server is there now
+-- token, id, spec, name, tenant, created ms, attempt, desired, lease ms, state or '', error, result, finished ms
+-- -> ok | over
 --@include runs
+--@include restoring
 
-if restored or server_run ~= ARGV[1] then return {'over'} end
 local _, id, spec, name, tenant, created, attempt, desired, lease, final, error, result, finished = unpack(ARGV)
 local run = run_key(id)
 local known = call('HMGET', run, 'attempt', 'state')

@@ -37,11 +37,10 @@ Inject = Callable[[Moment, Fault], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Kind:
-    """`rare` ones are drawn a fifth as often; after one that empties Redis, what was only there may be gone."""
+    """`rare` ones are drawn a fifth as often."""
 
     inject: Inject
     rare: bool = False
-    empties_redis: bool = False
 
 
 def on_redis(harm: Harm, direction: Direction | None = None, *, seconds: float = 0.0) -> Inject:
@@ -108,7 +107,7 @@ def on_rebuild(make: Callable[[random.Random], ObjectsTamper], prefix: str) -> I
 
     async def inject(moment: Moment, fault: Fault) -> None:
         moment.world.objects.arm_get(fault, make(moment.rng), prefix=prefix)
-        await moment.world.redis.flushall()
+        await moment.world.empty_redis()
 
     return inject
 
@@ -121,7 +120,7 @@ def at_rest(harm: Callable[[World, random.Random, str], Awaitable[bool]]) -> Inj
 
 
 async def emptied(moment: Moment, fault: Fault) -> None:
-    await moment.world.redis.flushall()
+    await moment.world.empty_redis()
     fault.fired = True
 
 
@@ -188,15 +187,15 @@ KINDS: dict[str, Kind] = {
     "objects-flip": Kind(on_get(storage.flipped)),
     "checkpoint-truncate": Kind(on_checkpoint(storage.truncated), rare=True),
     "checkpoint-flip": Kind(on_checkpoint(storage.flipped), rare=True),
-    "manifest-flip": Kind(on_rebuild(storage.flipped, "cartridges/"), empties_redis=True),
-    "manifest-truncate": Kind(on_rebuild(storage.truncated, "cartridges/"), empties_redis=True),
-    "run-flip": Kind(on_rebuild(storage.flipped, "runs/"), empties_redis=True),
+    "manifest-flip": Kind(on_rebuild(storage.flipped, "cartridges/")),
+    "manifest-truncate": Kind(on_rebuild(storage.truncated, "cartridges/")),
+    "run-flip": Kind(on_rebuild(storage.flipped, "runs/")),
     # What is stored.
     "hot-flip": Kind(at_rest(damage.flip_hot)),
     "hot-delete": Kind(at_rest(damage.delete_hot)),
     "hot-truncate": Kind(at_rest(damage.truncate_hot)),
     "blob-flip": Kind(at_rest(damage.flip_blob)),
-    "redis-emptied": Kind(emptied, empties_redis=True),
+    "redis-emptied": Kind(emptied),
     "events-lost": Kind(events_lost),
     "intruder": Kind(intruder),
     "taken-over": Kind(taken_over, rare=True),

@@ -20,7 +20,7 @@ from services.trainer.control import Control
 from services.trainer.run import Run
 from tests.chaos.faults.catalogue import KINDS, Kind, Moment, draw, turns
 from tests.chaos.faults.fault import Fault
-from tests.chaos.faults.world import NAME, World
+from tests.chaos.faults.world import World
 
 # From one step to the next, whatever went wrong in between: beyond it the run hangs.
 STEP_SECONDS = 30.0
@@ -63,8 +63,6 @@ class Episode:
         self._due = turns(seed, self._kinds)
         self.report = Report(seed)
         self._open: list[Fault] = []
-        # The newest version when Redis was emptied last.
-        self._lost_up_to = 0
         self._retries = _num_retries()
 
     async def play(self) -> Report:
@@ -100,7 +98,7 @@ class Episode:
         self._settle("retried" if _num_retries() > self._retries else "absorbed")
         self._retries = _num_retries()
         self.report.steps += 1
-        await self._world.check_pointers(lost_up_to=self._lost_up_to)
+        await self._world.check_pointers()
         if self.report.num_fired >= self._num_faults or self._world.observer.violations:
             control.cancel()
             return
@@ -112,8 +110,6 @@ class Episode:
         fault = Fault(kind)
         self.report.faults.append(fault)
         self._open.append(fault)
-        if self._kinds[kind].empties_redis:
-            self._lost_up_to = self._world.observer.newest(NAME)
         await self._kinds[kind].inject(Moment(self._world, run, self._rng), fault)
 
     def _settle(self, outcome: str) -> None:

@@ -31,6 +31,7 @@ from foundry.store import (
     RunSpec,
     StoreSettings,
 )
+from foundry.store.redis.keys import key
 from foundry.tasks import end
 from services.trainer import checkpoint
 from services.trainer.attempt import Attempt
@@ -122,6 +123,8 @@ class World:
         self.start = TrainableCartridge(lm, self._start_kv).snapshot()
         self._model = model
         self.mismatch_threshold = MISMATCH_THRESHOLD
+        # Versions up to this one may be gone with Redis, and `latest` lie below them until the next one.
+        self._lost_up_to = 0
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[World]:
@@ -171,6 +174,14 @@ class World:
         for calls in (self.rollout_calls, self.teacher_calls):
             calls.disarm()
         self.objects.disarm()
+
+    async def empty_redis(self) -> None:
+        # At once: a version may be on its way, and its number is handed out by now or will be a higher one.
+        async with self.redis.pipeline(transaction=True) as both:
+            both.hget(key("name", NAME), "counter")
+            both.flushall()
+            counter, _ = await both.execute()
+        self._lost_up_to = max(self._lost_up_to, int(counter or 0))
 
     # The run
 
@@ -256,11 +267,8 @@ class World:
 
     # What is read behind the run's back
 
-    async def check_pointers(self, *, lost_up_to: int) -> None:
-        """What the store says of the name now agrees with everything that was seen before.
-
-        Versions up to `lost_up_to` may be gone with Redis, and `latest` lie below them until the next one.
-        """
+    async def check_pointers(self) -> None:
+        """What the store says of the name now agrees with everything that was seen before."""
         observer, newest = self.observer, self.observer.newest(NAME)
         if not newest:
             return
@@ -269,7 +277,7 @@ class World:
             observer.seen(NAME, manifest.version, manifest.digest)
         latest = await self.direct.resolve(NAME)
         observer.seen(NAME, latest.version, latest.digest)
-        if latest.version < newest and newest > lost_up_to:
+        if latest.version < newest and newest > self._lost_up_to:
             observer.violation(f"latest is {latest}, and version {newest} was published")
 
     async def _follow(self) -> None:

@@ -28,7 +28,7 @@ SERVICES = ("gateway", "rollout", "teacher", "trainer")
 OTHERS = re.compile(r"(process|python)_\w+")
 WORDS = {
     "service": set(SERVICES),
-    "engine": {"0"},
+    "engine": {"0", "torch", "vllm"},
     "model_name": {"tiny"},
     "finished_reason": {"stop", "length", "abort"},
     "tier": {"device", "host", "disk", "store", "hot", "durable"},

@@ -83,7 +83,8 @@ class Process:
         """SIGTERM; the exit status."""
         assert self._process is not None
         self._process.terminate()
-        status = self._process.wait(timeout=30)
+        # Longer than any grace period, after which a cancellation that was lost comes again (`foundry.tasks`).
+        status = self._process.wait(timeout=60)
         self._process = None
         return status
 

@@ -50,7 +50,11 @@ class Worker:
         if self._leader is not None:
             others.append(asyncio.create_task(self._leader.beat()))
         ended, _ = await asyncio.wait({working, *others}, return_when=asyncio.FIRST_COMPLETED)
-        await end(working, again_seconds=self._settings.grace_seconds)
+        if self.active is None:
+            await end(working)
+        else:
+            # A run is given back meanwhile, and must not be cut short in that.
+            await end(working, again_seconds=self._settings.grace_seconds)
         if self._settings.run and self.ended is not None:
             return FAILED if self.ended is RunState.FAILED else 0
         if stopping.is_set() and working.cancelled():

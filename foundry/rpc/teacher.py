@@ -78,13 +78,17 @@ class TeacherClient:
             for sample in samples
         ]
         for some in batches(items):
-            num_scored = 0
+            num_scored, put_at = 0, -1
             while num_scored < len(some):
                 try:
                     async for parts in self._score(pod, some[num_scored:], want):
                         num_scored += 1
                         yield parts
                 except ContextNotFound:
+                    if num_scored == put_at:
+                        # It was put for nothing: a teacher that keeps it no longer than that never will be through.
+                        raise
+                    put_at = num_scored
                     # Dropped for other documents' sake, or another teacher than before: the same digest comes of the
                     # same ids.
                     await self._put_context(pod)

@@ -47,7 +47,7 @@ class Versions:
     """Publishes cartridges that differ in one number."""
 
     def __init__(self, store: CartridgeStore, header: CartridgeHeader, objects: Path) -> None:
-        self._store, self._header, self._objects = store, header, objects
+        self._store, self.header, self._objects = store, header, objects
         memory = torch.frombuffer(allocate(header.num_bytes), dtype=torch.bfloat16)
         block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.1
         for part in memory.split(len(block)):
@@ -59,7 +59,7 @@ class Versions:
         self._memory[-1] = index
         data: Any = self._memory.view(torch.uint8).numpy()
         draft = ManifestDraft(name=NAME, run=RUN, attempt=1, step=index)
-        return (await self._store.publish(CartridgeBytes(self._header, memoryview(data)), draft, durable=True)).id
+        return (await self._store.publish(CartridgeBytes(self.header, memoryview(data)), draft, durable=True)).id
 
     def file(self, version: CartridgeId) -> Path:
         """Where the version's bytes are, out of the page cache; older files are removed."""
@@ -182,7 +182,7 @@ async def bench(directory: Path, model: Path, arguments: argparse.Namespace) -> 
 async def measure(client: Client, published: Versions, arguments: argparse.Namespace) -> dict[str, Any]:
     versions = [await published.publish(0)]
     cold, resident, read = [], [], []
-    memory = allocate(2 * published._header.num_bytes)
+    memory = allocate(2 * published.header.num_bytes)
     for index in range(1, arguments.cartridges + 1):
         # Only the newest version's bytes stay in Redis: the one before it is on the disk alone.
         versions.append(await published.publish(index))

@@ -10,8 +10,8 @@ Llama-3.2-3B's shape with random weights in bfloat16
 
 The floor of scoring N tokens behind a document of P: 2 * parameters * N + 4 * H * D * L * N * P FLOP. For 32 x 1152
 tokens that are 208 + 4 * 24 * 128 * 28 * 36,864 * P: behind 12k 0.37e15, behind 100k 1.48e15 in all. A GPU of 989 dense
-TFLOP/s in bfloat16 can't do the latter in less than 1.50 s; in 4.0 s it does 371 TFLOP/s, in 3.3 s the 444 that it does
-behind 12k. All of a document's KV is read once for each micro-batch: 11.5 GB * 8 at 4.8 TB/s are 0.02 s.
+TFLOP/s in bfloat16 can't do the latter in less than 1.50 s; in 4.0 s it does 371 TFLOP/s. All of
+a document's KV is read once for each micro-batch: 11.5 GB * 8 at 4.8 TB/s are 0.02 s.
 """
 
 from __future__ import annotations

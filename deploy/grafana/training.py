@@ -259,6 +259,23 @@ def _teacher() -> Panels:
             limit=0.9,
             maximum=1,
         ),
+        *_documents(),
+        series(
+            "Teacher errors",
+            "ops",
+            "What do teachers refuse? CONTEXT_NOT_FOUND once after a restart is normal: the document is put again.",
+            query(
+                total_rate(
+                    anywhere("foundry_rpc_server_errors_total", 'method=~"Score|PutContext"'), "method", "reason"
+                ),
+                "{{method}} {{reason}}",
+            ),
+        ),
+    ]
+
+
+def _documents() -> Panels:
+    return [
         series(
             "Documents asked for",
             "ops",
@@ -281,16 +298,5 @@ def _teacher() -> Panels:
             "Do all documents in work fit? At a tier's budget each new one there makes another leave.",
             query(anywhere("foundry_teacher_context_bytes"), f"{{{{tier}}}} {PROCESS}"),
             query(anywhere("foundry_teacher_context_budget_bytes"), f"{{{{tier}}}} budget {PROCESS}"),
-        ),
-        series(
-            "Teacher errors",
-            "ops",
-            "What do teachers refuse? CONTEXT_NOT_FOUND once after a restart is normal: the document is put again.",
-            query(
-                total_rate(
-                    anywhere("foundry_rpc_server_errors_total", 'method=~"Score|PutContext"'), "method", "reason"
-                ),
-                "{{method}} {{reason}}",
-            ),
         ),
     ]

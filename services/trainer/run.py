@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from opentelemetry import trace
 
-from foundry.errors import PolicyMismatch
+from foundry.errors import FoundryError, PolicyMismatch
 from foundry.model.cartridge import Cartridge
 from services.trainer import checkpoint, metrics
 from services.trainer.attempt import Attempt
@@ -61,6 +62,11 @@ class Run:
                     await self._evaluate_and_keep()
             await self._end()
             return self.progress
+        except FoundryError:
+            # What was trained before it is out, and said to be.
+            with suppress(FoundryError):
+                await self._reporting.settle()
+            raise
         finally:
             await self._close()
 

@@ -45,9 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lm(model: Path) -> Iterator[FrozenLM]:
     # Thousands of warnings that are meant to be. Loggers that are first used here must not stay so for other tests.
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL), cache_logger_on_first_use=False
-    )
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield FrozenLM.load(model)
     structlog.reset_defaults()
 

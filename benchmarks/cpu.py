@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from examples.demo import DOCUMENT, processor, read_questions
 from foundry.identity import content_digest
@@ -40,6 +39,7 @@ from foundry.local.demo_model import resolve_model
 from foundry.model.cartridge import TrainableCartridge
 from foundry.model.lm import FrozenLM
 from foundry.model.objectives import Objective
+from foundry.model.packed_linear import PackedLinear
 from foundry.model.template import ChatTemplate
 from foundry.recipes import choose
 from foundry.store.spec import RunRequest, RunSpec
@@ -52,7 +52,7 @@ from services.trainer.update.step import TrainingStep
 
 # As the local stack and the settings have them.
 PREFILL_TOKENS_PER_STEP, MAX_SEQUENCE_TOKENS = 512, 4096
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkl::_mkl_linear")
 ATTENTION = "scaled_dot_product"
 
 
@@ -131,7 +131,10 @@ class Step:
         num_turn, num_answer = sum(map(len, self.turns)), spec.batch_size * spec.max_new_tokens
         # The last token of an answer goes through no layer.
         num_scored = num_turn + num_answer - spec.batch_size
-        layers, head = 2 * sum(weight.numel() for weight in layer_weights(lm)), 2 * lm.head_VE.numel()
+        layers, head = (
+            2 * sum(each.in_features * each.out_features for each in layer_products(lm)),
+            2 * lm.head_VE.numel(),
+        )
         pair = 4 * spec_heads(lm)
 
         def pairs(prefix: int, begin: Sequence[int], end: Sequence[int]) -> int:
@@ -169,24 +172,29 @@ def spec_heads(lm: FrozenLM) -> int:
     return lm.spec.num_layers * lm.num_heads * lm.spec.head_dim
 
 
-def layer_weights(lm: FrozenLM) -> list[torch.Tensor]:
+def layer_products(lm: FrozenLM) -> list[Any]:
     layers: Any = lm.model.base_model.layers
-    return [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    return [module for module in layers.modules() if isinstance(module, PackedLinear | torch.nn.Linear)]
+
+
+def num_weights(lm: FrozenLM) -> int:
+    """Of the products of all layers."""
+    return sum(each.in_features * each.out_features for each in layer_products(lm))
 
 
 @torch.inference_mode()
 def products_seconds(lm: FrozenLM, rows: int) -> float:
-    weights = layer_weights(lm)
-    inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
+    products = layer_products(lm)
+    inputs = {width: torch.randn(rows, width) for width in {each.in_features for each in products}}
     began = time.perf_counter()
-    for weight in weights:
-        F.linear(inputs[weight.shape[1]], weight)
+    for product in products:
+        product(inputs[product.in_features])
     return time.perf_counter() - began
 
 
 def measure(step: Step, repeats: int) -> dict[str, Any]:
     stages = step.stages()
-    layer_gflop = 2e-9 * sum(weight.numel() for weight in layer_weights(step.lm))
+    layer_gflop = 2e-9 * num_weights(step.lm)
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in stages}
     rates: dict[str, list[float]] = {name: [] for name in stages}

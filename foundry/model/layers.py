@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from foundry.model.attention import LayeredPlan
+from foundry.model.lean_layer import lean_forward
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -27,7 +28,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def _forward(layer: Any, index: int) -> Any:
-    eager = layer.forward
+    eager = layer.forward if _on_cuda(layer) else lean_forward(layer) or layer.forward
     # Nothing is compiled before the first call. A graph break would leave attention to a kernel that is not fused.
     compiled, compiled_fixed = (
         torch.compile(eager, dynamic=dynamic, fullgraph=True) if _on_cuda(layer) else eager for dynamic in (True, False)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from foundry.model.attention.shared import SharedPrefixAttention
 from foundry.model.fingerprint import fingerprint_model
 from foundry.model.info import ModelInfo, resolve_dtype
 from foundry.model.layers import compile_layers
+from foundry.model.packed_linear import pack_products
 from foundry.model.projections import join_projections
 from foundry.model.transfer import to_device
 
@@ -40,12 +40,13 @@ class FrozenLM:
         self.info = ModelInfo.of(model.config, model.generation_config, tokenizer, fingerprint)
         model.set_attn_implementation(ATTENTION)
         model.train(False)
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head_VE: Tensor = head.weight.detach()
         join_projections(model)
+        pack_products(model)
         compile_layers(model)
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
-        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head_VE: Tensor = head.weight
         self.spec, self.eos_ids = self.info.spec, self.info.eos_ids
         self.num_heads: int = model.config.get_text_config().num_attention_heads
         self.packed_plan = _packed_plan(self.device)
@@ -84,7 +85,8 @@ class FrozenLM:
 
     def logits(self, hidden_TE: Tensor) -> Tensor:
         """Logits [T, V] in float32."""
-        return F.linear(hidden_TE, self.head_VE).float()
+        logits_TV: Tensor = self.model.get_output_embeddings()(hidden_TE)  # type: ignore[no-untyped-call]
+        return logits_TV.float()
 
     def packed_hidden(
         self, sequences: Sequence[Sequence[int]], prefixes: Sequence[Tensor | None], *, recompute: bool = False

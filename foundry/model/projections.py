@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What modules of decoders call projections of the same input, in the order in which they ask.
@@ -27,6 +26,11 @@ def join_projections(model: nn.Module) -> None:
                 _join(module, names, linears)  # type: ignore[arg-type]
 
 
+def joined(part: nn.Module) -> nn.Module | None:
+    """The one product that a projection is a part of; None if it is not."""
+    return part.whole.linear if isinstance(part, _Part) else None
+
+
 def _join(module: nn.Module, names: Sequence[str], linears: Sequence[nn.Linear]) -> None:
     whole = _Whole(linears)
     for index, name in enumerate(names):
@@ -38,19 +42,20 @@ class _Whole(nn.Module):
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         biases: list[Any] = [each.bias for each in linears]
-        with torch.no_grad():
-            self.weight = nn.Parameter(torch.cat([each.weight for each in linears]), requires_grad=False)
-            self.bias: nn.Parameter | None = (
-                None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
-            )
         self.sizes = [each.out_features for each in linears]
+        # Without memory of its own, which it is given.
+        self.linear = nn.Linear(linears[0].in_features, sum(self.sizes), bias=biases[0] is not None, device="meta")
+        with torch.no_grad():
+            self.linear.weight = nn.Parameter(torch.cat([each.weight for each in linears]), requires_grad=False)
+            if biases[0] is not None:
+                self.linear.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         # The last input with what came of it, for those who have not had their part.
         self.kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def part(self, inputs: Tensor, index: int) -> Tensor:
         kept = self.kept
         if kept is None or kept[0] is not inputs:
-            kept = inputs, torch.split(F.linear(inputs, self.weight, self.bias), self.sizes, dim=-1)
+            kept = inputs, torch.split(self.linear(inputs), self.sizes, dim=-1)
         self.kept = kept if index + 1 < len(self.sizes) else None
         return kept[1][index]
 

@@ -198,6 +198,7 @@ def test_one_code_for_all_layers_lengths_and_prefixes(
     counter = CompileCounter()
     monkeypatch.setattr(flex, "reads_whole", lambda kv: apart)
     monkeypatch.setattr(layers, "_on_cuda", lambda layer: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     lm = FrozenLM.load(build_tiny_model(tmp_path))
     lm.packed_plan = FlexAttention

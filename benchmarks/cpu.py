@@ -131,10 +131,7 @@ class Step:
         num_turn, num_answer = sum(map(len, self.turns)), spec.batch_size * spec.max_new_tokens
         # The last token of an answer goes through no layer.
         num_scored = num_turn + num_answer - spec.batch_size
-        layers, head = (
-            2 * sum(each.in_features * each.out_features for each in layer_products(lm)),
-            2 * lm.head_VE.numel(),
-        )
+        layers, head = 2 * num_weights(lm), 2 * lm.head_VE.numel()
         pair = 4 * spec_heads(lm)
 
         def pairs(prefix: int, begin: Sequence[int], end: Sequence[int]) -> int:

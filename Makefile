@@ -105,6 +105,9 @@ bench-sync: install  ## how long a new version takes from the end of a step to i
 bench-bodies: install  ## what request bodies that are made to hurt cost a gateway, and who waits meanwhile
 	$(BIN)/python -m benchmarks.bodies
 
+bench-oversized: install  ## what prompts that can't fit cost those who are being answered (2 minutes)
+	$(BIN)/python -m benchmarks.oversized
+
 bench-fairness: install  ## what one client that asks for very much costs the others (5 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.fairness
 
@@ -155,4 +158,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean

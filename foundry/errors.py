@@ -32,6 +32,13 @@ class InvalidArgument(FoundryError):
     http_status = 400
 
 
+class ContextLengthExceeded(InvalidArgument):
+    """Prompt and answer do not fit the model's context."""
+
+    # OpenAI's own code: applications shorten their conversation where they read it.
+    reason = "context_length_exceeded"
+
+
 class DocumentTooLong(InvalidArgument):
     """The document does not fit the model's context."""
 

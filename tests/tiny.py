@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,12 +16,17 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+if TYPE_CHECKING:
+    # Benchmarks, which make these models too, do without it.
+    import pytest
 
 Family = Literal["llama", "qwen2", "qwen3"]
 
@@ -58,6 +63,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
+
+
+def lengths_encoded(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the characters of each text that the tokenizer is given from now on."""
+    lengths: list[int] = []
+    encode = type(tokenizer)._encode_plus
+
+    def noting(self: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", noting)
+    return lengths
 
 
 def build_model(family: Family = "llama", seed: int = 0, head_dim: int = 16) -> PreTrainedModel:

@@ -52,7 +52,9 @@ class LiteralTokenizer:
         rendered = _replaced(render(hidden), self._aliases)
         if self._num_stand_ins(rendered) < sum(map(self._num_stand_ins, hidden)):
             raise TemplateUnsupported("the chat template changes a text that spells a control token")
-        ids = self._tokenizer.encode(_replaced(rendered, self._spellings), add_special_tokens=False).ids
+        # A batch of one: other threads go on meanwhile, which `encode` does not let them.
+        (encoded,) = self._tokenizer.encode_batch([_replaced(rendered, self._spellings)], add_special_tokens=False)
+        ids = encoded.ids
         if any(each in self._control and each not in self._ids for each in ids):
             raise TemplateUnsupported("a text spells a control token, for which the tokenizer has no other tokens")
         return [self._ids.get(each, each) for each in ids]

@@ -26,11 +26,14 @@ from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument,
 from foundry.identity import content_digest
 from foundry.model.literal import LiteralTokenizer, spelled
 from foundry.model.pinning import clock_prefix
+from foundry.model.token_bound import TokenBound
 from foundry.roles import ROLES
 
 Messages = Sequence[Mapping[str, str]]
 # Two unlike documents: what their contexts share at the end is the template's closing.
 _PROBES = ("Alpha.", "Omega one two three")
+# Of a longer document it is looked first whether it can fit at all, and said by its beginning how dense it is.
+_SAMPLE_CHARACTERS = 16 * 1024
 
 
 class ChatTemplate:
@@ -54,6 +57,7 @@ class ChatTemplate:
         self.digest = content_digest(json.dumps(tokenizer.chat_template, sort_keys=True).encode() + dates.encode())
         self._control = self._control_tokens()
         self._spelled = spelled(self._control)
+        self.bound = TokenBound(tokenizer)
         self.closing = self._closing()
         self.turn([{"role": "user", "content": "?"}])
 
@@ -66,16 +70,16 @@ class ChatTemplate:
             raise DocumentUnreadable("the document is empty", field="document")
         if "\0" in document:
             raise DocumentUnreadable("the document is binary: it contains NUL characters", field="document")
-        ids = self._render([_system(document)], generation_prompt=False)
-        if max_tokens is not None and len(ids) > max_tokens:
-            # Less than its share, since text is not equally dense everywhere.
-            fits = int(0.95 * len(document) * max_tokens / len(ids))
-            raise DocumentTooLong(
-                f"the document takes {len(ids)} tokens with its template, the model has room for {max_tokens}: about "
-                f"{fits} of its {len(document)} characters. Cut it into {-(-len(document) // fits)} parts or more, at "
-                "the ends of sections, and train a cartridge for each",
-                field="document",
-            )
+        messages = [_system(document)]
+        if max_tokens is None:
+            return self._render(messages, generation_prompt=False)
+        fewest = self._fewest(messages, generation_prompt=False) if len(document) > _SAMPLE_CHARACTERS else 0
+        if fewest > max_tokens:
+            num_tokens = max(fewest, self._estimate(document))
+            raise _document_too_long(document, f"about {num_tokens}", num_tokens, max_tokens)
+        ids = self._render(messages, generation_prompt=False)
+        if len(ids) > max_tokens:
+            raise _document_too_long(document, str(len(ids)), len(ids), max_tokens)
         return ids
 
     def turn(self, messages: Messages) -> list[int]:
@@ -100,6 +104,18 @@ class ChatTemplate:
         """Token ids of a plain conversation, with no cartridge before it. Raises InvalidArgument as `turn`."""
         _check(messages)
         return self._render(messages, generation_prompt=True)
+
+    def fewest(self, messages: Messages, *, behind_context: bool) -> int:
+        """As many tokens `turn` (behind a context) or `prompt` has at least; known without tokenising, or 0.
+
+        Raises InvalidArgument as they do.
+        """
+        _check(messages)
+        if not behind_context:
+            return self._fewest(messages, generation_prompt=True)
+        probe = [_system(_PROBES[0])]
+        context = self._render(probe, generation_prompt=False)
+        return self._fewest([*probe, *messages], generation_prompt=True) - len(context)
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text that stands in an answer, without template."""
@@ -142,6 +158,15 @@ class ChatTemplate:
         # Only when it is needed: to copy a large tokenizer takes a second.
         return LiteralTokenizer(self._tokenizer, self._control)
 
+    def _fewest(self, messages: Messages, *, generation_prompt: bool) -> int:
+        """Of what is rendered, since templates may drop a part of what they are given."""
+        return self.bound.fewest(self._applied(messages, generation_prompt=generation_prompt, tokenize=False))
+
+    def _estimate(self, document: str) -> int:
+        """About how many tokens a document has, by its beginning."""
+        sample = document[:_SAMPLE_CHARACTERS]
+        return len(self._tokenizer(sample, add_special_tokens=False)["input_ids"]) * len(document) // len(sample)
+
     def _render(self, messages: Messages, *, generation_prompt: bool) -> list[int]:
         texts = [message["content"] for message in messages]
         if not any(map(self._spelled.search, texts)):
@@ -172,6 +197,17 @@ class ChatTemplate:
 
 def _system(document: str) -> dict[str, str]:
     return {"role": "system", "content": document}
+
+
+def _document_too_long(document: str, said: str, num_tokens: int, max_tokens: int) -> DocumentTooLong:
+    # Less than its share, since text is not equally dense everywhere.
+    fits = max(1, int(0.95 * len(document) * max_tokens / num_tokens))
+    return DocumentTooLong(
+        f"the document takes {said} tokens with its template, the model has room for {max_tokens}: about {fits} of its "
+        f"{len(document)} characters. Cut it into {-(-len(document) // fits)} parts or more, at the ends of sections, "
+        "and train a cartridge for each",
+        field="document",
+    )
 
 
 def _check(messages: Messages) -> None:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from foundry.errors import FingerprintMismatch, InvalidArgument
+from foundry.errors import ContextLengthExceeded, FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
 from foundry.model.info import ModelInfo
 from foundry.model.template import ChatTemplate
@@ -20,6 +20,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
+# OpenAI's words, by which clients know the error whose code they don't read.
+_MAXIMUM = "this model's maximum context length is"
 # What a token takes in a completion: id, logprob and (generously) text, and for each alternative id and logprob.
 _TOKEN_BYTES, _ALTERNATIVE_BYTES = 150, 10
 
@@ -34,6 +36,8 @@ class Admission:
     sequences: Sequence[SequenceRequest]
     # Lower max_new_tokens rather than refuse.
     clamp: bool
+    # Which of the request's fields the prompt is.
+    prompt_field: str
 
     def clamped(self, room: int) -> Admission:
         """With at most `room` new tokens, if the request allows that and there is room for one."""
@@ -95,52 +99,52 @@ class Admissions:
         return admissions
 
     def check(self, request: rollout_pb2.GenerateRequest) -> Admission:
-        """All that can be checked before the cartridges are known. Raises InvalidArgument, FingerprintMismatch."""
+        """All that can be checked before the cartridges are known.
+
+        Raises InvalidArgument, ContextLengthExceeded, FingerprintMismatch.
+        """
         self.check_fingerprint(request.model_fingerprint)
         caller = check_caller(request.caller)
         digests = _checked_digests(request.cartridges)
         num_completions = request.sampling.n or 1
         _check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
         sampling = [_sampling(request.sampling, index) for index in range(num_completions)]
-        prompt_ids = self._prompt_ids(request)
+        prompt_field, prompt_ids = self._prompt_ids(request)
         sequences = [
             SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache, caller.tenant) for each in sampling
         ]
-        return self._fit_own_tokens(
-            Admission(
-                (caller.tenant, caller.client),
-                request.cartridges,
-                sequences,
-                request.sampling.clamp_max_new_tokens,
-            )
+        admission = Admission(
+            (caller.tenant, caller.client),
+            request.cartridges,
+            sequences,
+            request.sampling.clamp_max_new_tokens,
+            prompt_field,
         )
+        return _fit(admission, self.max_sequence_tokens)
 
     def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:
-        """The request as the engine gets it. Raises InvalidArgument if it exceeds the model's context."""
-        prompt_ids, digests = admission.sequences[0].prompt_ids, admission.sequences[0].digests
-        num_prompt, num_prefix = len(prompt_ids), sum(cartridge_tokens[digest] for digest in digests)
-        admission = admission.clamped(self._max_context_tokens - num_prefix - num_prompt)
-        num_new = admission.sequences[0].sampling.max_new_tokens
-        if num_prefix + num_prompt + num_new > self._max_context_tokens:
-            raise InvalidArgument(
-                f"cartridges of {num_prefix} tokens, a prompt of {num_prompt} and max_new_tokens of {num_new} make "
-                f"{num_prefix + num_prompt + num_new}, the context is {self._max_context_tokens}",
-                field="sampling.max_new_tokens",
-            )
-        return admission
+        """The request as the engine gets it. Raises ContextLengthExceeded."""
+        digests = admission.sequences[0].digests
+        return _fit(admission, self._max_context_tokens, sum(cartridge_tokens[digest] for digest in digests))
 
-    def _prompt_ids(self, request: rollout_pb2.GenerateRequest) -> tuple[int, ...]:
+    def _prompt_ids(self, request: rollout_pb2.GenerateRequest) -> tuple[str, tuple[int, ...]]:
+        """With the name of the field that they are from."""
+        behind = bool(request.cartridges)
+        may_be_long = request.ByteSize() > self.max_sequence_tokens
         match request.WhichOneof("prompt"):
             case "token_ids":
                 field, ids = "token_ids", list(request.token_ids.ids)
             case "conversation":
+                field = "conversation"
                 messages = [{"role": each.role, "content": each.content} for each in request.conversation.messages]
-                render = self._template.turn if request.cartridges else self._template.prompt
-                field, ids = "conversation", render(messages)
+                if may_be_long:
+                    self._check_fewest(self._template.fewest(messages, behind_context=behind), field)
+                ids = self._template.turn(messages) if behind else self._template.prompt(messages)
             case "text":
-                # Behind a cartridge the beginning of the sequence is the cartridge's.
                 field = "text"
-                ids = self._tokenizer(request.text, add_special_tokens=not request.cartridges)["input_ids"]
+                self._check_fewest(self._template.bound.fewest(request.text), field)
+                # Behind a cartridge the beginning of the sequence is the cartridge's.
+                ids = self._tokenizer(request.text, add_special_tokens=not behind)["input_ids"]
             case _:
                 raise InvalidArgument("set token_ids, conversation or text", field="prompt")
         if not ids:
@@ -149,19 +153,35 @@ class Admissions:
             raise InvalidArgument(
                 f"token id {max(ids)} is outside the vocabulary of {self._spec.vocab_size}", field=field
             )
-        return tuple(ids)
+        return field, tuple(ids)
 
-    def _fit_own_tokens(self, admission: Admission) -> Admission:
-        num_prompt = len(admission.sequences[0].prompt_ids)
-        admission = admission.clamped(self.max_sequence_tokens - num_prompt)
-        num_new = admission.sequences[0].sampling.max_new_tokens
-        if num_prompt + num_new > self.max_sequence_tokens:
-            raise InvalidArgument(
-                f"a prompt of {num_prompt} tokens and max_new_tokens of {num_new} make {num_prompt + num_new}, "
-                f"the server takes {self.max_sequence_tokens}",
-                field="sampling.max_new_tokens",
-            )
+    def _check_fewest(self, fewest: int, field: str) -> None:
+        """Before the prompt is tokenised, which takes the longer the less it fits."""
+        if fewest >= self.max_sequence_tokens:
+            raise _too_long(f"a prompt of at least {fewest} tokens leaves", self.max_sequence_tokens, field)
+
+
+def _fit(admission: Admission, max_tokens: int, num_prefix: int = 0) -> Admission:
+    """Within so many tokens, those of cartridges before the prompt included. Raises ContextLengthExceeded."""
+    num_prompt = len(admission.sequences[0].prompt_ids)
+    admission = admission.clamped(max_tokens - num_prefix - num_prompt)
+    num_new = admission.sequences[0].sampling.max_new_tokens
+    if num_prefix + num_prompt + num_new <= max_tokens:
         return admission
+    prompt = f"a prompt of {num_prompt} tokens"
+    if num_prefix:
+        prompt = f"cartridges of {num_prefix} tokens and {prompt}"
+    if num_prefix + num_prompt >= max_tokens:
+        raise _too_long(f"{prompt} leave{'' if num_prefix else 's'}", max_tokens, admission.prompt_field)
+    raise ContextLengthExceeded(
+        f"{prompt} and max_new_tokens of {num_new} make {num_prefix + num_prompt + num_new}: "
+        f"{_MAXIMUM} {max_tokens} tokens",
+        field="sampling.max_new_tokens",
+    )
+
+
+def _too_long(what_leaves: str, max_tokens: int, field: str) -> ContextLengthExceeded:
+    return ContextLengthExceeded(f"{what_leaves} no room for an answer: {_MAXIMUM} {max_tokens} tokens", field=field)
 
 
 def check_cartridge(cartridge: common_pb2.CartridgeId, field: str) -> str:

@@ -25,13 +25,15 @@ from services.rollout.serving import Serving
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Message = TypeVar("Message")
+Message = TypeVar("Message", rollout_pb2.GenerateRequest, rollout_pb2.GenerateBatchRequest)
 T = TypeVar("T")
 
 _FINISH_REASONS = {
     FinishReason.STOP: rollout_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: rollout_pb2.FINISH_REASON_LENGTH,
 }
+# Of a call: the tokenizer is through with fewer in some milliseconds.
+_LONG_BYTES = 64 * 1024
 # A client that reads slowly finds many tokens waiting; a chunk of this many stays far below the message limit.
 _CHUNK_TOKENS = 256
 
@@ -43,8 +45,10 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         """`say_not_serving` tells those who watch the server's health that it takes no more work."""
         self._say_not_serving = say_not_serving
         self._serving: Serving | None = None
-        # A long text takes the tokenizer seconds, in which the tokens of all others would not be sent.
+        # A long text takes the tokenizer seconds, in which the tokens of all others would not be sent, and short calls
+        # not be taken: those have a thread of their own.
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
+        self._checking_long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission-long")
 
     def begin(self, serving: Serving) -> None:
         self._serving = serving
@@ -119,7 +123,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         return rollout_pb2.DrainResponse()
 
     async def _checked(self, check: Callable[[Message], T], request: Message) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
+        thread = self._checking_long if request.ByteSize() > _LONG_BYTES else self._checking
+        return await asyncio.get_running_loop().run_in_executor(thread, check, request)
 
     def _loaded(self) -> Serving:
         if self._serving is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,5 +27,10 @@ class Context:
 
 async def read_contexts(attempt: Attempt, template: ChatTemplate, max_tokens: int) -> list[Context]:
     """In the run's order. Raises DocumentNotFound, DocumentUnreadable and DocumentTooLong."""
-    texts = {digest: await attempt.document(digest) for digest in attempt.spec.documents}
-    return [Context(digest, text, template.context(text, max_tokens=max_tokens)) for digest, text in texts.items()]
+    contexts = []
+    for digest in attempt.spec.documents:
+        text = await attempt.document(digest)
+        # In a thread, since a long one takes seconds, in which the run would give no sign of life.
+        ids = await asyncio.to_thread(template.context, text, max_tokens=max_tokens)
+        contexts.append(Context(digest, text, ids))
+    return contexts

@@ -38,7 +38,8 @@ async def plan_start(
         kv_L2GPD = from_version(lm, await attempt.version(spec.init_version), spec.num_tokens)
         return lambda: asyncio.sleep(0, kv_L2GPD)
     if spec.init == "text":
-        text = cut_context(template.context(await attempt.document(spec.init_text)), template.closing, spec.num_tokens)
+        ids = await asyncio.to_thread(template.context, await attempt.document(spec.init_text))
+        text = cut_context(ids, template.closing, spec.num_tokens)
         return lambda: asyncio.to_thread(lm.prefill, text)
     shares = share_tokens(spec.num_tokens, [len(context.ids) for context in contexts])
     most, seed = spec.reference_tokens, derive_seed(spec.seed, "references")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -147,3 +149,23 @@ def test_a_vocabulary_that_has_no_other_spelling_is_refused() -> None:
     assert copied.ids(["a a"], lambda hidden: "<s>" + hidden[0]) == [0, 1, 1]
     with pytest.raises(TemplateUnsupported, match="no other tokens"):
         copied.ids(["a <s> a"], lambda hidden: hidden[0])
+
+
+def longest_pause(work: Callable[[], object]) -> float:
+    """Of this thread while another works, as a share of the time that the work takes."""
+    with ThreadPoolExecutor(1) as thread:
+        longest, began = 0.0, time.perf_counter()
+        working, last = thread.submit(work), began
+        while not working.done():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        working.result()
+    return longest / (last - began)
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    template = ChatTemplate(tiny(), CLOCK)
+    messages = [{"role": "user", "content": "<|im_end|> harbour " * 10_000}]
+    # A machine that does other things may pause us too.
+    assert min(longest_pause(lambda: template.prompt(messages)) for _ in range(3)) < 0.5

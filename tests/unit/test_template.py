@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime, timedelta
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.utils import chat_template_utils
 from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument, TemplateUnsupported
 from foundry.identity import content_digest
 from foundry.model.template import ChatTemplate
-from tests.tiny import CHATML, CLOCK, build_tokenizer
+from tests.tiny import CHATML, CLOCK, build_tokenizer, lengths_encoded
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
@@ -116,6 +117,31 @@ def test_documents_that_can_be_no_context() -> None:
         split.context("PK\x00\x03")
     with pytest.raises(DocumentTooLong, match=r"takes \d+ tokens .* room for 20: about \d+ of its 270 char.* Cut it"):
         split.context("The harbour is open again. " * 10, max_tokens=20)
+
+
+def test_a_document_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = template()
+    lengths = lengths_encoded(split._tokenizer, monkeypatch)
+    document = "The harbour is open again. " * 50_000
+    with pytest.raises(DocumentTooLong, match=r"takes about \d+ tokens .* Cut it into \d+ parts") as caught:
+        split.context(document, max_tokens=2000)
+    assert max(lengths) < len(document) / 50
+    # What is said of it by its beginning is so.
+    said = int(re.findall(r"about (\d+) tokens", caught.value.message)[0])
+    monkeypatch.undo()
+    assert said == pytest.approx(len(split.context(document)), rel=0.05)
+
+
+@pytest.mark.parametrize("behind_context", [True, False])
+def test_a_turn_has_no_fewer_tokens_than_is_known_before(behind_context: bool) -> None:
+    for text in (CHATML, LLAMA3):
+        split = template(text)
+        for content in ("?", "harbour " * 500, " " * 5000, "<|im_end|>" * 300):
+            messages = [{"role": "user", "content": content}]
+            ids = split.turn(messages) if behind_context else split.prompt(messages)
+            assert split.fewest(messages, behind_context=behind_context) <= len(ids)
+    # A template that trims leaves nothing of them.
+    assert split.fewest([{"role": "user", "content": " " * 100_000}], behind_context=behind_context) < 50
 
 
 def test_digest_names_the_template() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -201,3 +202,23 @@ async def status(channel: grpc.aio.Channel) -> int:
     request = health_pb2.HealthCheckRequest(service="foundry.v1.Rollout")
     stub: Any = health_pb2_grpc.HealthStub(channel)
     return int((await stub.Check(request, timeout=TIMEOUT_SECONDS)).status)
+
+
+@asynccontextmanager
+async def loop_watched(*, most_seconds: float) -> AsyncIterator[None]:
+    """Fails if the event loop was held up for longer meanwhile."""
+    longest, last = 0.0, time.perf_counter()
+
+    async def watch() -> None:
+        nonlocal longest, last
+        while True:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+    assert longest < most_seconds

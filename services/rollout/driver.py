@@ -20,7 +20,7 @@ import structlog
 
 from foundry.errors import FoundryError, ResourceExhausted, Unavailable
 from services.rollout import metrics
-from services.rollout.engine import Engine, EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine import Engine, EngineStats, FinishReason, SequenceRequest, TokenOutput
 from services.rollout.engine_metrics import EngineMetrics
 from services.rollout.fair_queue import FairQueue
 from services.rollout.timeline import Timeline
@@ -280,7 +280,8 @@ class Driver:
         closed = self._open.pop(sequence_id)
         closed.timeline.end(finished_reason)
         if finished_reason != "abort":
-            self._waiting_time.saw_answer(closed.timeline.num_tokens, closed.request.sampling.max_new_tokens)
+            cut_off = finished_reason == FinishReason.LENGTH
+            self._waiting_time.saw_answer(closed.timeline.num_tokens, cut_off=cut_off)
         submission = closed.submission
         submission.num_open -= 1
         if not submission.num_open:

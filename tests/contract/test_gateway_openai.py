@@ -219,15 +219,47 @@ def test_length_and_its_two_names(served: Served) -> None:
     assert newer.usage.completion_tokens == 7
 
 
-@pytest.mark.parametrize(("num_prompt_tokens", "expected"), [(100, 256), (300, 212), (480, 32), (511, 1)])
-def test_the_default_length_fits_the_context(served: Served, num_prompt_tokens: int, expected: int) -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_chat_takes_what_is_left_of_the_context(served: Served, behind: bool) -> None:
+    options: dict[str, Any] = {"model": "handbook@1" if behind else BASE, "max_tokens": None}
+    answer = chat(served, **options, extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    # 12 tokens of the cartridge count towards the model's context of 512.
+    assert answer.usage.total_tokens == 512 - 12 * behind
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "expected"), [(100, 16), (500, 12), (511, 1)])
+def test_a_completion_is_as_short_as_openais(served: Served, num_prompt_tokens: int, expected: int) -> None:
     options: dict[str, Any] = {"prompt": [40] * num_prompt_tokens, "extra_body": {"ignore_eos": True}}
     answer = served.client.completions.create(model=BASE, **options)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == expected
-    with pytest.raises(openai.BadRequestError) as raised:
-        served.client.completions.create(model=BASE, max_tokens=500, **options)
-    assert raised.value.param == "max_tokens"
+
+
+def test_what_exceeds_the_context_is_refused_by_name_with_openais_code(served: Served) -> None:
+    long = "The harbour is open again. " * 100
+    messages = [{"role": "user", "content": long}]
+    ids, num_chat = [40] * 512, len(served.template.prompt(messages))
+    complete = served.client.completions.create
+    for call, param, message in (
+        (lambda: chat(served, max_tokens=None, messages=messages), "messages", rf" {num_chat} .* 512 "),
+        (lambda: chat(served, max_tokens=1, messages=messages), "messages", rf" {num_chat} .* 512 "),
+        (lambda: chat(served, messages=[{"role": "user", "content": long * 20}]), "messages", r"at least \d+ .* 512 "),
+        (lambda: complete(model=BASE, prompt=ids), "prompt", " 512 tokens leaves .* 512 "),
+        (lambda: complete(model=BASE, prompt=[long]), "prompt", r" \d+ tokens leaves .* 512 "),
+        (
+            lambda: complete(model=BASE, prompt=ids[:500], max_tokens=13),
+            "max_tokens",
+            " 500 .* max_tokens of 13 .* 512 ",
+        ),
+        (lambda: complete(model="handbook@1", prompt=ids[:500]), "prompt", "cartridges of 12 tokens .* 500 .* 512 "),
+        (lambda: chat(served, max_completion_tokens=600), "max_completion_tokens", "max_completion_tokens of 600"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message) as raised:
+            call()
+        assert (raised.value.param, raised.value.code) == (param, "context_length_exceeded")
+        assert "maximum context length is" in str(raised.value)
 
 
 def test_chat_logprobs_are_those_of_the_offline_model(served: Served) -> None:

@@ -200,20 +200,33 @@ def test_a_wait_is_played_forward() -> None:
     left = {hog[0]: 100, hog[1]: 40, **dict.fromkeys(queued, 60), ours: 10}
     assert waiting_time.seconds(site.queue.copy(), queued, left, site.now) == 0
     waiting_time.saw_step(0.5)
-    waiting_time.saw_answer(50, 100)
-    # Half of 40 tokens at half a second each, after which it is our turn: we had none.
-    assert waiting_time.seconds(site.queue.copy(), [ours], left, site.now) == pytest.approx(10)
+    waiting_time.saw_answer(50, cut_off=True)
+    # 40 tokens at half a second each, after which it is our turn: we had none.
+    assert waiting_time.seconds(site.queue.copy(), [ours], left, site.now) == pytest.approx(20)
     # Then the hog's, when ours has ended: one place is its share.
-    assert waiting_time.seconds(site.queue.copy(), queued, left, site.now) == pytest.approx(25)
+    assert waiting_time.seconds(site.queue.copy(), queued, left, site.now) == pytest.approx(50)
     assert site.queue.num_waiting == 5
 
 
 def test_a_wait_beyond_what_is_played_goes_on_at_its_pace() -> None:
     site, waiting_time = Site(1), WaitingTime()
     waiting_time.saw_step(1.0)
-    waiting_time.saw_answer(1, 1)
+    waiting_time.saw_answer(1, cut_off=True)
     calls = [site.add("hog", 2, call) for call in range(200)]
     site.take()
     left = {each: 10 for call in calls for each in call}
     # The first call has a sequence that runs, and one that waits until the others had their turn.
     assert waiting_time.seconds(site.queue.copy(), calls[-1], left, site.now) == pytest.approx(199 * 10, rel=0.1)
+
+
+def test_how_long_answers_get_is_learned_from_what_they_say_and_not_from_what_they_may() -> None:
+    waiting_time, generator = WaitingTime(), random.Random(0)
+    # One in a hundred tokens is an end; three in four answers are cut off at a few tokens, as tools ask for.
+    for _ in range(2000):
+        most = generator.choice([4, 8, 16, 4096])
+        ends_after = next(number for number in count(1) if generator.random() < 0.01)
+        waiting_time.saw_answer(min(ends_after, most), cut_off=ends_after > most)
+    assert waiting_time.expected_tokens(4096) == pytest.approx(100, rel=0.2)
+    assert waiting_time.expected_tokens(8) == pytest.approx(8, rel=0.1)
+    # Who may say twice as much will hardly say more.
+    assert waiting_time.expected_tokens(8192) == pytest.approx(waiting_time.expected_tokens(4096), rel=0.01)

@@ -18,7 +18,7 @@ from services.gateway import metrics
 from services.gateway.access.principal import Principal
 from services.gateway.openai.answers import CartridgeInfo, FoundryInfo, PromptTokensDetails, UsageInfo
 from services.gateway.openai.fan_in import Deliver, FanIn
-from services.gateway.openai.requests import DEFAULT_MAX_TOKENS, SamplingRequest
+from services.gateway.openai.requests import SamplingRequest
 from services.gateway.openai.target import Target
 from services.gateway.state import Gateway
 
@@ -28,7 +28,6 @@ Chunk = rollout_pb2.GenerateChunk
 _PARAMS = {
     "conversation": "messages",
     "digest": "model",
-    "max_new_tokens": "max_tokens",
     "model_fingerprint": "model",
     "text": "prompt",
     "token_ids": "prompt",
@@ -177,8 +176,8 @@ class Generation:
         try:
             await self._gateway.rollouts.generate(self._request(index), deliver, deadline=deadline)
         except FoundryError as error:
-            error.field = _param(error.field)
-            error.message = error.message.replace("max_new_tokens", "max_tokens")
+            error.field = self._param(error.field)
+            error.message = error.message.replace("max_new_tokens", self.asked.max_tokens_name)
             raise
 
     def _checked(self, prompt_index: int, chunk: Chunk) -> int:
@@ -205,6 +204,7 @@ class Generation:
 
     def _request(self, index: int) -> rollout_pb2.GenerateRequest:
         asked = self.asked
+        default = asked.default_max_tokens or self.target.model.max_sequence_tokens
         message = rollout_pb2.GenerateRequest(
             request_id=f"{self.id}-{index}",
             model_fingerprint=self.target.model.fingerprint,
@@ -213,7 +213,7 @@ class Generation:
                 temperature=asked.temperature,
                 top_p=asked.top_p,
                 top_k=max(0, asked.top_k or 0),
-                max_new_tokens=asked.asked_max_tokens or DEFAULT_MAX_TOKENS,
+                max_new_tokens=default if asked.asked_max_tokens is None else asked.asked_max_tokens,
                 # Only the server knows the prompt's length.
                 clamp_max_new_tokens=asked.asked_max_tokens is None,
                 stop=asked.stop,
@@ -227,9 +227,8 @@ class Generation:
         message.MergeFrom(self._prompts[index])
         return message
 
-
-def _param(field: str | None) -> str | None:
-    if field is None:
-        return None
-    name = field.removeprefix("sampling.")
-    return _PARAMS.get(name, name)
+    def _param(self, field: str | None) -> str | None:
+        if field is None:
+            return None
+        name = field.removeprefix("sampling.")
+        return self.asked.max_tokens_name if name == "max_new_tokens" else _PARAMS.get(name, name)

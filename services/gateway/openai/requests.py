@@ -62,7 +62,6 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "refusal": (),
     "tool_calls": ([],),
 }
-DEFAULT_MAX_TOKENS = 256
 MAX_TOP_LOGPROBS = 20
 # Of one request: each takes much longer to check than to send.
 MAX_MESSAGES = MAX_PROMPTS = 2048
@@ -142,6 +141,8 @@ class SamplingRequest(_Request):
     """What chat and text completions share."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
+    # Unless asked otherwise; None: what is left of the context. As OpenAI has it, and vLLM.
+    default_max_tokens: ClassVar[int | None] = None
 
     model: ModelReference
     """The base model or a cartridge: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`."""
@@ -176,7 +177,7 @@ class SamplingRequest(_Request):
     """Equal requests with equal seeds get equal answers; unset: a seed of the server's choice."""
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Most tokens of the answer; unset: 256, or less where the context has no room for them."""
+    """Most tokens of the answer; unset: as many as the context has room for, of a completion 16 of these."""
 
     ignore_eos: bool | None = None
     """Extension: go on past the end-of-sequence token."""
@@ -196,6 +197,11 @@ class SamplingRequest(_Request):
     @property
     def asked_max_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def max_tokens_name(self) -> str:
+        """Which parameter said it."""
+        return "max_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -235,12 +241,17 @@ class ChatRequest(SamplingRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def max_tokens_name(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(SamplingRequest):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_COMPLETIONS
+    default_max_tokens = 16
 
     prompt: Annotated[
         list[str | list[int]],

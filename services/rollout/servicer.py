@@ -68,7 +68,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
                         first: dict[str, Any] = {}
                         if not answer.num_tokens:
                             first = {"identity": answer.identity(some[0]), "prompt_tokens": answer.num_prompt_tokens}
-                        yield rollout_pb2.GenerateChunk(index=index, **first, **answer.add(some))
+                        offsets = [output.text_offset for output in some]
+                        yield rollout_pb2.GenerateChunk(index=index, text_offsets=offsets, **first, **answer.add(some))
 
     async def GenerateBatch(
         self, request: rollout_pb2.GenerateBatchRequest, context: Context

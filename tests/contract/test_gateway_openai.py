@@ -346,6 +346,36 @@ def test_completion_logprobs_have_the_legacy_shape(served: Served) -> None:
     assert logprobs.text_offset[0] == 0
 
 
+def test_text_offsets_are_the_tokens_own_whatever_is_held_back(served: Served) -> None:
+    options: dict[str, Any] = {"model": BASE, "prompt": "The treaty", "max_tokens": 80, "temperature": 1, "seed": 3}
+    options |= {"logprobs": 1, "extra_body": {"ignore_eos": True}}
+    (plain,) = served.client.completions.create(**options).choices
+    # Nearly every token might begin one of them.
+    stop = [f"{character}\0" for character in sorted(set(plain.text))[-16:]]
+    (whole,) = served.client.completions.create(stop=stop, **options).choices
+    assert whole.text == plain.text
+    assert whole.logprobs == plain.logprobs
+    assert whole.logprobs is not None
+    tokens, offsets = whole.logprobs.tokens or [], whole.logprobs.text_offset or []
+    streamed: list[int] = []
+    for chunk in served.client.completions.create(stop=stop, stream=True, **options):
+        logprobs = chunk.choices[0].logprobs
+        streamed += (logprobs.text_offset or []) if logprobs is not None else []
+    assert streamed == offsets
+    # Spelled alike where a token is no part of a character, nor one that steers.
+    own = [
+        (token, at) for token, at in zip(tokens, offsets, strict=True) if "\ufffd" not in token and token[:2] != "<|"
+    ]
+    assert len(own) > 40
+    assert all(whole.text[at : at + len(token)] == token for token, at in own)
+    # Of an answer that a stop string ends too: it would have gone on like this.
+    cut = plain.text[40:43]
+    (stopped,) = served.client.completions.create(stop=cut, **options).choices
+    assert stopped.text == plain.text[: plain.text.index(cut)]
+    assert stopped.logprobs is not None
+    assert stopped.logprobs.text_offset == offsets[: len(stopped.logprobs.text_offset or [])]
+
+
 def test_models_are_the_base_model_and_every_cartridge(served: Served) -> None:
     listed = {model.id: model for model in served.client.models.list()}
     assert set(listed) == {BASE, "handbook", "acme/manual"}

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
+from tokenizers.pre_tokenizers import ByteLevel
 
+from services.rollout.engine import SamplingParams
+from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.detokenize import TextStream
 from tests.tiny import SPECIAL_TOKENS, build_tokenizer
 
@@ -106,3 +110,73 @@ def test_text_that_only_begins_like_a_stop_string_is_held_and_then_shown() -> No
     shown, stream = deltas(ids, ["END"])
     assert shown == ["x", "", "E", "", "EN"]
     assert not stream.stopped
+
+
+def spelled(text: str) -> list[str]:
+    """Byte by byte, however these could be merged."""
+    return [character for part, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text) for character in part]
+
+
+def offsets(ids: Sequence[int], stop: Sequence[str] = ()) -> list[int]:
+    """Of tokens until the answer ends."""
+    sampling = SamplingParams(max_new_tokens=len(ids), stop=tuple(stop))
+    progress, found = AnswerProgress(sampling, decode, {id_of("<|im_end|>")}), []
+    for token_id in ids:
+        _, reason = progress.append(token_id)
+        found.append(progress.text_offset)
+        if reason is not None:
+            break
+    return found
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(WORDS | st.sampled_from([" the", "’", "😀", "END"]), st.booleans()), min_size=1, max_size=8))
+def test_a_token_begins_where_the_character_of_its_first_byte_does(words: list[tuple[str, bool]]) -> None:
+    ids, begins, text = [], [], ""
+    for word, in_bytes in words:
+        some = [id_of(each) for each in spelled(word)] if in_bytes else encode(word)
+        num_bytes = 0
+        for token_id in some:
+            ids.append(token_id)
+            # Of the characters before it those count that are whole.
+            begins.append(len(text) + len(word.encode()[:num_bytes].decode(errors="ignore")))
+            num_bytes += len(TOKENIZER.convert_ids_to_tokens(token_id))
+        text += word
+    assert offsets(ids) == begins
+    # Whether something is held back for a stop string, and where the answer is cut, changes none.
+    for stop in ("END", "’x", text[len(text) // 2 :]):
+        found = offsets(ids, [stop])
+        assert found == begins[: len(found)]
+        assert len(found) == len(ids) or stop in text
+
+
+@given(IDS.filter(bool))
+def test_in_any_stream_a_tokens_text_stands_at_its_offset(ids: list[int]) -> None:
+    found, text = offsets(ids), decode(ids)
+    assert found == sorted(found)
+    for token_id, offset in zip(ids, found, strict=False):
+        own = decode([token_id])
+        if "\ufffd" not in own:
+            assert text[offset : offset + len(own)] == own
+        else:
+            assert text[offset : offset + 1]
+
+
+def test_byte_tokens_that_decode_together_share_a_place() -> None:
+    # As of SentencePiece: a run of bytes is one text, or a replacement character for each.
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    pieces = ["a", "<0xE2>", "<0x80>", "<0x99>", "b", "<0xE2>", "<0x80>", "c"]
+    stream, found = TextStream(lambda ids: str(decoder.decode([pieces[index] for index in ids]))), []
+    for index in range(len(pieces)):
+        stream.push(index)
+        found.append(stream.offset)
+    assert found == [0, 1, 1, 1, 2, 3, 3, 5]
+    assert decoder.decode(pieces) == "a’b\ufffd\ufffdc"
+
+
+def test_an_end_token_stands_behind_the_text() -> None:
+    ids = [*encode("a😀")[:-1], id_of("<|im_end|>")]
+    assert decode(ids) == "a\ufffd"
+    assert offsets(ids)[-1] == 2

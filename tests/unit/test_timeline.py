@@ -19,6 +19,7 @@ def output(cached_tokens: int = 2) -> TokenOutput:
         token_id=1,
         logprob=-1.0,
         top_logprobs=(),
+        text_offset=0,
         text="",
         finish_reason=None,
         digests=(),

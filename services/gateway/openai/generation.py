@@ -39,20 +39,19 @@ _FINISH_REASONS = {rollout_pb2.FINISH_REASON_STOP: "stop", rollout_pb2.FINISH_RE
 
 @dataclass(slots=True)
 class Choice:
-    """One completion or a part of it, which begins after `begin` characters."""
+    """One completion or a part of it."""
 
-    begin: int = 0
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[rollout_pb2.TopLogprobs] = field(default_factory=list)
-    # Where in the completion the chunk of each id begins.
+    # Where in the completion the text of each id begins, in characters.
     offsets: list[int] = field(default_factory=list)
     # None while the completion goes on.
     finish_reason: str | None = None
 
     def add(self, chunk: Chunk) -> None:
-        self.offsets += [self.begin + len(self.text)] * len(chunk.ids)
+        self.offsets += chunk.text_offsets
         self.text += chunk.text
         self.ids += chunk.ids
         self.logprobs += chunk.logprobs

@@ -24,8 +24,7 @@ class Renderer(ABC):
     def __init__(self, generation: Generation, spelling: TokenSpelling) -> None:
         self.generation = generation
         self.spelling = spelling
-        # Characters of each choice sent so far.
-        self._sent: dict[int, int] = {}
+        self._begun: set[int] = set()
 
     @abstractmethod
     def choice(self, choice: Choice, shared: dict[str, Any]) -> BaseModel: ...
@@ -41,10 +40,10 @@ class Renderer(ABC):
         return self._body(self.body, rendered, usage=self.generation.usage(), foundry=self.generation.info())
 
     def delta(self, index: int, chunk: Chunk) -> BaseModel:
-        first = index not in self._sent
-        part = Choice(begin=self._sent.get(index, 0))
+        first = index not in self._begun
+        self._begun.add(index)
+        part = Choice()
         part.add(chunk)
-        self._sent[index] = part.begin + len(part.text)
         rendered = self.delta_choice(part, self._shared(index, part), first=first)
         return self._body(self.chunk_body, [rendered], foundry=self.generation.info() if first else None)
 

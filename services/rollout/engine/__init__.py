@@ -57,6 +57,9 @@ class TokenOutput:
     top_logprobs: tuple[tuple[int, float], ...]
     # What this token adds to the text; may be empty while a character or a stop string is incomplete.
     text: str
+    # Where the token's own text begins: in characters of the answer, as it would be if no stop string ended it. Tokens
+    # of one character share its place.
+    text_offset: int
     # Set on the last token.
     finish_reason: FinishReason | None
     # Of the cartridges that the token was computed with.

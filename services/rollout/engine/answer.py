@@ -15,13 +15,18 @@ class AnswerProgress:
         self._text = TextStream(decode, sampling.stop)
         self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
         self._num_left = sampling.max_new_tokens
+        # Where the text of the last token begins, in characters.
+        self.text_offset = 0
 
     def append(self, token_id: int) -> tuple[str, FinishReason | None]:
         """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self._num_left -= 1
         if token_id in self._eos_ids:
-            return self._text.flush(), FinishReason.STOP
+            text = self._text.flush()
+            self.text_offset = self._text.num_characters
+            return text, FinishReason.STOP
         text = self._text.push(token_id)
+        self.text_offset = self._text.offset
         full = not self._num_left
         if full and not self._text.stopped:
             text += self._text.flush()

@@ -21,15 +21,24 @@ class TextStream:
         self._ids: list[int] = []
         self._num_read = 0
         self._read = ""
+        # Text behind what was read that is not, or not yet, characters.
+        self._open = ""
         # Text that is complete but may be the beginning of a stop string.
         self._held = ""
         self.stopped = False
+        # Characters of the text so far, those held too.
+        self.num_characters = 0
+        # Where among them the text of the last token begins; tokens of one character share its place.
+        self.offset = 0
 
     def push(self, token_id: int) -> str:
         """Text to show after one more token."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if len(text) <= len(self._read) or text.endswith(_REPLACEMENT):
+        new = text[len(self._read) :]
+        self.offset = self.num_characters + self._beginning(token_id, new)
+        if not new or new.endswith(_REPLACEMENT):
+            self._open = new
             return ""
         return self._release(self._advance(text))
 
@@ -42,10 +51,21 @@ class TextStream:
     def _advance(self, text: str) -> str:
         """Move both boundaries past `text` and return what is new in it."""
         delta = text[len(self._read) :]
+        self.num_characters += len(delta)
+        self._open = ""
         self._ids = self._ids[self._num_read :]
         self._num_read = len(self._ids)
         self._read = self._decode(self._ids)
         return delta
+
+    def _beginning(self, token_id: int, new: str) -> int:
+        """Where in `new`, which was open text before this token, the token's own begins."""
+        if not self._open:
+            return 0
+        begun = len(self._open.rstrip(_REPLACEMENT))
+        # As many characters more as the token has alone: what was open is none of them.
+        apart = len(new) - len(self._open) >= len(self._decode([token_id]))
+        return len(self._open) if apart and len(new.rstrip(_REPLACEMENT)) > begun else begun
 
     def _release(self, delta: str) -> str:
         text = self._held + delta

@@ -114,6 +114,7 @@ class TorchEngine:
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             text=text,
+            text_offset=sequence.text_offset,
             finish_reason=finish_reason,
             digests=sequence.digests,
             cartridge_tokens=sequence.offset,

@@ -69,6 +69,11 @@ class Sequence:
     def computed_ids(self) -> list[int]:
         return self.token_ids[: self.num_computed_tokens]
 
+    @property
+    def text_offset(self) -> int:
+        """Where the text of the last token begins, in characters."""
+        return self._progress.text_offset
+
     def draw(self) -> float:
         """The number in [0, 1) that decides its next token: its own, whoever else is in the batch."""
         return next(self._uniforms) if self.sampling.temperature > 0 else 0.0

@@ -203,6 +203,7 @@ class VllmEngine:
                 logprob=logprobs[token_id].logprob,
                 top_logprobs=_top(logprobs, each.request.sampling.num_logprobs),
                 text=text,
+                text_offset=each.progress.text_offset,
                 finish_reason=finish_reason,
                 digests=each.request.digests,
                 cartridge_tokens=each.num_cartridge_tokens,

@@ -44,7 +44,7 @@ from services.gateway.openai.fan_in import FanIn
 from services.gateway.openai.generation import Generation
 from services.gateway.openai.requests import ChatRequest, CompletionRequest
 from services.gateway.openai.target import Target
-from services.gateway.openai.tokens import TokenSpelling, finite
+from services.gateway.openai.tokens import TokenSpelling, by_text, finite
 from tests.tiny import build_tokenizer
 
 MODEL = ServedModel("tiny", "blake3:" + "f" * 64, "blake3:" + "e" * 64, 512)
@@ -383,7 +383,9 @@ def test_byte_level_tokens_are_spelt_with_their_bytes(tmp_path: Path) -> None:
     spelt = [spelling.spell(token_id) for token_id in tokenizer.encode(text)]
     assert b"".join(bytes(content or []) for _, content in spelt).decode() == text
     assert spelt[0][0] == bytes(spelt[0][1] or []).decode()
-    assert any(word == "\ufffd" for word, _ in spelt)
+    assert (r"bytes:\xf0", [0xF0]) in spelt
+    # None is spelled as another.
+    assert len({spelling.spell(token_id)[0] for token_id in range(len(tokenizer))}) == len(tokenizer)
     assert spelling.spell(2) == ("<|im_end|>", list(b"<|im_end|>"))
 
 
@@ -393,10 +395,16 @@ def test_sentencepiece_tokens_are_spelt_with_their_bytes(tmp_path: Path) -> None
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     spelling = TokenSpelling(tmp_path / "tokenizer.json")
     assert spelling.spell(0) == (" The", list(b" The"))
-    assert spelling.spell(1) == ("\ufffd", [0xE6])
+    assert spelling.spell(1) == (r"bytes:\xe6", [0xE6])
     assert spelling.spell(2) == ("</s>", list(b"</s>"))
     assert spelling.spell(3) == ("token_id:3", None)
     assert TokenSpelling(None).spell(0) == ("token_id:0", None)
+
+
+def test_tokens_that_are_spelled_alike_are_all_reported() -> None:
+    # As "A" and <0x41> of SentencePiece. The first keeps the text, and may come again among its alternatives.
+    told = [(7, "A", -1.0), (9, "B", -0.5), (7, "A", -1.0), (8, "A", -2.0)]
+    assert by_text(told) == {"A": -1.0, "B": -0.5, "token_id:8": -2.0}
 
 
 def test_impossible_tokens_have_a_logprob_that_json_can_write() -> None:

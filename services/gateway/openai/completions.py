@@ -15,7 +15,7 @@ from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import CompletionRequest
 from services.gateway.openai.target import Target
-from services.gateway.openai.tokens import finite
+from services.gateway.openai.tokens import by_text, finite
 from services.gateway.state import GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
@@ -53,11 +53,13 @@ class _Text(Renderer):
         if part.top_logprobs:
             # The sampled token is always among them, as with OpenAI.
             tops = [
-                {self._text(other): finite(value) for other, value in zip(top.ids, top.logprobs, strict=True)}
-                | {token: logprob}
-                for top, token, logprob in zip(part.top_logprobs, tokens, logprobs, strict=True)
+                by_text(self._spelled(*each) for each in [sampled, *zip(top.ids, top.logprobs, strict=True)])
+                for top, *sampled in zip(part.top_logprobs, part.ids, part.logprobs, strict=True)
             ]
         return TextLogprobs(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=part.offsets)
+
+    def _spelled(self, token_id: int, logprob: float) -> tuple[int, str, float]:
+        return token_id, self._text(token_id), finite(logprob)
 
     def _text(self, token_id: int) -> str:
         return self.spelling.spell(token_id)[0]

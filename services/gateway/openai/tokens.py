@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,12 +23,17 @@ class TokenSpelling:
         self.spell = lru_cache(maxsize=65_536)(self._spell)
 
     def _spell(self, token_id: int) -> tuple[str, list[int] | None]:
-        """The token's text (with U+FFFD where it is a part of a character) and its bytes, if they are known."""
+        """The token's text and its bytes, if they are known. A part of a character is spelled by its bytes, as OpenAI
+        does: as text, all parts would be the same."""
         token = None if self._tokenizer is None else self._tokenizer.id_to_token(token_id)
         if token is None:
             return f"token_id:{token_id}", None
         content = self._bytes(token)
-        return content.decode(errors="replace"), list(content)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+        return text, list(content)
 
     def _bytes(self, token: str) -> bytes:
         if self._byte_of and all(character in self._byte_of for character in token):
@@ -37,6 +43,16 @@ class TokenSpelling:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(match[1])
         return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+
+def by_text(logprobs: Iterable[tuple[int, str, float]]) -> dict[str, float]:
+    """Logprobs of tokens (id, text, logprob) by their texts; of several with one text the others by their ids, so that
+    none is lost."""
+    found: dict[str, tuple[int, float]] = {}
+    for token_id, text, logprob in logprobs:
+        held_by = found.get(text, (token_id,))[0]
+        found[text if held_by == token_id else f"token_id:{token_id}"] = (token_id, logprob)
+    return {text: logprob for text, (_, logprob) in found.items()}
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -280,6 +280,9 @@ class Runs:
                 with self._http.stream(
                     "GET", f"{_run(run_id)}/events", headers=headers, timeout=_EVENTS_SILENCE_SECONDS
                 ) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        # The run has ended, and all that happened in it was seen.
+                        return
                     for item in _events(response):
                         after, reconnects = item.id, 0
                         event = json.loads(item.data)

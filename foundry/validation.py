@@ -17,12 +17,15 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from foundry.errors import InvalidArgument
 
 # More than any object of ours has.
 _MAX_KEYS = 256
+_OF_FIELD = "of_field"
+OWN_ERRORS = frozenset({"value_error", _OF_FIELD})
+"""Types of the errors that validators of ours make, whose words are for people."""
 
 
 class Strict(BaseModel):
@@ -37,7 +40,7 @@ class Strict(BaseModel):
     def _count_keys(cls, values: Any) -> Any:
         # Pydantic makes an error of each unknown one.
         if isinstance(values, dict) and len(values) > _MAX_KEYS:
-            raise InvalidArgument(f"an object has {len(values)} keys, at most {_MAX_KEYS} are read")
+            raise ValueError(f"an object has {len(values)} keys, at most {_MAX_KEYS} are read")
         return values
 
 
@@ -69,9 +72,13 @@ def invalid_argument(error: ErrorDetails, *, tags: Collection[str] = ()) -> Inva
     It says what is wanted, never what came: that may be large or nobody else's business.
     """
     path, message = error["loc"], error["msg"].removeprefix("Value error, ")
+    if error["type"] == _OF_FIELD:
+        path = (*path, error["ctx"]["field"])
     if not path:
-        return InvalidArgument("expected a JSON object")
+        return InvalidArgument(message if error["type"] in OWN_ERRORS else "expected a JSON object")
     field = ".".join(str(part) for place, part in enumerate(path) if not (place and part in tags))
+    if error["type"] == _OF_FIELD:
+        return InvalidArgument(f"{field} {message}", field=field)
     if error["type"].startswith("union_tag"):
         field += "." + error["ctx"]["discriminator"].strip("'")
         known = error["ctx"].get("expected_tags", ", ".join(map(repr, tags)))
@@ -85,6 +92,12 @@ def invalid_argument(error: ErrorDetails, *, tags: Collection[str] = ()) -> Inva
         wanted = "an object" if error["type"].startswith("model_") else message.removeprefix("Input should be ")
         return InvalidArgument(f"{field} must be {wanted}", field=field)
     return InvalidArgument(f"{field}: {message[:1].lower()}{message[1:]}", field=field)
+
+
+def of_field(field: str, message: str) -> PydanticCustomError:
+    """For validators of a whole object: `message`, which goes on after the field's name, about one of its fields. It is
+    named as it stands in the request, where an InvalidArgument would know its last part only."""
+    return PydanticCustomError(_OF_FIELD, "{message}", {"field": field, "message": message})
 
 
 def checked(check: Callable[[str], str]) -> AfterValidator:

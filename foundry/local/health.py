@@ -48,6 +48,16 @@ async def answers_http(url: str) -> None:
             await asyncio.sleep(_POLL_SECONDS)
 
 
+def warnings_of(gateway_url: str) -> list[str]:
+    """What a gateway that is ready has to tell people."""
+    try:
+        answer = httpx.get(f"{gateway_url}/readyz", timeout=5.0, trust_env=False)
+    except httpx.TransportError:
+        return []
+    warnings: list[str] = answer.json()["warnings"]
+    return warnings
+
+
 async def look(state: StackState, *, timeout_seconds: float = 2.0) -> dict[str, bool]:
     """For each service whether it serves now."""
 

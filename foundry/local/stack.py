@@ -20,6 +20,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from foundry import extras
 from foundry.errors import BY_REASON, Conflict, FoundryError, InvalidArgument, Unavailable
 from foundry.local.demo_model import DEMO, Say, demo_model_directory, resolve_model, say_on_stderr
+from foundry.local.health import warnings_of
 from foundry.local.home import Home, StackState
 from foundry.local.log_files import earlier
 from foundry.local.process import end
@@ -156,6 +157,8 @@ class LocalStack:
         state = self.home.running()
         if state is None:
             raise Unavailable(f"the stack stopped as soon as it was ready; see {self.home.log_file('supervisor')}")
+        for warning in warnings_of(state.gateway_url):
+            self._say(f"Warning: {warning}")
         return state
 
     def _wait_ready(self, events: IO[bytes]) -> None:

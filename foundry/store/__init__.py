@@ -7,7 +7,7 @@ from foundry.store.grants import Grant, GrantStore
 from foundry.store.key_store import ApiKey, KeyStore
 from foundry.store.lineage import Ancestor, lineage
 from foundry.store.manifest import Manifest, ManifestDraft
-from foundry.store.names import CartridgeId, Reference, check_name, check_tag
+from foundry.store.names import CartridgeId, Reference, check_name, check_new_name, check_tag
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import Objects
 from foundry.store.record import ActiveRuns, ClaimedRun, Desired, RunRecord, RunState
@@ -52,6 +52,7 @@ __all__ = [
     "StoreSettings",
     "TagRecord",
     "check_name",
+    "check_new_name",
     "check_tag",
     "lineage",
 ]

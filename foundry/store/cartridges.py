@@ -26,7 +26,7 @@ from foundry.store.fetch import Fetcher
 from foundry.store.grants import GrantStore
 from foundry.store.key_store import KeyStore
 from foundry.store.manifest import Manifest, ManifestDraft
-from foundry.store.names import CartridgeId, Reference, check_name, check_run, check_tag, check_version
+from foundry.store.names import CartridgeId, Reference, check_name, check_new_name, check_run, check_tag, check_version
 from foundry.store.objects.checkpoints import Checkpoints
 from foundry.store.objects.objects import Objects
 from foundry.store.objects.versions import Durable
@@ -148,10 +148,11 @@ class CartridgeStore:
         """Become the only publisher of `name`, until it is released or `hold_seconds` have passed; the same owner may
         ask again.
 
-        Raises Conflict while another run holds it, Fenced if a newer attempt of this run does.
+        Raises InvalidArgument for a name that none may have, Conflict while another run holds it, Fenced if a newer
+        attempt of this run does.
         """
         withdrawn = await self._pointers.acquire(
-            check_name(name), check_run(run_id), attempt, hold_seconds=hold_seconds
+            check_new_name(name), check_run(run_id), attempt, hold_seconds=hold_seconds
         )
         for version in withdrawn:
             # Our predecessor is fenced by now, but may be about to write this manifest.

@@ -17,6 +17,8 @@ MAX_VERSION = 2**53 - 1
 NAME = rf"{TENANT}(?:/{TENANT})?"
 _NAME = re.compile(NAME)
 _TAG = re.compile(TENANT)
+# What the gateway's paths have behind a name: `team/versions` would be the versions of `team` there.
+RESERVED = frozenset({"compare", "file", "grants", "rollback", "tags", "versions"})
 RUN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _RUN = re.compile(RUN)
 _VERSION = re.compile(r"[0-9]{1,16}")
@@ -74,6 +76,17 @@ def check_name(name: str, *, field: str = "name") -> str:
         raise InvalidArgument(
             f"{name[:100]!r} is not a cartridge name: expected lower-case letters, digits and '._-', starting with a "
             "letter or digit, at most 63 characters, optionally with 'tenant/' before it",
+            field=field,
+        )
+    return name
+
+
+def check_new_name(name: str, *, field: str = "name") -> str:
+    """Raises InvalidArgument unless a cartridge of that name can be made: each has a path of its own at the gateway."""
+    if tenant_of(check_name(name, field=field)) and name.rpartition("/")[2] in RESERVED:
+        raise InvalidArgument(
+            f"{name!r} can't be a cartridge's name: behind a slash {', '.join(sorted(RESERVED))} are words of the "
+            "gateway's paths; choose another",
             field=field,
         )
     return name

@@ -7,8 +7,8 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Any
 
 from foundry.errors import (
@@ -20,7 +20,7 @@ from foundry.errors import (
     RunNotFound,
     StoreUnavailable,
 )
-from foundry.store.names import check_run, check_tenant_of
+from foundry.store.names import check_new_name, check_run, check_tenant_of
 from foundry.store.paging import Page, cut
 from foundry.store.queue import RunQueue, to_ms
 from foundry.store.record import (
@@ -47,10 +47,10 @@ class RunStore(RunQueue):
     async def create(self, spec: RunSpec, *, tenant: str = "", most_open: int | None = None) -> str:
         """Queue a run that uses the documents of `tenant`, and return its id, such as `run-k3v7q2xa`.
 
-        Raises InvalidArgument unless the name is the tenant's; a run of "" may have any. Raises ResourceExhausted if
-        `most_open` runs of the tenant are not over.
+        Raises InvalidArgument unless a new cartridge may have the name and it is the tenant's; a run of "" may have any
+        tenant's. Raises ResourceExhausted if `most_open` runs of the tenant are not over.
         """
-        check_tenant_of(tenant, spec.name)
+        check_tenant_of(tenant, check_new_name(spec.name))
         run_id = "run-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
         # Asked first, so that a run is not left in object storage, to start later, for a caller who was refused.
         await self._connection.read("EXISTS", key("run", run_id))
@@ -159,7 +159,7 @@ class RunStore(RunQueue):
             await self._archive.desire(run_id, "" if wish == "resume" else wish)
         return reply
 
-    async def events(self, run_id: str, after: str = "0-0") -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def events(self, run_id: str, after: str = "0-0") -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """What happens in a run, from after the event `after`, as (id, event); ends after the event of type `finished`.
 
         Other types: `state` (state, attempt, waiting_for) and whatever workers report. Raises RunNotFound,
@@ -181,6 +181,13 @@ class RunStore(RunQueue):
         for event_id, event in await self._archive.events(run_id):
             if _position(event_id) > _position(after):
                 yield event_id, event
+
+    async def nothing_after(self, run_id: str, after: str) -> bool:
+        """Whether the run is over and no event of it follows `after`. Raises as `events` does."""
+        if not (await self.get(run_id)).state.over:
+            return False
+        async with aclosing(self.events(run_id, after)) as events:
+            return await anext(events, None) is None
 
     # For who starts workers
 

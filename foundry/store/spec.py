@@ -78,6 +78,7 @@ Digests = Annotated[
     Field(max_length=MAX_DOCUMENTS - 1),
 ]
 Text = Annotated[str, AfterValidator(_unicode)]
+Title = Annotated[Text, Field(max_length=300)]
 
 
 class SelfStudyPrompts(Strict):
@@ -377,7 +378,7 @@ class RunRequest(RunSpec):
     text: Text | None = None
     """The document itself, which is stored with the run."""
 
-    title: Text | None = None
+    title: Title | None = None
     """Title of `text`."""
 
     @model_validator(mode="before")

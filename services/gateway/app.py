@@ -29,8 +29,10 @@ from services.gateway.access.rates import Rates
 from services.gateway.access.route import BEARER
 from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
+from services.gateway.base_name import BaseName
 from services.gateway.middleware.audit import Audit
 from services.gateway.middleware.body_limit import BodyLimit
+from services.gateway.middleware.head import Head
 from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
@@ -66,6 +68,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     # JSON escapes make more of a document; as text/plain it may be as large as the store takes.
     document_bytes = settings.store.max_document_bytes * 3 // 2 + 64 * 1024
     # The last one added sees a request first.
+    app.add_middleware(Head)
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_request_bytes,
@@ -122,6 +125,9 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
             authentication = Authentication(keys, admin_key, grants, oidc)
         try:
             await rollouts.start()
+            base_name = BaseName(store, rollouts)
+            await base_name.look()
+            watching.append(asyncio.create_task(base_name.watch(settings.census_seconds)))
             if settings.jobs is not None:
                 # Here, because the Kubernetes client is large.
                 from services.gateway.kubernetes.jobs import Jobs
@@ -131,7 +137,7 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             spelling = TokenSpelling(settings.tokenizer)
             app.state.gateway = Gateway(
-                settings, store, rollouts, teachers, spelling, rates, quotas, jobs, authentication
+                settings, store, rollouts, base_name, teachers, spelling, rates, quotas, jobs, authentication
             )
             yield
         finally:

@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import cast
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from foundry.errors import DocumentTooLong, FoundryError, InvalidArgument, NotFound, Unauthenticated, Unavailable
-from foundry.validation import invalid_argument
+from foundry.validation import OWN_ERRORS, invalid_argument
 from services.gateway import metrics
 
 log = structlog.get_logger(__name__)
@@ -39,6 +43,19 @@ class Refused(HTTPException):
         self.error = error
 
 
+class UnsupportedMediaType(InvalidArgument):
+    """The body is of a kind that the route does not read."""
+
+    http_status = 415
+
+
+class NothingMore(HTTPException):
+    """Not a failure: an answer of 204, from where only an exception can say that there is nothing to stream."""
+
+    def __init__(self) -> None:
+        super().__init__(204)
+
+
 class DocumentTooLarge(DocumentTooLong):
     """The document has more bytes than the store takes."""
 
@@ -59,6 +76,16 @@ class ClusterRefused(ClusterUnavailable):
     """The Kubernetes API answers, but refuses: a missing right, a quota, a manifest that it does not take."""
 
 
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """What is not found within is what the request's `param` names, whatever it is called where it was looked for."""
+    try:
+        yield
+    except NotFound as error:
+        error.field = param
+        raise
+
+
 def install(app: FastAPI) -> None:
     app.add_exception_handler(FoundryError, _on_foundry_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -77,9 +104,9 @@ def error_body(error: FoundryError) -> dict[str, dict[str, str | None]]:
     }
 
 
-def response_of(error: FoundryError) -> JSONResponse:
+def response_of(error: FoundryError, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
     metrics.ERRORS.labels(error.reason).inc()
-    headers = {}
+    headers = dict(headers)
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     if error.retry_after_seconds is not None:
@@ -109,21 +136,36 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     _, *path = first["loc"]
-    if not path:
+    if not path and first["type"] not in OWN_ERRORS:
         return response_of(InvalidArgument(f"the body must be a JSON object sent as application/json: {first['msg']}"))
     return response_of(invalid_argument(cast(ErrorDetails, first | {"loc": tuple(path)})))
 
 
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What Starlette raises itself: no such route, wrong method, a body that can't be read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error, NothingMore):
+        return Response(status_code=204)
     if isinstance(error, Refused):
         return response_of(error.error)
     if error.status_code == 404:
         return response_of(NotFound(f"there is no {request.method} {request.url.path}"))
     if error.status_code == 405:
-        return response_of(MethodNotAllowed(f"{request.url.path} does not take {request.method}"))
+        allowed = ", ".join(_methods_of(request))
+        error = MethodNotAllowed(f"{request.url.path} takes {allowed}, not {request.method}")
+        return response_of(error, {"allow": allowed})
     return response_of(InvalidArgument(error.detail))
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All that any route of the path takes: Starlette itself says the first one's only."""
+    scope = dict(request.scope)
+
+    def takes(method: str) -> bool:
+        return any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes)
+
+    methods = [method for method in ("GET", "POST", "PUT", "DELETE") if takes(method)]
+    return [*methods, "HEAD"] if "GET" in methods else methods
 
 
 async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:

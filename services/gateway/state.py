@@ -17,6 +17,7 @@ from services.gateway.access.authentication import Authentication
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
+from services.gateway.base_name import BaseName
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.settings import GatewaySettings
 
@@ -30,6 +31,7 @@ class Gateway:
     settings: GatewaySettings
     store: CartridgeStore
     rollouts: RolloutBalancer
+    base_name: BaseName
     teachers: Pods | None
     spelling: TokenSpelling
     rates: Rates

@@ -147,10 +147,10 @@ def test_a_cartridge_list_needs_the_base_model(served: Served) -> None:
     assert raised.value.param == "model"
     with pytest.raises(openai.NotFoundError) as missing:
         chat(served, extra_body={"cartridges": ["handbook@1", "nobody"]})
-    assert (missing.value.param, missing.value.code) == ("cartridges", "CARTRIDGE_NOT_FOUND")
+    assert (missing.value.param, missing.value.code) == ("cartridges.1", "CARTRIDGE_NOT_FOUND")
     with pytest.raises(openai.BadRequestError) as misspelt:
         chat(served, extra_body={"cartridges": ["Not A Name"]})
-    assert misspelt.value.param == "cartridges"
+    assert misspelt.value.param == "cartridges.0"
 
 
 def test_streamed_deltas_are_the_whole_answer(served: Served) -> None:
@@ -435,6 +435,9 @@ def test_unknown_models_are_not_found(served: Served, model: str, code: str) -> 
         ({"stop": ["a", ""]}, "stop.1"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "audio": {"id": "a"}}]}, "messages.0.audio"),
+        ({"messages": [{"role": "user", "content": "x"} | {f"k{n}": 0 for n in range(300)}]}, "messages.0"),
+        ({"messages": [{"role": "system", "content": 'Be <cartridge>{"id": "a"}</cartridge>.'}]}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         ({"presence_penalty": 0.5}, "presence_penalty"),

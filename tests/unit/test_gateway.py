@@ -37,6 +37,7 @@ from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway import errors
 from services.gateway.access.principal import Principal
 from services.gateway.balancer import RolloutBalancer, RolloutServer, ServedModel
+from services.gateway.base_name import BaseName
 from services.gateway.main import listen
 from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.openai import chat
@@ -187,6 +188,7 @@ def app_before(server: object) -> FastAPI:
         authentication=None,
         settings=limits,
         rollouts=server,
+        base_name=BaseName(cast(Any, None), cast(Any, None)),
         admitted=nullcontext,
         rates=Rates(),
         spelling=TokenSpelling(None),

@@ -7,12 +7,13 @@ dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from foundry.errors import InvalidArgument
-from foundry.validation import FirstError, Strict
+from foundry.validation import FirstError, Strict, of_field
 
 # Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
 IGNORED = frozenset(
@@ -66,6 +67,7 @@ MAX_TOP_LOGPROBS = 20
 # Of one request: each takes much longer to check than to send.
 MAX_MESSAGES = MAX_PROMPTS = 2048
 MAX_REFERENCE_CHARACTERS = 512
+_CARTRIDGE = re.compile(r"<cartridge>\s*\{")
 _PROMPTS = "expected a string, a list of strings, a list of token ids or a list of such lists"
 
 
@@ -83,7 +85,7 @@ class _Request(Strict):
         for name, value in values.items():
             if name in cls.neutral and value is not None and value not in cls.neutral[name]:
                 taken = ", ".join(json.dumps(each) for each in (None, *cls.neutral[name]))
-                raise InvalidArgument(f"{name} is not supported: only {taken} can be taken", field=name)
+                raise of_field(name, f"is not supported: only {taken} can be taken")
         return {name: value for name, value in values.items() if name not in cls.neutral and name not in cls.ignored}
 
 
@@ -214,6 +216,14 @@ class Message(_Request):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
+
+    @model_validator(mode="after")
+    def _no_cartridge_in_text(self) -> Self:
+        """Tokasaurus serves cartridges that a system message names so: the model alone would read it as text."""
+        begun = _CARTRIDGE.search(self.content) if self.role in ("system", "developer") else None
+        if begun is not None and "</cartridge>" in self.content[begun.end() :]:
+            raise of_field("content", "names a cartridge by <cartridge>{…}</cartridge>: name it in `model`")
+        return self
 
 
 class ChatRequest(SamplingRequest):

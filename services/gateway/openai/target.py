@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound, NotFound
+from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound
 from foundry.store import CartridgeId
 from foundry.v1 import common_pb2
 from services.gateway import metrics
 from services.gateway.access.names import full_reference
 from services.gateway.access.principal import Principal
 from services.gateway.balancer import ServedModel
+from services.gateway.errors import naming
 from services.gateway.openai.requests import SamplingRequest
 from services.gateway.state import Gateway
 
@@ -24,14 +25,19 @@ class Target:
 
     @classmethod
     async def resolve(cls, gateway: Gateway, principal: Principal, asked: SamplingRequest) -> Target:
-        """Raises ModelNotFound, CartridgeNotFound, InvalidArgument, Unavailable."""
+        """Raises ModelNotFound, CartridgeNotFound, Conflict, InvalidArgument, Unavailable."""
         model = gateway.rollouts.model()
         if asked.cartridges is not None:
             if asked.model != model.name:
                 raise InvalidArgument(f"with `cartridges`, model must be the base model {model.name!r}", field="model")
-            cartridges = [await _resolve(gateway, principal, reference, "cartridges") for reference in asked.cartridges]
+            cartridges = [
+                await _resolve(gateway, principal, reference, f"cartridges.{index}")
+                for index, reference in enumerate(asked.cartridges)
+            ]
         else:
             cartridges = [] if asked.model == model.name else [await _resolve(gateway, principal, asked.model, "model")]
+            if not cartridges:
+                gateway.base_name.check_unambiguous(model.name, principal)
         return cls(model, tuple(cartridges))
 
     def check(self, identity: common_pb2.Identity) -> None:
@@ -45,11 +51,9 @@ class Target:
 
 async def _resolve(gateway: Gateway, principal: Principal, reference: str, param: str) -> CartridgeId:
     try:
-        return await gateway.store.resolve(full_reference(principal, reference, field=param, to_query=True))
+        with naming(param):
+            return await gateway.store.resolve(full_reference(principal, reference, field=param, to_query=True))
     except InvalidArgument as error:
         if param == "model":
             raise ModelNotFound(f"there is no model {reference!r}: {error.message}", field=param) from error
-        raise
-    except NotFound as error:
-        error.field = param
         raise

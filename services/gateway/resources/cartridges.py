@@ -20,6 +20,7 @@ from foundry.validation import Checked
 from services.gateway.access.names import full_name, full_reference, visible
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
+from services.gateway.errors import naming
 from services.gateway.resources.listing import PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
@@ -108,10 +109,11 @@ async def delete_tag(name: Name, tag: str, gateway: GatewayDep, principal: Princ
 @router.post("/v1/cartridges/{name:path}/rollback")
 async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
-    missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.to}", field="model")
+    missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.to}", field="to")
     whole = full_name(principal, name, missing=missing)
     selector = asked.to.removeprefix(f"{name}@").removeprefix(f"{whole}@")
-    return _version(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
+    with naming("to"):
+        return _version(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
 
 
 @router.get("/v1/cartridges/{reference:path}")
@@ -145,11 +147,8 @@ async def _summary(gateway: Gateway, reference: Reference) -> Json:
 
 
 async def _found(gateway: Gateway, reference: Reference) -> tuple[Manifest, Json]:
-    try:
+    with naming("reference"):
         found = await gateway.store.resolve(reference)
-    except CartridgeNotFound as error:
-        error.field = "reference"
-        raise
     manifest, tags = await asyncio.gather(
         gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)
     )

@@ -7,19 +7,20 @@ from typing import Annotated, Any, Literal
 import structlog
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from foundry.errors import DocumentTooLong, DocumentUnreadable, InvalidArgument
+from foundry.errors import DocumentTooLong, DocumentUnreadable
 from foundry.store import DocumentInfo, DocumentStore
+from foundry.store.spec import Title
 from foundry.validation import Checked
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
-from services.gateway.errors import DocumentTooLarge
+from services.gateway.errors import DocumentTooLarge, UnsupportedMediaType
+from services.gateway.media_type import MediaType
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["documents"], route_class=ScopedRoute)
-Title = Annotated[str, Field(max_length=300)]
 
 
 class DocumentRequest(Checked):
@@ -49,6 +50,7 @@ _BODY: dict[str, Any] = {
         "content": {
             "application/json": {"schema": DocumentRequest.model_json_schema()},
             "text/plain": {"schema": {"type": "string"}},
+            "text/markdown": {"schema": {"type": "string"}},
         },
     }
 }
@@ -59,16 +61,17 @@ async def put_document(
     request: Request,
     gateway: GatewayDep,
     principal: PrincipalDep,
-    title: Annotated[Title, Query(description="Of a text/plain body.")] = "",
+    title: Annotated[Title, Query(description="Of a body that is the text itself.")] = "",
 ) -> DocumentCard:
-    """Keep a text: JSON {text, title?}, or the text itself as text/plain. The same text again is the same document."""
+    """Keep a text: JSON {text, title?}, or the text itself, in UTF-8. The same text again is the same document."""
     gateway.quotas.check_stored(principal)
-    if request.headers.get("content-type", "").partition(";")[0].strip() == "application/json":
+    sent_as = MediaType.of(request.headers.get("content-type", ""))
+    if sent_as.name == "application/json":
         asked = DocumentRequest.model_validate(await request.json())
         return await put(gateway, principal, asked.text, asked.title)
-    if request.headers.get("content-type", "").startswith("text/plain"):
+    if sent_as.name in ("text/plain", "text/markdown"):
         return await put(gateway, principal, await request.body(), title)
-    raise InvalidArgument("send a document as application/json or as text/plain")
+    raise UnsupportedMediaType("send a document as application/json, text/plain or text/markdown", field="content-type")
 
 
 @router.get("/v1/documents")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -24,17 +25,23 @@ async def readyz(
     gateway: GatewayDep,
     exclude: Annotated[list[str] | None, Query(description="Checks to leave out: `store`, `rollouts`.")] = None,
 ) -> JSONResponse:
-    """Store and at least one rollout server can be reached; 503 with the reasons if not.
+    """Store and at least one rollout server can be reached; 503 with the reasons if not. `warnings` are for people.
 
     Without Redis resident cartridges are still served: a probe that decides on traffic should exclude `store`.
     """
-    reasons = {}
+    reasons: dict[str, str] = {}
+    warnings: list[str] = []
     for name, check in (("store", gateway.store.ping), ("rollouts", gateway.check_rollouts)):
         if name not in (exclude or []):
             try:
                 await check()
             except FoundryError as error:
                 reasons[name] = error.message
+    # Tenants' names are for those who show a key.
+    if gateway.authentication is None:
+        with suppress(FoundryError):
+            warnings = gateway.base_name.warnings()
+    status = "unavailable" if reasons else "ok"
     return JSONResponse(
-        {"status": "unavailable" if reasons else "ok", "reasons": reasons}, status_code=503 if reasons else 200
+        {"status": status, "reasons": reasons, "warnings": warnings}, status_code=503 if reasons else 200
     )

@@ -12,10 +12,8 @@ from fastapi import APIRouter, Body, Depends, Header, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from foundry.errors import (
-    CartridgeNotFound,
     CartridgeTooLong,
     DeadlineExceeded,
-    DocumentNotFound,
     FingerprintMismatch,
     FoundryError,
     InvalidArgument,
@@ -28,12 +26,14 @@ from foundry.recipes import choose, describe
 from foundry.rpc.pods import Pods
 from foundry.rpc.teacher import TeacherClient
 from foundry.selfstudy.prompts import read_prompts
-from foundry.store import DocumentPrompts, DocumentStore, RunRecord, RunRequest, RunSpec
+from foundry.store import DocumentPrompts, DocumentStore, RunRecord, RunRequest, RunSpec, check_new_name
 from foundry.v1 import common_pb2
 from services.gateway.access.names import full_name, full_text
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
+from services.gateway.base_name import check_free
+from services.gateway.errors import NothingMore, naming
 from services.gateway.resources import documents
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
@@ -43,7 +43,7 @@ router = APIRouter(tags=["runs"], route_class=ScopedRoute)
 
 _TEACHER_TIMEOUT_SECONDS = 60.0
 
-_EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
+_EVENT_ID = re.compile(r"([0-9]{1,20})(?:-([0-9]{1,20}))?")
 _EXAMPLE = {"name": "handbook", "document": "blake3:…", "recipe": "quick"}
 
 
@@ -83,15 +83,16 @@ async def create_run(
     """
     asked = await _with_full_names(asked, gateway, principal)
     text = asked.text
+    model = _served_model(gateway)
+    if model is not None:
+        check_free(model.name, asked.name)
     await gateway.quotas.check_runs(principal)
     gateway.quotas.check_stored(principal)
     if "num_steps" in asked.model_fields_set:
         gateway.quotas.check_steps(principal, asked.num_steps)
     _check_resources(asked, gateway)
-    model = _served_model(gateway)
     await _check_texts(asked, documents.of(principal, gateway))
-    texts = [text] if text is not None else []
-    texts += [await documents.of(principal, gateway).get(digest) for digest in asked.documents[len(texts) :]]
+    texts = await _document_texts(asked, documents.of(principal, gateway))
     num_tokens = None
     if model is not None and gateway.teachers is not None:
         num_tokens = await _context_tokens(texts, model, gateway.teachers, principal.caller(""))
@@ -157,13 +158,17 @@ async def delete_run(run_id: str, gateway: GatewayDep, principal: PrincipalDep) 
     return Response(status_code=204)
 
 
-async def _position(run_id: OwnRun, last_event_id: Annotated[str | None, Header()] = None) -> str:
+async def _position(run_id: OwnRun, gateway: GatewayDep, last_event_id: Annotated[str | None, Header()] = None) -> str:
     """Where an event stream begins. A dependency, since the stream's status is sent before its first event."""
-    if not last_event_id:
-        return "0-0"
-    if not _EVENT_ID.fullmatch(last_event_id):
-        raise InvalidArgument(f"{last_event_id!r} is not an event id", field="last-event-id")
-    return last_event_id
+    after = last_event_id or "0-0"
+    found = _EVENT_ID.fullmatch(after)
+    # Redis has no larger numbers in its ids.
+    if found is None or any(int(part or 0) >= 2**64 for part in found.groups()):
+        raise InvalidArgument(f"{after[:100]!r} is not an event id", field="last-event-id")
+    if await gateway.store.runs.nothing_after(run_id, after):
+        # Which by the standard ends the reconnecting (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+        raise NothingMore
+    return after
 
 
 @router.get("/v1/runs/{run_id}/events", response_class=EventSourceResponse)
@@ -172,7 +177,8 @@ async def run_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """What happened and happens, as server-sent events with ids; ends after the one of type `finished`.
 
-    A comment is sent every 15 s of silence. A stream that ends earlier is to be asked for again with `Last-Event-ID`.
+    A comment is sent every 15 s of silence. A stream that ends earlier is to be asked for again with `Last-Event-ID`;
+    204 if nothing comes after that.
     """
     try:
         async for event_id, event in gateway.store.runs.events(run_id, after):
@@ -185,14 +191,11 @@ async def _with_full_names(asked: RunRequest, gateway: Gateway, principal: Princ
     foreign = PermissionDenied(
         f"{asked.name} would be another tenant's than this key's: leave out what stands before the slash", field="name"
     )
-    changes = {"name": full_name(principal, asked.name, missing=foreign)}
+    changes = {"name": check_new_name(full_name(principal, asked.name, missing=foreign))}
     if asked.init_version:
         changes["init_version"] = full_text(principal, asked.init_version, field="init_version")
-        try:
+        with naming("init_version"):
             await gateway.store.resolve(changes["init_version"])
-        except CartridgeNotFound as error:
-            error.field = "init_version"
-            raise
     return asked.model_copy(update=changes)
 
 
@@ -204,15 +207,25 @@ def _served_model(gateway: Gateway) -> ServedModel | None:
         return None
 
 
+async def _document_texts(asked: RunRequest, stored: DocumentStore) -> list[tuple[str, str]]:
+    """All documents of the run, each behind the parameter that it came by."""
+    first = "document" if asked.text is None else "text"
+    texts = [(first, asked.text)] if asked.text is not None else []
+    for digest in asked.documents[len(texts) :]:
+        field = "more_documents" if texts else first
+        texts.append((field, await _text(stored, digest, field)))
+    return texts
+
+
 async def _context_tokens(
-    documents: Sequence[str], model: ServedModel, teachers: Pods, caller: common_pb2.Caller
+    documents: Sequence[tuple[str, str]], model: ServedModel, teachers: Pods, caller: common_pb2.Caller
 ) -> int | None:
     """Tokens of the documents with their template; None if the teacher can't say now.
 
     Has the teacher compute the documents' KV, which the run needs first of all, where the trainer will ask for it.
     """
     num_tokens = 0
-    for document in documents:
+    for field, document in documents:
         teacher = TeacherClient(
             teachers, model.fingerprint, document, timeout_seconds=_TEACHER_TIMEOUT_SECONDS, caller=caller
         )
@@ -221,6 +234,10 @@ async def _context_tokens(
         except (Unavailable, DeadlineExceeded, ResourceExhausted, Unauthenticated, PermissionDenied) as error:
             log.warning("document not measured", error=error.message)
             return None
+        except InvalidArgument as error:
+            if error.field == "document":
+                error.field = field
+            raise
     return num_tokens
 
 
@@ -249,11 +266,8 @@ async def _check_texts(spec: RunSpec, stored: DocumentStore) -> None:
 
 
 async def _text(stored: DocumentStore, digest: str, field: str) -> str:
-    try:
+    with naming(field):
         return await stored.get(digest)
-    except DocumentNotFound as error:
-        error.field = field
-        raise
 
 
 def _check_resources(spec: RunSpec, gateway: Gateway) -> None:

@@ -54,6 +54,10 @@ def test_wrong_references_name_their_parameter(site: Site) -> None:
         answer = site.http("GET", path)
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, "reference")
     assert site.http("PUT", "/v1/cartridges/a/tags/b", json={"version": "1"}).json()["error"]["param"] == "version"
+    site.stack.publish("rolled", site.stack.cartridge(1))
+    for to in ("7", "nothing", "rolled@7", "blake3:" + "0" * 64):
+        answer = site.http("POST", "/v1/cartridges/rolled/rollback", json={"to": to})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "to")
 
 
 def test_a_damaged_name_takes_no_other_with_it(site: Site) -> None:

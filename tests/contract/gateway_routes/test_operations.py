@@ -16,7 +16,7 @@ from tests.services import metric
 
 def test_health_and_readiness(site: Site) -> None:
     assert site.http("GET", "/healthz").json() == {"status": "ok"}
-    assert site.client.ready() == {"status": "ok", "reasons": {}}
+    assert site.client.ready() == {"status": "ok", "reasons": {}, "warnings": []}
 
 
 def test_metrics_count_by_route_template(site: Site) -> None:
@@ -63,7 +63,7 @@ def test_metrics_count_by_route_template(site: Site) -> None:
             {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}},
             400,
         ),
-        ("POST", "/v1/documents", {"content": b"{}", "headers": {"content-type": "application/xml"}}, 400),
+        ("POST", "/v1/documents", {"content": b"{}", "headers": {"content-type": "application/xml"}}, 415),
         ("POST", "/v1/runs", {"json": [1]}, 400),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_run_is_queued_with_its_document(site: Site) -> None:
         ({"text": DOCUMENT, "resources": {"gpus": 1}}, InvalidArgument, "resources"),
         ({}, InvalidArgument, "document"),
         ({"document": "blake3:" + "0" * 64}, DocumentNotFound, "document"),
-        ({"text": ""}, DocumentUnreadable, "document"),
+        ({"text": ""}, DocumentUnreadable, "text"),
         (
             {"text": DOCUMENT, "prompts": {"kind": "document", "digest": "blake3:" + "1" * 64}},
             DocumentNotFound,
@@ -88,7 +88,9 @@ def test_a_run_is_queued_with_its_document(site: Site) -> None:
         ({"text": DOCUMENT, "model_fingerprint": "blake3:" + "2" * 64}, FingerprintMismatch, "model_fingerprint"),
         ({"text": DOCUMENT, "max_new_tokens": 5000}, InvalidArgument, "max_new_tokens"),
         ({"text": "Short text.", "num_tokens": 64}, CartridgeTooLong, "num_tokens"),
-        ({"text": "x" * 2000}, DocumentTooLong, "document"),
+        ({"text": "x" * 2000}, DocumentTooLong, "text"),
+        ({"text": DOCUMENT, "title": "x" * 301}, InvalidArgument, "title"),
+        ({"text": DOCUMENT, "more_documents": ["blake3:" + "0" * 64]}, DocumentNotFound, "more_documents"),
     ],
 )
 def test_an_impossible_run_is_refused_at_once(
@@ -192,6 +194,9 @@ def test_the_event_stream_is_server_sent_events(site: Site) -> None:
     assert json.loads(blocks[-1]["data"])["state"] == "cancelled"
     later = site.http("GET", f"/v1/runs/{run_id}/events", headers={"last-event-id": blocks[-2]["id"]})
     assert later.text.strip().split("\n\n") == [answer.text.strip().split("\n\n")[-1]]
+    ended = site.http("GET", f"/v1/runs/{run_id}/events", headers={"last-event-id": blocks[-1]["id"]})
+    assert (ended.status_code, ended.content) == (204, b"")
+    assert list(site.client.runs.events(run_id, after=blocks[-1]["id"])) == []
     for path, headers, status in (
         (f"/v1/runs/{run_id}/events", {"last-event-id": "yesterday"}, 400),
         ("/v1/runs/run-aaaaaaaa/events", {}, 404),

@@ -84,6 +84,12 @@ properties: install  ## the store against a model of it, and its protocol, at le
 fuzz: install  ## every parser, 100,000 damaged inputs each: nightly
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/unit/test_fuzz.py
 
+# How many in all: make schemathesis FOUNDRY_SCHEMATHESIS=200. Its pytest plugin stays off: the suite needs none of it.
+schemathesis: install  ## 2,000 requests made of the OpenAPI page, and 200 bodies of any JSON for each route (10 minutes)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[schemathesis]'
+	$(BIN)/python -m pytest -s -p no:schemathesis -W default --timeout 1800 tests/openapi
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest --timeout 1800 tests/contract/gateway_routes/test_any_body.py
+
 # vLLM wants other versions than the rest: an environment of its own (3.5 GB, several minutes).
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
@@ -158,4 +164,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis clean

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from foundry.errors import ExtraMissing
 
 GATEWAY = ("fastapi", "uvicorn", "tokenizers")
+DOCUMENTS = ("mammoth", "markdownify", "pdfminer")
 MODEL = ("torch", "transformers", "safetensors")
 VLLM = ("vllm",)
 TELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")

@@ -21,6 +21,7 @@ from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import metrics
 from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.datasets import DatasetStore
+from foundry.store.delete_document import delete_document
 from foundry.store.documents import DocumentStore
 from foundry.store.fetch import Fetcher
 from foundry.store.grants import GrantStore
@@ -334,6 +335,13 @@ class CartridgeStore:
         if not known:
             raise CartridgeNotFound(f"there is no cartridge {name}" + (f"@{version}" if version else ""), field="name")
         self._resolver.forget(name)
+
+    async def delete_document(self, digest: str, *, tenant: str = "") -> None:
+        """Delete a document of `tenant`; one that is not there is deleted already. What was trained on it stays.
+
+        Raises Conflict while a run that is not over needs it.
+        """
+        await delete_document(self, check_digest(digest), tenant)
 
     # Leases
 

@@ -96,6 +96,17 @@ class RunStore(RunQueue):
             raise _not_found(run_id)
         return record_of(run_id, dict(zip(fields[::2], fields[1::2], strict=True)))
 
+    async def needing(self, digest: str, tenant: str) -> str | None:
+        """A run of the tenant that is not over and names the document, if there is one. Raises DigestMismatch if a run
+        can't be read."""
+        reply = await self._connection.read("HGETALL", key("open-runs"))
+        for run_id, owner in zip(reply[::2], reply[1::2], strict=True):
+            # Gone is what was deleted since it was listed.
+            with suppress(RunNotFound):
+                if owner == tenant and digest in (await self._get(run_id)).spec.texts:
+                    return str(run_id)
+        return None
+
     async def ids(self, tenant: str | None = None) -> builtins.list[str]:
         """Ids of all runs that Redis knows, or of a tenant's, newest first."""
         return [str(run_id) for run_id in await self._connection.read("ZREVRANGE", _index(tenant), 0, -1)]

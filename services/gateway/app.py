@@ -16,7 +16,7 @@ from foundry.rpc.pods import Pods
 from foundry.store import CartridgeStore
 from foundry.tasks import end
 from foundry.telemetry.traces import flush_traces
-from services.gateway import errors, metrics, usage
+from services.gateway import errors, metrics, openapi, usage
 from services.gateway.access.audit import AuditLog
 from services.gateway.access.authentication import Authentication
 from services.gateway.access.counters import Counters
@@ -30,6 +30,7 @@ from services.gateway.access.route import BEARER
 from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.base_name import BaseName
+from services.gateway.conversion.converter import Converter
 from services.gateway.middleware.audit import Audit
 from services.gateway.middleware.body_limit import BodyLimit
 from services.gateway.middleware.head import Head
@@ -88,6 +89,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     for router in _ROUTERS:
         app.include_router(router, dependencies=[Depends(BEARER)] if settings.api_keys else [])
     app.include_router(health.router)
+    openapi.complete(app)
     return app
 
 
@@ -136,8 +138,9 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
                 jobs.start()
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             spelling = TokenSpelling(settings.tokenizer)
+            converter = Converter(settings.conversions, max_text_bytes=settings.store.max_document_bytes)
             app.state.gateway = Gateway(
-                settings, store, rollouts, base_name, teachers, spelling, rates, quotas, jobs, authentication
+                settings, store, rollouts, base_name, teachers, spelling, converter, rates, quotas, jobs, authentication
             )
             yield
         finally:

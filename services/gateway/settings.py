@@ -96,6 +96,21 @@ class OidcSettings(BaseModel):
     """How far the issuer's clock may be from the gateway's."""
 
 
+class ConversionSettings(BaseModel):
+    """Bounds of the processes that read PDF, HTML and DOCX (docs/documents.md), with the extra `documents`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    timeout_seconds: float = Field(default=60.0, ge=1)
+    """Longest time to read one file."""
+
+    max_memory_bytes: int = Field(default=2**30, ge=2**27)
+    """Most memory, as addresses, that reading one file may take."""
+
+    max_concurrent: int = Field(default=2, ge=1)
+    """Files that are read at one time; others wait."""
+
+
 class GatewaySettings(ServiceSettings):
     """The gateway: the REST API for people and applications."""
 
@@ -148,6 +163,9 @@ class GatewaySettings(ServiceSettings):
 
     store: StoreSettings
     """Where documents, runs and cartridges are."""
+
+    conversions: ConversionSettings = ConversionSettings()
+    """How files that are no plain text are read."""
 
     jobs: JobSettings | None = None
     """Train each run by a Kubernetes Job of its own. Unset: workers take them from the queue."""

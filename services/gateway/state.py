@@ -18,6 +18,7 @@ from services.gateway.access.quotas import Quotas
 from services.gateway.access.rates import Rates
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.base_name import BaseName
+from services.gateway.conversion.converter import Converter
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.settings import GatewaySettings
 
@@ -34,6 +35,7 @@ class Gateway:
     base_name: BaseName
     teachers: Pods | None
     spelling: TokenSpelling
+    converter: Converter
     rates: Rates
     quotas: Quotas
     # None: runs are trained by workers that take them from the queue.

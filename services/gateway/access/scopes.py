@@ -12,7 +12,7 @@ NEEDED: Mapping[str, Scope] = {
     "GET /v1/models": "query",
     "GET /v1/models/{model:path}": "query",
     "GET /v1/cartridges": "query",
-    "GET /v1/cartridges/{reference:path}": "query",
+    "GET /v1/cartridges/{name:path}": "query",
     "DELETE /v1/cartridges/{name:path}": "admin",
     "GET /v1/cartridges/{name:path}/versions": "query",
     "DELETE /v1/cartridges/{name:path}/versions/{version}": "admin",

@@ -16,12 +16,13 @@ from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import ChatRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import finite
+from services.gateway.openapi import EVENTS, failures
 from services.gateway.state import GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
 
-@router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
+@router.post("/v1/chat/completions", response_model=answers.ChatCompletion, responses=EVENTS | failures(404, 409, 504))
 async def chat_completions(
     asked: ChatRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:

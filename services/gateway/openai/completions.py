@@ -16,12 +16,13 @@ from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import CompletionRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import by_text, finite
+from services.gateway.openapi import EVENTS, failures
 from services.gateway.state import GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS | failures(404, 409, 504))
 async def completions(
     asked: CompletionRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:

@@ -14,6 +14,7 @@ from services.gateway.access.names import full_text, visible
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
+from services.gateway.openapi import failures
 from services.gateway.resources.listing import MAX_PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
@@ -40,7 +41,7 @@ class ModelList(Listing):
     data: list[ModelCard]
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=failures(409))
 async def models(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
     """The base model, then cartridges by name. OpenAI's clients take the first page for all there are."""
     served = gateway.rollouts.model()
@@ -50,7 +51,7 @@ async def models(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = MA
     return ModelList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=failures(404, 409))
 async def model(model: str, gateway: GatewayDep, principal: PrincipalDep) -> ModelCard:
     """`model` is the base model or any cartridge reference."""
     served = gateway.rollouts.model()

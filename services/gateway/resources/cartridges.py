@@ -21,6 +21,7 @@ from services.gateway.access.names import full_name, full_reference, visible
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.errors import naming
+from services.gateway.openapi import failures
 from services.gateway.resources.listing import PAGE, After, Limit, Listing, for_each, page_of_names
 from services.gateway.state import Gateway, GatewayDep
 
@@ -52,7 +53,7 @@ async def cartridges(
     return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
-@router.get("/v1/cartridges/{name:path}/versions")
+@router.get("/v1/cartridges/{name:path}/versions", responses=failures(404))
 async def versions(
     name: Name, gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
 ) -> CartridgeList:
@@ -67,7 +68,7 @@ async def versions(
     return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
-@router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204)
+@router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204, responses=failures(404, 409))
 async def delete_version(name: Name, version: int, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Refused with 409 for a version that `latest` or a tag means."""
     missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="name")
@@ -75,7 +76,7 @@ async def delete_version(name: Name, version: int, gateway: GatewayDep, principa
     return Response(status_code=204)
 
 
-@router.put("/v1/cartridges/{name:path}/tags/{tag}")
+@router.put("/v1/cartridges/{name:path}/tags/{tag}", responses=failures(404, 507))
 async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Point a tag at a version, which becomes durable. `previous` is what it meant before."""
     missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.version}", field="version")
@@ -84,7 +85,7 @@ async def put_tag(name: Name, tag: str, asked: TagRequest, gateway: GatewayDep, 
     return _tag(name, tag, asked.version, previous=previous)
 
 
-@router.get("/v1/cartridges/{name:path}/tags/{tag}")
+@router.get("/v1/cartridges/{name:path}/tags/{tag}", responses=failures(404))
 async def get_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """What a tag means and, newest first, what it meant before."""
     name = full_name(principal, name, missing=_no_tag(name, tag))
@@ -92,7 +93,7 @@ async def get_tag(name: Name, tag: str, gateway: GatewayDep, principal: Principa
     return _tag(name, tag, record.version, history=list(record.history))
 
 
-@router.post("/v1/cartridges/{name:path}/tags/{tag}/rollback")
+@router.post("/v1/cartridges/{name:path}/tags/{tag}/rollback", responses=failures(404, 409, 507))
 async def rollback_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Let a tag mean what it meant before. 409 if there is no version left that it meant before."""
     name = full_name(principal, name, missing=_no_tag(name, tag))
@@ -100,13 +101,13 @@ async def rollback_tag(name: Name, tag: str, gateway: GatewayDep, principal: Pri
     return _tag(name, tag, version, previous=previous)
 
 
-@router.delete("/v1/cartridges/{name:path}/tags/{tag}", status_code=204)
+@router.delete("/v1/cartridges/{name:path}/tags/{tag}", status_code=204, responses=failures(404, 507))
 async def delete_tag(name: Name, tag: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     await gateway.store.untag(full_name(principal, name, missing=_no_tag(name, tag)), tag)
     return Response(status_code=204)
 
 
-@router.post("/v1/cartridges/{name:path}/rollback")
+@router.post("/v1/cartridges/{name:path}/rollback", responses=failures(404, 409, 507))
 async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
     missing = CartridgeNotFound(f"there is no cartridge {name}@{asked.to}", field="to")
@@ -116,14 +117,16 @@ async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, prin
         return _version(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
 
 
-@router.get("/v1/cartridges/{reference:path}")
-async def cartridge(reference: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
+@router.get("/v1/cartridges/{name:path}", responses=failures(404))
+async def cartridge(
+    name: Annotated[str, InPath(description="Any reference.")], gateway: GatewayDep, principal: PrincipalDep
+) -> Json:
     """The version that a reference means now: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`.
 
     With `lineage` (its parents, the nearest first, the last one without a number where it is not known any more) and
     where its bytes are.
     """
-    manifest, summary = await _found(gateway, full_reference(principal, reference, field="reference", to_query=True))
+    manifest, summary = await _found(gateway, full_reference(principal, name, field="name", to_query=True))
     store, name = gateway.store, manifest.name
     known, durable, hot = await asyncio.gather(
         store.versions(name), store.durable_versions(name), store.hot_versions(name)
@@ -135,7 +138,7 @@ async def cartridge(reference: str, gateway: GatewayDep, principal: PrincipalDep
     }
 
 
-@router.delete("/v1/cartridges/{name:path}", status_code=204)
+@router.delete("/v1/cartridges/{name:path}", status_code=204, responses=failures(404, 409))
 async def delete_cartridge(name: Name, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Delete a name with all its versions, tags and grants. Refused with 409 while a run publishes it."""
     await gateway.store.delete(full_name(principal, name))
@@ -147,7 +150,7 @@ async def _summary(gateway: Gateway, reference: Reference) -> Json:
 
 
 async def _found(gateway: Gateway, reference: Reference) -> tuple[Manifest, Json]:
-    with naming("reference"):
+    with naming("name"):
         found = await gateway.store.resolve(reference)
     manifest, tags = await asyncio.gather(
         gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)

@@ -12,6 +12,7 @@ from foundry.store import Grant
 from services.gateway.access.names import full_name
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
+from services.gateway.openapi import failures
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import GatewayDep
 
@@ -24,7 +25,7 @@ class GrantList(Listing):
     data: list[Json]
 
 
-@router.get("/v1/cartridges/{name:path}/grants")
+@router.get("/v1/cartridges/{name:path}/grants", responses=failures(404))
 async def grants(
     name: Name, gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE, after: After = ""
 ) -> GrantList:
@@ -38,7 +39,7 @@ async def grants(
     )
 
 
-@router.put("/v1/cartridges/{name:path}/grants/{tenant}")
+@router.put("/v1/cartridges/{name:path}/grants/{tenant}", responses=failures(404, 507))
 async def put_grant(name: Name, tenant: str, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Let another tenant query a cartridge, and nothing else. Gateways know it within `api_keys_refresh_seconds`."""
     name = full_name(principal, name)
@@ -47,7 +48,7 @@ async def put_grant(name: Name, tenant: str, gateway: GatewayDep, principal: Pri
     return _grant(await gateway.store.grants.put(name, tenant))
 
 
-@router.delete("/v1/cartridges/{name:path}/grants/{tenant}", status_code=204)
+@router.delete("/v1/cartridges/{name:path}/grants/{tenant}", status_code=204, responses=failures(404))
 async def delete_grant(name: Name, tenant: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Gateways know it within `api_keys_refresh_seconds`."""
     missing = GrantNotFound(f"{name} is not granted to {tenant}", field="tenant")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from foundry.errors import FoundryError
 from services.gateway.state import GatewayDep
@@ -20,7 +21,16 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+class Readiness(BaseModel):
+    status: Literal["ok", "unavailable"]
+    reasons: dict[str, str]
+    """What can't be reached, and why."""
+
+    warnings: list[str]
+    """What does not keep from serving; for people."""
+
+
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(
     gateway: GatewayDep,
     exclude: Annotated[list[str] | None, Query(description="Checks to leave out: `store`, `rollouts`.")] = None,
@@ -41,7 +51,5 @@ async def readyz(
     if gateway.authentication is None:
         with suppress(FoundryError):
             warnings = gateway.base_name.warnings()
-    status = "unavailable" if reasons else "ok"
-    return JSONResponse(
-        {"status": status, "reasons": reasons, "warnings": warnings}, status_code=503 if reasons else 200
-    )
+    answer = Readiness(status="unavailable" if reasons else "ok", reasons=reasons, warnings=warnings)
+    return JSONResponse(answer.model_dump(), status_code=503 if reasons else 200)

@@ -14,6 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from foundry.errors import (
     CartridgeTooLong,
     DeadlineExceeded,
+    DocumentNotFound,
     FingerprintMismatch,
     FoundryError,
     InvalidArgument,
@@ -34,6 +35,7 @@ from services.gateway.access.route import ScopedRoute
 from services.gateway.balancer import ServedModel
 from services.gateway.base_name import check_free
 from services.gateway.errors import NothingMore, naming
+from services.gateway.openapi import failures
 from services.gateway.resources import documents
 from services.gateway.resources.listing import PAGE, After, Limit, Listing
 from services.gateway.state import Gateway, GatewayDep
@@ -70,7 +72,7 @@ async def _own_run(run_id: str, gateway: GatewayDep, principal: PrincipalDep) ->
 OwnRun = Annotated[str, Depends(_own_run)]
 
 
-@router.post("/v1/runs", status_code=201)
+@router.post("/v1/runs", status_code=201, responses=failures(404, 409, 507))
 async def create_run(
     asked: Annotated[RunRequest, Body(openapi_examples={"selfstudy": {"value": _EXAMPLE}})],
     gateway: GatewayDep,
@@ -109,6 +111,7 @@ async def create_run(
     if text is not None:
         await documents.put(gateway, principal, text, asked.title or "")
     run_id = await gateway.quotas.create_run(principal, spec)
+    await _check_still_there(run_id, spec, documents.of(principal, gateway), gateway)
     structlog.contextvars.bind_contextvars(run_id=run_id)
     _look_at_jobs(gateway)
     card = await _card_of(run_id, gateway)
@@ -125,12 +128,12 @@ async def runs(gateway: GatewayDep, principal: PrincipalDep, limit: Limit = PAGE
     return RunList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
-@router.get("/v1/runs/{run_id}")
+@router.get("/v1/runs/{run_id}", responses=failures(404))
 async def run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     return await _card_of(run_id, gateway)
 
 
-@router.post("/v1/runs/{run_id}/cancel")
+@router.post("/v1/runs/{run_id}/cancel", responses=failures(404, 409, 507))
 async def cancel_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     """The worker ends the run after the step in hand; a run that waits ends now."""
     await gateway.store.runs.request_cancel(run_id)
@@ -138,20 +141,20 @@ async def cancel_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     return await _card_of(run_id, gateway)
 
 
-@router.post("/v1/runs/{run_id}/pause")
+@router.post("/v1/runs/{run_id}/pause", responses=failures(404, 409, 507))
 async def pause_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_pause(run_id)
     return await _card_of(run_id, gateway)
 
 
-@router.post("/v1/runs/{run_id}/resume")
+@router.post("/v1/runs/{run_id}/resume", responses=failures(404, 409, 507))
 async def resume_run(run_id: OwnRun, gateway: GatewayDep) -> RunCard:
     await gateway.store.runs.request_resume(run_id)
     _look_at_jobs(gateway)
     return await _card_of(run_id, gateway)
 
 
-@router.delete("/v1/runs/{run_id}", status_code=204)
+@router.delete("/v1/runs/{run_id}", status_code=204, responses=failures(404, 409))
 async def delete_run(run_id: str, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Delete a run with its events and checkpoints. Its versions stay. Refused with 409 unless it is over."""
     await gateway.store.runs.delete(run_id, tenant=principal.tenant)
@@ -171,7 +174,11 @@ async def _position(run_id: OwnRun, gateway: GatewayDep, last_event_id: Annotate
     return after
 
 
-@router.get("/v1/runs/{run_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/v1/runs/{run_id}/events",
+    response_class=EventSourceResponse,
+    responses=failures(404) | {204: {"description": "Nothing follows."}},
+)
 async def run_events(
     run_id: str, after: Annotated[str, Depends(_position)], gateway: GatewayDep
 ) -> AsyncIterator[ServerSentEvent]:
@@ -263,6 +270,15 @@ async def _check_texts(spec: RunSpec, stored: DocumentStore) -> None:
         if isinstance(prompts := getattr(spec, name), DocumentPrompts):
             text = await _text(stored, prompts.digest, f"{name}.digest")
             await asyncio.to_thread(read_prompts, text, field=name)
+
+
+async def _check_still_there(run_id: str, spec: RunSpec, stored: DocumentStore, gateway: Gateway) -> None:
+    """Whoever deleted a document before the run was there did not know of it."""
+    try:
+        await asyncio.gather(*map(stored.info, spec.texts))
+    except DocumentNotFound:
+        await gateway.store.runs.request_cancel(run_id)
+        raise
 
 
 async def _text(stored: DocumentStore, digest: str, field: str) -> str:

@@ -52,7 +52,7 @@ def test_cartridges_are_listed_tagged_and_deleted(site: Site) -> None:
 def test_wrong_references_name_their_parameter(site: Site) -> None:
     for path, status in (("/v1/cartridges/No%20Name", 400), ("/v1/cartridges/nobody@7", 404)):
         answer = site.http("GET", path)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (status, "reference")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, "name")
     assert site.http("PUT", "/v1/cartridges/a/tags/b", json={"version": "1"}).json()["error"]["param"] == "version"
     site.stack.publish("rolled", site.stack.cartridge(1))
     for to in ("7", "nothing", "rolled@7", "blake3:" + "0" * 64):

@@ -6,7 +6,7 @@ import pytest
 
 from foundry.errors import DocumentNotFound, DocumentTooLong, DocumentUnreadable, InvalidArgument
 from foundry.identity import content_digest
-from tests.contract.gateway_routes.site import DOCUMENT, Site
+from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
 
 
 def test_a_document_is_kept_under_its_digest(site: Site) -> None:
@@ -51,13 +51,34 @@ def test_a_body_beyond_the_limit_is_never_held(site: Site) -> None:
 def test_a_deleted_document_is_gone(site: Site) -> None:
     digest = site.client.documents.create("A text that nobody needs.")["digest"]
     assert site.http("DELETE", f"/v1/documents/{digest}").status_code == 204
-    for gone in (site.client.documents.get, site.client.documents.text, site.client.documents.delete):
+    # A client that did not hear of it asks again.
+    assert site.http("DELETE", f"/v1/documents/{digest}").status_code == 204
+    for gone in (site.client.documents.get, site.client.documents.text):
         with pytest.raises(DocumentNotFound):
             gone(digest)
     assert digest not in [card["digest"] for card in site.client.documents.list()]
 
 
+def test_a_document_that_a_run_needs_stays(site: Site) -> None:
+    prompts = site.client.documents.create('{"prompt": "What was signed?"}')["digest"]
+    run = site.client.runs.create(
+        **specification(text="Of a run. " * 20, prompts={"kind": "document", "digest": prompts})
+    )
+    site.client.runs.pause(run["id"])
+    for digest in (run["spec"]["document"], prompts):
+        refused = site.http("DELETE", f"/v1/documents/{digest}")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (409, "digest")
+        assert run["id"] in refused.json()["error"]["message"]
+        assert site.client.documents.get(digest)["digest"] == digest
+    site.client.runs.cancel(run["id"])
+    for digest in (run["spec"]["document"], prompts):
+        site.client.documents.delete(digest)
+
+
 def test_unknown_documents_are_not_found(site: Site) -> None:
+    missing = site.http("GET", "/v1/documents/blake3:" + "0" * 64)
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "digest")
+    assert site.http("DELETE", "/v1/documents/nonsense").status_code == 400
     with pytest.raises(DocumentNotFound):
         site.client.documents.get("blake3:" + "0" * 64)
     with pytest.raises(InvalidArgument):

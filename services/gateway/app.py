@@ -54,6 +54,8 @@ _ROUTERS = (
     documents.router,
     runs.router,
 )
+# What browsers would keep from a page's scripts.
+_EXPOSED = ("etag", "retry-after", "x-foundry-cartridge", "x-foundry-digest", "x-request-id")
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
@@ -78,7 +80,13 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     app.add_middleware(RequestLimits)
     if settings.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
+            expose_headers=_EXPOSED,
+            max_age=settings.cors_max_age_seconds,
         )
     hosts = hosts_of(settings.listen) if settings.allowed_hosts is None else settings.allowed_hosts
     app.add_middleware(WebPages, hosts=hosts, origins=settings.allowed_origins)

@@ -44,6 +44,8 @@ def main() -> None:
         log_config=None,
         log_level="warning",
         access_log=False,
+        # uvicorn hands it to the loop, which takes parts of seconds.
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]
         timeout_graceful_shutdown=round(settings.grace_seconds),
     )
     # What is there now stays. Looked through by a collection, it would hold up all requests for a tenth of a second.

@@ -36,7 +36,8 @@ class ErrorBody(BaseModel):
 # What any route may answer: a request that can't be read, a page that may not call, a client that is slow or asks too
 # often, a fault, a store or server that is away.
 _ANYWHERE = (400, 403, 408, 429, 500, 503)
-_SCHEMA = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
+_COMPONENTS = "#/components/schemas/"
+_SCHEMA = {"application/json": {"schema": {"$ref": f"{_COMPONENTS}{ErrorBody.__name__}"}}}
 
 
 # Of what may also be asked for as a stream.
@@ -45,7 +46,12 @@ EVENTS: dict[int | str, Json] = {200: {"content": {"text/event-stream": {"schema
 
 def failures(*statuses: int) -> dict[int | str, Json]:
     """For `responses` of a route: what it answers besides what any may."""
-    return {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}
+    return {status: _failure(status) for status in statuses}
+
+
+def _failure(status: int) -> Json:
+    # Not by FastAPI's `model`, which is of the media type that the route's good answers have.
+    return {"description": HTTPStatus(status).phrase, "content": _SCHEMA}
 
 
 def complete(app: FastAPI) -> None:
@@ -57,8 +63,11 @@ def complete(app: FastAPI) -> None:
         for path in schema["paths"].values():
             for operation in path.values():
                 _complete(operation["responses"], has_body="requestBody" in operation, has_keys="security" in operation)
+        schemas = schema["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
+            schemas.pop(name, None)
+        error = ErrorBody.model_json_schema(ref_template=f"{_COMPONENTS}{{model}}")
+        schemas.update(error.pop("$defs") | {ErrorBody.__name__: error})
         return schema
 
     # FastAPI's own way to extend it.
@@ -69,4 +78,4 @@ def _complete(responses: Json, *, has_body: bool, has_keys: bool) -> None:
     # FastAPI's own, which are 400 here.
     responses.pop("422", None)
     for status in (*_ANYWHERE, *([413] if has_body else []), *([401] if has_keys else [])):
-        responses.setdefault(str(status), {"description": HTTPStatus(status).phrase, "content": _SCHEMA})
+        responses.setdefault(str(status), _failure(status))

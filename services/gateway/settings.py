@@ -154,6 +154,18 @@ class GatewaySettings(ServiceSettings):
     """Origins of web pages, such as `https://app.example.com`, that may call the gateway from a browser, besides its
     own. Everybody else's are refused."""
 
+    allowed_methods: list[str] = Field(default=["*"])
+    """Methods that such pages may use; `*`: all."""
+
+    allowed_headers: list[str] = Field(default=["*"])
+    """Headers that such pages may send; `*`: all."""
+
+    allow_credentials: bool = False
+    """Let such pages send cookies and the browser's own `Authorization`, as proxies that ask for a login want."""
+
+    cors_max_age_seconds: int = Field(default=600, ge=0)
+    """How long a browser may remember what such pages may do."""
+
     rollout_addresses: list[str] = Field(default=["127.0.0.1:7001"], min_length=1)
     """host:port of the rollout servers. A name with several addresses (a headless Service) stands for all of them."""
 
@@ -192,11 +204,18 @@ class GatewaySettings(ServiceSettings):
     max_connections: int = Field(default=2048, ge=1)
     """Connections of clients at one time; more are refused with 503."""
 
+    keep_alive_seconds: float = Field(default=5.0, gt=0)
+    """How long a connection without a request is kept. Behind a proxy that keeps its own, longer than that does: it
+    would send a request into a connection that is just being closed."""
+
     max_upload_seconds: float = Field(default=60.0, gt=0)
     """How long a client may take to send a request, all of it."""
 
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
+
+    max_concurrent_downloads: int = Field(default=4, ge=1)
+    """Cartridges that are sent as files at one time, each held in memory; more are refused with 429."""
 
     limits: DefaultLimits = DefaultLimits()
     """What a key without limits of its own may take; without keys, everybody together (security.md)."""

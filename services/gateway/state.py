@@ -43,6 +43,7 @@ class Gateway:
     # None: everybody may do everything.
     authentication: Authentication | None = None
     num_in_flight: int = 0
+    num_downloads: int = 0
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -56,6 +57,17 @@ class Gateway:
         finally:
             self.num_in_flight -= 1
             metrics.IN_FLIGHT.set(self.num_in_flight)
+
+    @contextmanager
+    def downloading(self) -> Iterator[None]:
+        """One cartridge held in memory while it is sent. Raises ResourceExhausted if there are too many."""
+        if self.num_downloads >= self.settings.max_concurrent_downloads:
+            raise ResourceExhausted(f"{self.num_downloads} cartridges are being sent", retry_after_seconds=1.0)
+        self.num_downloads += 1
+        try:
+            yield
+        finally:
+            self.num_downloads -= 1
 
     async def check_rollouts(self) -> None:
         """Raises Unavailable if no rollout server answers now, FingerprintMismatch if they serve different models."""

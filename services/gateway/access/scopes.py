@@ -16,6 +16,9 @@ NEEDED: Mapping[str, Scope] = {
     "DELETE /v1/cartridges/{name:path}": "admin",
     "GET /v1/cartridges/{name:path}/versions": "query",
     "DELETE /v1/cartridges/{name:path}/versions/{version}": "admin",
+    "GET /v1/cartridges/{name:path}/compare": "query",
+    # The bytes are more than answers: who has them needs no gateway.
+    "GET /v1/cartridges/{name:path}/versions/{version}/file": "train",
     "GET /v1/cartridges/{name:path}/tags/{tag}": "query",
     "PUT /v1/cartridges/{name:path}/tags/{tag}": "train",
     "DELETE /v1/cartridges/{name:path}/tags/{tag}": "admin",
@@ -40,7 +43,9 @@ NEEDED: Mapping[str, Scope] = {
 }
 
 # Orchestrators and scrapers have no key, and the documentation says nothing that is not in this repository.
-OPEN = frozenset({"/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+OPEN = frozenset(
+    {"/health", "/healthz", "/ping", "/readyz", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
+)
 
 
 def needed(methods: Iterable[str] | None, path: str) -> Scope:

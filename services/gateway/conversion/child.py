@@ -80,7 +80,8 @@ def _pdf(content: bytes) -> str:
     from pdfminer.high_level import extract_text
 
     # A form feed ends each page.
-    return extract_text(io.BytesIO(content)).replace("\f", "\n").strip()
+    text: str = extract_text(io.BytesIO(content))
+    return text.replace("\f", "\n").strip()
 
 
 def failed(why: str) -> int:

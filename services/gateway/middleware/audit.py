@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import get_contextvars
 
 from services.gateway.access.audit import AuditLog
+from services.gateway.access.scopes import OPEN
 from services.gateway.middleware.answered import answered
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -41,7 +42,8 @@ class Audit:
 
     def _is_noted(self, scope: Scope) -> bool:
         path = getattr(scope.get("route"), "path", None)
-        if path is None or scope["method"] in _READS:
+        # Those that are open change nothing, also where they are asked by POST.
+        if path is None or path in OPEN or scope["method"] in _READS:
             return False
         return self._completions or path not in _COMPLETIONS
 

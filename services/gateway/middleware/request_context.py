@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foundry.telemetry import traces
 
 # What is asked at short intervals, for ever.
-_UNTRACED = frozenset({"/healthz", "/readyz"})
+_UNTRACED = frozenset({"/health", "/healthz", "/ping", "/readyz"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 TRACING: TelemetryConfig = {

@@ -14,7 +14,7 @@ from services.gateway.errors import response_of
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 # Orchestrators ask for these by a pod's address.
-_PROBED = frozenset({"/healthz", "/readyz"})
+_PROBED = frozenset({"/health", "/healthz", "/ping", "/readyz"})
 
 
 class WebPages:

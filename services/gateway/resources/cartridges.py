@@ -1,24 +1,27 @@
 """/v1/cartridges: names, versions and tags.
 
-A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/tags/TAG`, `/rollback`, `/grants` or
-`/grants/TENANT` mean those parts of the name before them.
+A name may be `tenant/name`: paths that end in `/versions`, `/versions/N`, `/versions/N/file`, `/tags/TAG`, `/rollback`,
+`/compare`, `/grants` or `/grants/TENANT` mean those parts of the name before them.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
 
 from foundry.errors import CartridgeNotFound
-from foundry.store import Manifest, Reference, lineage
+from foundry.store import Manifest, Reference, check_name, lineage
 from foundry.store.paging import cut
 from foundry.validation import Checked
 from services.gateway.access.names import full_name, full_reference, visible
-from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.permit import Permit
+from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.errors import naming
 from services.gateway.openapi import failures
@@ -37,6 +40,39 @@ class TagRequest(Checked):
 class RollbackRequest(Checked):
     to: str
     """Which version: its number, a tag or a digest; the name may stand before it."""
+
+
+class SafetensorsResponse(StreamingResponse):
+    media_type = "application/vnd.safetensors"
+
+
+class MeasuredVersion(BaseModel):
+    """What is known of a version."""
+
+    version: int
+    digest: str
+    run: str
+    step: int
+    tokens_seen: int
+    objective: str
+    document: str | None
+    created_at: str
+    metrics: dict[str, float]
+
+
+class VersionComparison(BaseModel):
+    object: Literal["cartridge.comparison"] = "cartridge.comparison"
+    name: str
+    before: MeasuredVersion = Field(serialization_alias="from")
+    after: MeasuredVersion = Field(serialization_alias="to")
+    changes: dict[str, float]
+    """Of each metric that both have, such as `heldout_kl`: that of `to` minus that of `from`."""
+
+    steps: int
+    """Optimiser steps of `to` beyond those of `from`."""
+
+    tokens_seen: int
+    """Tokens trained on, likewise."""
 
 
 class CartridgeList(Listing):
@@ -107,6 +143,50 @@ async def delete_tag(name: Name, tag: str, gateway: GatewayDep, principal: Princ
     return Response(status_code=204)
 
 
+@router.get(
+    "/v1/cartridges/{name:path}/versions/{version}/file", response_class=SafetensorsResponse, responses=failures(404)
+)
+async def version_file(
+    name: Name, version: int, request: Request, gateway: GatewayDep, principal: PrincipalDep
+) -> Response:
+    """The version as a safetensors file, whose bytes were checked against its digest (`x-foundry-digest`, `etag`)."""
+    missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
+    manifest = await gateway.store.manifest(full_name(principal, name, missing=missing), version)
+    permit: Permit = request.state.permit
+    permit.held.enter_context(gateway.downloading())
+    stored = await gateway.store.fetch(manifest.digest)
+    headers = {
+        "content-length": str(len(stored.header.file_prologue()) + stored.header.num_bytes),
+        "content-disposition": f'attachment; filename="{manifest.name.replace("/", "-")}-{version}.safetensors"',
+        "etag": f'"{manifest.digest}"',
+        "x-foundry-digest": manifest.digest,
+    }
+    return SafetensorsResponse((bytes(part) for part in stored.file_parts()), headers=headers)
+
+
+@router.get("/v1/cartridges/{name:path}/compare", responses=failures(404))
+async def compare(
+    name: Name,
+    first: Annotated[str, Query(alias="from", max_length=256, description="A version's number, a tag or a digest.")],
+    second: Annotated[str, Query(alias="to", max_length=256, description="The same.")],
+    gateway: GatewayDep,
+    principal: PrincipalDep,
+) -> VersionComparison:
+    """What was measured of two versions, from their manifests, and how it differs: `to` minus `from`, of what both
+    have."""
+    before = await _chosen(gateway, principal, name, first, "from")
+    after = await _chosen(gateway, principal, name, second, "to")
+    shared = before.metrics.keys() & after.metrics.keys()
+    return VersionComparison(
+        name=before.name,
+        before=_measured(before),
+        after=_measured(after),
+        changes={key: after.metrics[key] - before.metrics[key] for key in sorted(shared)},
+        steps=after.step - before.step,
+        tokens_seen=after.tokens_seen - before.tokens_seen,
+    )
+
+
 @router.post("/v1/cartridges/{name:path}/rollback", responses=failures(404, 409, 507))
 async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, principal: PrincipalDep) -> Json:
     """Publish the bytes of an older version as a new one: `latest` only goes forward. 409 while a run publishes it."""
@@ -143,6 +223,18 @@ async def delete_cartridge(name: Name, gateway: GatewayDep, principal: Principal
     """Delete a name with all its versions, tags and grants. Refused with 409 while a run publishes it."""
     await gateway.store.delete(full_name(principal, name))
     return Response(status_code=204)
+
+
+async def _chosen(gateway: Gateway, principal: Principal, name: str, selector: str, param: str) -> Manifest:
+    """What `selector` means among the name's versions. Errors name `param`."""
+    reference = full_reference(principal, f"{check_name(name)}@{selector}", field=param, to_query=True)
+    with naming(param):
+        found = await gateway.store.resolve(reference)
+        return await gateway.store.manifest(found.name, found.version)
+
+
+def _measured(manifest: Manifest) -> MeasuredVersion:
+    return MeasuredVersion(**{field: getattr(manifest, field) for field in MeasuredVersion.model_fields})
 
 
 async def _summary(gateway: Gateway, reference: Reference) -> Json:

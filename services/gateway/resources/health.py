@@ -1,18 +1,48 @@
-"""/healthz and /readyz, for orchestrators."""
+"""/healthz and /readyz, for orchestrators; /health, /ping and /version, for those who know vLLM's."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib import metadata
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from foundry.errors import FoundryError
+from services.gateway.openapi import failures
 from services.gateway.state import GatewayDep
 
 router = APIRouter(tags=["health"])
+
+
+@router.get("/health", response_class=Response, responses=failures(409))
+async def health(gateway: GatewayDep) -> Response:
+    """As vLLM's: 200 without content if a request can be answered, which takes a rollout server."""
+    await gateway.check_rollouts()
+    return Response()
+
+
+@router.get("/ping", response_class=Response, responses=failures(409))
+async def ping(gateway: GatewayDep) -> Response:
+    """The same, by the name that SageMaker asks for."""
+    return await health(gateway)
+
+
+@router.post("/ping", response_class=Response, responses=failures(409))
+async def post_ping(gateway: GatewayDep) -> Response:
+    return await health(gateway)
+
+
+class Version(BaseModel):
+    version: str
+
+
+@router.get("/version")
+async def version() -> Version:
+    """The gateway's."""
+    return Version(version=metadata.version("cartridge-foundry"))
 
 
 @router.get("/healthz")

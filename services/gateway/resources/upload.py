@@ -30,7 +30,7 @@ class FormFields(Checked):
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
+class SentDocument:
     """`param` is where the bytes came from, for errors."""
 
     content: str | bytes
@@ -44,19 +44,19 @@ class _InMemory(MultiPartParser):
     spool_max_size = 2**31
 
 
-async def read_upload(request: Request, title: str) -> Upload:
+async def read_upload(request: Request, title: str) -> SentDocument:
     """`title` is for a body that is the document itself. Raises InvalidArgument, UnsupportedMediaType."""
     content_type = request.headers.get("content-type", "")
     sent_as = MediaType.of(content_type).name
     if sent_as == "application/json":
         asked = DocumentRequest.model_validate(await request.json())
-        return Upload(asked.text, "text", asked.title, "text")
+        return SentDocument(asked.text, "text", asked.title, "text")
     if sent_as == "multipart/form-data":
         return await _of_form(request)
-    return Upload(await request.body(), _kind(sent_as, "", "content-type"), title, "text")
+    return SentDocument(await request.body(), _kind(sent_as, "", "content-type"), title, "text")
 
 
-async def _of_form(request: Request) -> Upload:
+async def _of_form(request: Request) -> SentDocument:
     try:
         form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=1).parse()
     except MultiPartException as error:
@@ -68,7 +68,7 @@ async def _of_form(request: Request) -> Upload:
     given = FormFields.model_validate(fields)
     filename = (file.filename or "").replace("\\", "/").rpartition("/")[2]
     kind = _kind(MediaType.of(file.content_type or "").name, filename, "file")
-    return Upload(await file.read(), kind, given.title or filename[:_MAX_TITLE_CHARACTERS], "file")
+    return SentDocument(await file.read(), kind, given.title or filename[:_MAX_TITLE_CHARACTERS], "file")
 
 
 def _kind(media_type: str, filename: str, param: str) -> Format:

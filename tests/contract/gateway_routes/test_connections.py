@@ -74,6 +74,23 @@ def test_more_connections_than_it_keeps_are_refused(gateway: Process) -> None:
     assert get(gateway, "/healthz").status_code == 200
 
 
+def test_a_connection_is_kept_as_long_as_is_set(site: Site) -> None:
+    for seconds, is_kept in ((0.2, False), (30.0, True)):
+        gateway = site.stack.gateway([site.rollout], "--keep-alive-seconds", str(seconds))
+        wait_ready(gateway)
+        with _connect(gateway, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n") as connection:
+            connection.settimeout(2)
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                answer += connection.recv(65536)
+            if is_kept:
+                with pytest.raises(TimeoutError):
+                    connection.recv(1)
+            else:
+                assert connection.recv(1) == b""
+        gateway.stop()
+
+
 def test_the_system_must_allow_the_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with pytest.raises(InvalidArgument, match="file descriptors"):

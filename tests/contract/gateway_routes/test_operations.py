@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -11,12 +12,24 @@ import pytest
 from foundry.client import FoundryClient
 from foundry.errors import Unavailable
 from tests.contract.gateway_routes.site import Site
-from tests.services import metric
+from tests.services import get, metric, wait_ready
 
 
 def test_health_and_readiness(site: Site) -> None:
     assert site.http("GET", "/healthz").json() == {"status": "ok"}
     assert site.client.ready() == {"status": "ok", "reasons": {}, "warnings": []}
+
+
+def test_health_and_version_are_as_vllms(site: Site) -> None:
+    for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+        answer = site.http(method, path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert site.http("GET", "/version").json() == {"version": version("cartridge-foundry")}
+    alone = site.stack.gateway([])
+    wait_ready(alone, "/healthz")
+    for path in ("/health", "/ping"):
+        assert get(alone, path).status_code == 503
+    alone.stop()
 
 
 def test_metrics_count_by_route_template(site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import httpx
 import pytest
 
 from services.gateway.middleware.web_pages import hosts_of
@@ -44,8 +45,32 @@ def test_pages_of_its_own_and_pages_that_are_allowed_may_call(site: Site) -> Non
     asked = {"origin": _APP, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
     answer = here.http("OPTIONS", "/v1/chat/completions", headers=asked)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, _APP)
+    assert answer.headers["access-control-max-age"] == "600"
+    assert "access-control-allow-credentials" not in answer.headers
     assert here.http("GET", "/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
     assert here.http("GET", "/v1/models", headers={"host": "any.example"}).status_code == 200
+    gateway.stop()
+
+
+def test_what_such_pages_may_do_is_a_setting(site: Site) -> None:
+    options = ("--allowed-origins", f'["{_APP}"]', "--allowed-methods", '["GET"]', "--allowed-headers", '["x-own"]')
+    more = ("--allow-credentials", "--cors-max-age-seconds", "7")
+    gateway = site.stack.gateway([site.rollout], *options, *more)
+    wait_ready(gateway)
+    here = Site(site.stack, site.rollout, gateway, site.client)
+
+    def preflight(method: str, header: str) -> httpx.Response:
+        asked = {"origin": _APP, "access-control-request-method": method, "access-control-request-headers": header}
+        return here.http("OPTIONS", "/v1/models", headers=asked)
+
+    answer = preflight("GET", "x-own")
+    assert (answer.status_code, answer.headers["access-control-max-age"]) == (200, "7")
+    assert answer.headers["access-control-allow-credentials"] == "true"
+    assert preflight("POST", "x-own").status_code == preflight("GET", "x-other").status_code == 400
+    assert (
+        "x-foundry-digest"
+        in here.http("GET", "/v1/models", headers={"origin": _APP}).headers["access-control-expose-headers"]
+    )
     gateway.stop()
 
 

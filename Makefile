@@ -105,6 +105,19 @@ test-vllm: install $(VLLM)/.installed  ## the vLLM engine against plain forwards
 	FOUNDRY_TEST_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_NO_USAGE_STATS=1 $(BIN)/python -m pytest tests/e2e/test_versions.py \
 	    tests/e2e/test_trainer_killed.py tests/e2e/test_outages.py tests/e2e/test_swap_stall.py tests/contract/gateway_routes
 
+# Other people's clients, some with hundreds of dependencies: an environment of its own. The extra names them, and
+# constraints-clients.txt pins what constraints.txt doesn't.
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: pyproject.toml constraints.txt constraints-clients.txt
+	@echo "Installing into $(CLIENTS) (minutes) ..."
+	@$(PYTHON) -m venv $(CLIENTS)
+	@PIP_CONSTRAINT='constraints.txt constraints-clients.txt' $(CLIENTS)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check --editable '.[local,clients]' hypothesis pytest pytest-asyncio pytest-timeout
+	@touch $@
+
+test-clients: $(CLIENTS)/.installed  ## clients of other people before the gateway (an environment of its own, 3 minutes)
+	$(CLIENTS)/bin/python -m pytest -W default tests/clients
+
 bench-sync: install  ## how long a new version takes from the end of a step to its first token
 	$(BIN)/python -m benchmarks.sync
 
@@ -161,7 +174,7 @@ types: install  ## check types
 check: lint types drift coverage  ## everything that must pass before a change goes in
 
 clean:  ## remove what was built, the environment included; cartridges and the model cache stay
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis test-clients clean

@@ -25,43 +25,53 @@ _sym_db = _symbol_database.Default()
 from foundry.v1 import common_pb2 as foundry_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66oundry/v1/rollout.proto\x12\nfoundry.v1\x1a\x17\x66oundry/v1/common.proto\"\xf2\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\t\n\x01n\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x10\n\x08logprobs\x18\t \x01(\r\x12\x1c\n\x14\x63lamp_max_new_tokens\x18\n \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xcb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.foundry.v1.TokenIdsH\x00\x12\x30\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\x18.foundry.v1.ConversationH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12+\n\ncartridges\x18\x06 \x03(\x0b\x32\x17.foundry.v1.CartridgeId\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.foundry.v1.Sampling\x12\x19\n\x11skip_prefix_cache\x18\x08 \x01(\x08\x12\"\n\x06\x63\x61ller\x18\t \x01(\x0b\x32\x12.foundry.v1.CallerB\x08\n\x06prompt\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x18\n\x10\x63\x61rtridge_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"\xa2\x02\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x17.foundry.v1.TopLogprobs\x12&\n\x08identity\x18\x06 \x01(\x0b\x32\x14.foundry.v1.Identity\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.foundry.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.foundry.v1.Usage\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\x14\n\x0ctext_offsets\x18\x0b \x03(\r\"E\n\x14GenerateBatchRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.foundry.v1.GenerateRequest\"\x84\x02\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x17.foundry.v1.TopLogprobs\x12&\n\x08identity\x18\x06 \x01(\x0b\x32\x14.foundry.v1.Identity\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.foundry.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.foundry.v1.Usage\x12\x10\n\x08\x63hecksum\x18\t \x01(\t\"Z\n\x15GenerateBatchResponse\x12\x15\n\rrequest_index\x18\x01 \x01(\r\x12*\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.foundry.v1.Completion\"\x11\n\x0fResidentRequest\"\x94\x01\n\x11ResidentCartridge\x12*\n\tcartridge\x18\x01 \x01(\x0b\x32\x17.foundry.v1.CartridgeId\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nreferences\x18\x03 \x01(\r\x12\x1e\n\x04tier\x18\x05 \x01(\x0e\x32\x10.foundry.v1.TierJ\x04\x08\x04\x10\x05R\x06pinned\"\xf2\x01\n\x10ResidentResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x04 \x01(\r\x12\x31\n\ncartridges\x18\x05 \x03(\x0b\x32\x1d.foundry.v1.ResidentCartridge\x12\x14\n\x0c\x62udget_bytes\x18\x06 \x01(\x04\x12\x19\n\x11host_budget_bytes\x18\x07 \x01(\x04\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x04\x08\x03\x10\x03*\x17\x46INISH_REASON_CANCELLED*<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x32\xac\x02\n\x07Rollout\x12\x44\n\x08Generate\x12\x1b.foundry.v1.GenerateRequest\x1a\x19.foundry.v1.GenerateChunk0\x01\x12V\n\rGenerateBatch\x12 .foundry.v1.GenerateBatchRequest\x1a!.foundry.v1.GenerateBatchResponse0\x01\x12\x45\n\x08Resident\x12\x1b.foundry.v1.ResidentRequest\x1a\x1c.foundry.v1.ResidentResponse\x12<\n\x05\x44rain\x12\x18.foundry.v1.DrainRequest\x1a\x19.foundry.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66oundry/v1/rollout.proto\x12\nfoundry.v1\x1a\x17\x66oundry/v1/common.proto\"\xdd\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\t\n\x01n\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x10\n\x08logprobs\x18\t \x01(\r\x12\x1c\n\x14\x63lamp_max_new_tokens\x18\n \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\r\n\x05min_p\x18\r \x01(\x02\x12\x37\n\nlogit_bias\x18\x0e \x03(\x0b\x32#.foundry.v1.Sampling.LogitBiasEntry\x12\x18\n\x10presence_penalty\x18\x0f \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x10 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x11 \x01(\x02H\x03\x88\x01\x01\x12$\n\x07grammar\x18\x12 \x01(\x0b\x32\x13.foundry.v1.Grammar\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\rH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x12\n\x10_prompt_logprobs\"s\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x12.foundry.v1.ChoiceH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x42\n\n\x08language\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\xcb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.foundry.v1.TokenIdsH\x00\x12\x30\n\x0c\x63onversation\x18\x04 \x01(\x0b\x32\x18.foundry.v1.ConversationH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x12+\n\ncartridges\x18\x06 \x03(\x0b\x32\x17.foundry.v1.CartridgeId\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.foundry.v1.Sampling\x12\x19\n\x11skip_prefix_cache\x18\x08 \x01(\x08\x12\"\n\x06\x63\x61ller\x18\t \x01(\x0b\x32\x12.foundry.v1.CallerB\x08\n\x06prompt\",\n\x0bTopLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"e\n\x0ePromptLogprobs\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\r\n\x05ranks\x18\x03 \x03(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x18\n\x10\x63\x61rtridge_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"\xd7\x02\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x17.foundry.v1.TopLogprobs\x12&\n\x08identity\x18\x06 \x01(\x0b\x32\x14.foundry.v1.Identity\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.foundry.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.foundry.v1.Usage\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\x33\n\x0fprompt_logprobs\x18\n \x01(\x0b\x32\x1a.foundry.v1.PromptLogprobs\x12\x14\n\x0ctext_offsets\x18\x0b \x03(\r\"E\n\x14GenerateBatchRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.foundry.v1.GenerateRequest\"\x84\x02\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x17.foundry.v1.TopLogprobs\x12&\n\x08identity\x18\x06 \x01(\x0b\x32\x14.foundry.v1.Identity\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.foundry.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.foundry.v1.Usage\x12\x10\n\x08\x63hecksum\x18\t \x01(\t\"Z\n\x15GenerateBatchResponse\x12\x15\n\rrequest_index\x18\x01 \x01(\r\x12*\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.foundry.v1.Completion\"\x11\n\x0fResidentRequest\"\x94\x01\n\x11ResidentCartridge\x12*\n\tcartridge\x18\x01 \x01(\x0b\x32\x17.foundry.v1.CartridgeId\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nreferences\x18\x03 \x01(\r\x12\x1e\n\x04tier\x18\x05 \x01(\x0e\x32\x10.foundry.v1.TierJ\x04\x08\x04\x10\x05R\x06pinned\"\xf2\x01\n\x10ResidentResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x04 \x01(\r\x12\x31\n\ncartridges\x18\x05 \x03(\x0b\x32\x1d.foundry.v1.ResidentCartridge\x12\x14\n\x0c\x62udget_bytes\x18\x06 \x01(\x04\x12\x19\n\x11host_budget_bytes\x18\x07 \x01(\x04\x12\x15\n\rmax_sequences\x18\x08 \x01(\r\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x04\x08\x03\x10\x03*\x17\x46INISH_REASON_CANCELLED*<\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x32\xac\x02\n\x07Rollout\x12\x44\n\x08Generate\x12\x1b.foundry.v1.GenerateRequest\x1a\x19.foundry.v1.GenerateChunk0\x01\x12V\n\rGenerateBatch\x12 .foundry.v1.GenerateBatchRequest\x1a!.foundry.v1.GenerateBatchResponse0\x01\x12\x45\n\x08Resident\x12\x1b.foundry.v1.ResidentRequest\x1a\x1c.foundry.v1.ResidentResponse\x12<\n\x05\x44rain\x12\x18.foundry.v1.DrainRequest\x1a\x19.foundry.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'foundry.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1965
-  _globals['_FINISHREASON']._serialized_end=2091
-  _globals['_TIER']._serialized_start=2093
-  _globals['_TIER']._serialized_end=2153
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2626
+  _globals['_FINISHREASON']._serialized_end=2752
+  _globals['_TIER']._serialized_start=2754
+  _globals['_TIER']._serialized_end=2814
   _globals['_SAMPLING']._serialized_start=66
-  _globals['_SAMPLING']._serialized_end=308
-  _globals['_GENERATEREQUEST']._serialized_start=311
-  _globals['_GENERATEREQUEST']._serialized_end=642
-  _globals['_TOPLOGPROBS']._serialized_start=644
-  _globals['_TOPLOGPROBS']._serialized_end=688
-  _globals['_USAGE']._serialized_start=690
-  _globals['_USAGE']._serialized_end=796
-  _globals['_GENERATECHUNK']._serialized_start=799
-  _globals['_GENERATECHUNK']._serialized_end=1089
-  _globals['_GENERATEBATCHREQUEST']._serialized_start=1091
-  _globals['_GENERATEBATCHREQUEST']._serialized_end=1160
-  _globals['_COMPLETION']._serialized_start=1163
-  _globals['_COMPLETION']._serialized_end=1423
-  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1425
-  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1515
-  _globals['_RESIDENTREQUEST']._serialized_start=1517
-  _globals['_RESIDENTREQUEST']._serialized_end=1534
-  _globals['_RESIDENTCARTRIDGE']._serialized_start=1537
-  _globals['_RESIDENTCARTRIDGE']._serialized_end=1685
-  _globals['_RESIDENTRESPONSE']._serialized_start=1688
-  _globals['_RESIDENTRESPONSE']._serialized_end=1930
-  _globals['_DRAINREQUEST']._serialized_start=1932
-  _globals['_DRAINREQUEST']._serialized_end=1946
-  _globals['_DRAINRESPONSE']._serialized_start=1948
-  _globals['_DRAINRESPONSE']._serialized_end=1963
-  _globals['_ROLLOUT']._serialized_start=2156
-  _globals['_ROLLOUT']._serialized_end=2456
+  _globals['_SAMPLING']._serialized_end=671
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=545
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=593
+  _globals['_GRAMMAR']._serialized_start=673
+  _globals['_GRAMMAR']._serialized_end=788
+  _globals['_CHOICE']._serialized_start=790
+  _globals['_CHOICE']._serialized_end=813
+  _globals['_GENERATEREQUEST']._serialized_start=816
+  _globals['_GENERATEREQUEST']._serialized_end=1147
+  _globals['_TOPLOGPROBS']._serialized_start=1149
+  _globals['_TOPLOGPROBS']._serialized_end=1193
+  _globals['_PROMPTLOGPROBS']._serialized_start=1195
+  _globals['_PROMPTLOGPROBS']._serialized_end=1296
+  _globals['_USAGE']._serialized_start=1298
+  _globals['_USAGE']._serialized_end=1404
+  _globals['_GENERATECHUNK']._serialized_start=1407
+  _globals['_GENERATECHUNK']._serialized_end=1750
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1752
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1821
+  _globals['_COMPLETION']._serialized_start=1824
+  _globals['_COMPLETION']._serialized_end=2084
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=2086
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=2176
+  _globals['_RESIDENTREQUEST']._serialized_start=2178
+  _globals['_RESIDENTREQUEST']._serialized_end=2195
+  _globals['_RESIDENTCARTRIDGE']._serialized_start=2198
+  _globals['_RESIDENTCARTRIDGE']._serialized_end=2346
+  _globals['_RESIDENTRESPONSE']._serialized_start=2349
+  _globals['_RESIDENTRESPONSE']._serialized_end=2591
+  _globals['_DRAINREQUEST']._serialized_start=2593
+  _globals['_DRAINREQUEST']._serialized_end=2607
+  _globals['_DRAINRESPONSE']._serialized_start=2609
+  _globals['_DRAINRESPONSE']._serialized_end=2624
+  _globals['_ROLLOUT']._serialized_start=2817
+  _globals['_ROLLOUT']._serialized_end=3117
 # @@protoc_insertion_point(module_scope)

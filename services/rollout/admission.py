@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from foundry.errors import ContextLengthExceeded, FingerprintMismatch, InvalidArgument
@@ -13,13 +12,10 @@ from foundry.model.template import ChatTemplate
 from foundry.rpc.callers import check_caller
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.v1 import common_pb2, rollout_pb2
-from services.rollout.engine import SamplingParams, SequenceRequest
+from services.rollout.engine import Grammar, SamplingParams, SequenceRequest
+from services.rollout.sampling import check, check_plain, check_scored, read_sampling
 
 MAX_CARTRIDGES = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_LOGPROBS = 20
-MAX_TEMPERATURE = 100.0
 # OpenAI's words, by which clients know the error whose code they don't read.
 _MAXIMUM = "this model's maximum context length is"
 # What a token takes in a completion: id, logprob and (generously) text, and for each alternative id and logprob.
@@ -38,6 +34,8 @@ class Admission:
     clamp: bool
     # Which of the request's fields the prompt is.
     prompt_field: str
+    # The token that is sampled is not shown: only the prompt's logprobs were asked for.
+    only_scored: bool = False
 
     def clamped(self, room: int) -> Admission:
         """With at most `room` new tokens, if the request allows that and there is room for one."""
@@ -91,6 +89,7 @@ class Admissions:
         for index, each in enumerate(request.requests):
             try:
                 _check_same(each.caller, request.requests[0].caller)
+                check_plain(each.sampling)
                 admissions.append(self.check(each))
                 _check_message(admissions[-1].sequences[0].sampling)
             except InvalidArgument as error:
@@ -98,8 +97,8 @@ class Admissions:
                 raise
         return admissions
 
-    def check(self, request: rollout_pb2.GenerateRequest) -> Admission:
-        """All that can be checked before the cartridges are known.
+    def check(self, request: rollout_pb2.GenerateRequest, grammar: Grammar | None = None) -> Admission:
+        """All that can be checked before the cartridges are known; `grammar` is the request's, compiled.
 
         Raises InvalidArgument, ContextLengthExceeded, FingerprintMismatch.
         """
@@ -107,9 +106,13 @@ class Admissions:
         caller = check_caller(request.caller)
         digests = _checked_digests(request.cartridges)
         num_completions = request.sampling.n or 1
-        _check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
-        sampling = [_sampling(request.sampling, index) for index in range(num_completions)]
+        check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")
+        sampling = [
+            replace(read_sampling(request.sampling, index, self._spec.vocab_size), grammar=grammar)
+            for index in range(num_completions)
+        ]
         prompt_field, prompt_ids = self._prompt_ids(request)
+        check_scored(len(prompt_ids), sampling[0])
         sequences = [
             SequenceRequest(prompt_ids, digests, each, request.skip_prefix_cache, caller.tenant) for each in sampling
         ]
@@ -119,6 +122,7 @@ class Admissions:
             sequences,
             request.sampling.clamp_max_new_tokens,
             prompt_field,
+            only_scored=not request.sampling.max_new_tokens,
         )
         return _fit(admission, self.max_sequence_tokens)
 
@@ -200,29 +204,6 @@ def _checked_digests(cartridges: Sequence[common_pb2.CartridgeId]) -> tuple[str,
     return digests
 
 
-def _sampling(message: rollout_pb2.Sampling, index: int) -> SamplingParams:
-    """Of completion `index`. Comparisons are written so that NaN fails them."""
-    temperature = message.temperature if message.HasField("temperature") else 1.0
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    seed = message.seed if message.HasField("seed") else secrets.randbits(64)
-    _check(0 <= temperature <= MAX_TEMPERATURE, "temperature", temperature, f"within 0..{MAX_TEMPERATURE:.0f}")
-    _check(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
-    _check(message.max_new_tokens >= 1, "max_new_tokens", message.max_new_tokens, "at least 1")
-    _check(message.logprobs <= MAX_LOGPROBS, "logprobs", message.logprobs, f"at most {MAX_LOGPROBS}")
-    _check(len(message.stop) <= MAX_STOP_STRINGS, "stop", len(message.stop), f"at most {MAX_STOP_STRINGS} strings")
-    _check_stop_strings(message.stop)
-    return SamplingParams(
-        max_new_tokens=message.max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=message.top_k,
-        seed=(seed + index) % 2**64,
-        stop=tuple(message.stop),
-        ignore_eos=message.ignore_eos,
-        num_logprobs=message.logprobs,
-    )
-
-
 def _check_same(caller: common_pb2.Caller, first: common_pb2.Caller) -> None:
     """A batch is decoded together, so it is one client's."""
     if caller != first:
@@ -238,13 +219,3 @@ def _check_message(sampling: SamplingParams) -> None:
             f"bytes, a message holds {MAX_MESSAGE_BYTES}: ask for fewer, or stream with Generate",
             field="sampling.max_new_tokens",
         )
-
-
-def _check_stop_strings(stop: Iterable[str]) -> None:
-    for text in stop:
-        _check(0 < len(text) <= MAX_STOP_CHARACTERS, "stop", repr(text), f"1 to {MAX_STOP_CHARACTERS} characters")
-
-
-def _check(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise InvalidArgument(f"{name} is {value}, must be {wanted}", field=f"sampling.{name}")

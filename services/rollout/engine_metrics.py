@@ -98,7 +98,7 @@ class EngineMetrics:
         self.prompt_tokens = PROMPT_TOKENS.labels(*labels)
         self.generation_tokens = GENERATION_TOKENS.labels(*labels)
         self.request_success = {
-            reason: REQUEST_SUCCESS.labels(*labels, reason) for reason in ("stop", "length", "abort")
+            reason: REQUEST_SUCCESS.labels(*labels, reason) for reason in ("stop", "length", "abort", "error")
         }
         self.time_to_first_token = TIME_TO_FIRST_TOKEN.labels(*labels)
         self.inter_token_latency = INTER_TOKEN_LATENCY.labels(*labels)

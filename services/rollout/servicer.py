@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import structlog
 
-from foundry.errors import Unavailable
+from foundry.errors import InvalidArgument, Unavailable
 from foundry.identity import answer_checksum
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.admission import Admission
 from services.rollout.driver import Submission
-from services.rollout.engine import FinishReason, TokenOutput
+from services.rollout.engine import FinishReason, PromptLogprobs, TokenOutput
+from services.rollout.grammar import FIELD
 from services.rollout.residency import Residency
 from services.rollout.serving import Serving
 
@@ -26,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Message = TypeVar("Message", rollout_pb2.GenerateRequest, rollout_pb2.GenerateBatchRequest)
+A = TypeVar("A")
 T = TypeVar("T")
 
 _FINISH_REASONS = {
@@ -49,6 +53,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         # not be taken: those have a thread of their own.
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self._checking_long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission-long")
+        # So may a grammar, and whoever has none shall not wait for it.
+        self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
     def begin(self, serving: Serving) -> None:
         self._serving = serving
@@ -58,17 +64,19 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
     ) -> AsyncIterator[rollout_pb2.GenerateChunk]:
         serving = self._loaded()
         arrived_at = time.perf_counter()
-        admission = await self._checked(serving.admissions.check, request)
+        grammar = None
+        if request.sampling.HasField("grammar"):
+            compile_ = serving.grammars.compile
+            grammar = await _in_thread(self._compiling, compile_, request.sampling.grammar)
+        admission = await self._checked(partial(serving.admissions.check, grammar=grammar), request)
         answers = [_Answer(serving, admission) for _ in admission.sequences]
         async with _submitted(serving, [admission], arrived_at) as submission:
             async for outputs in submission:
                 for begin in range(0, len(outputs), _CHUNK_TOKENS):
                     for index, some in _by_sequence(outputs[begin : begin + _CHUNK_TOKENS]):
                         answer = answers[index]
-                        first: dict[str, Any] = {}
-                        if not answer.num_tokens:
-                            first = {"identity": answer.identity(some[0]), "prompt_tokens": answer.num_prompt_tokens}
-                        offsets = [output.text_offset for output in some]
+                        offsets = [output.text_offset for output in answer.shown(some)]
+                        first = answer.first(some[0])
                         yield rollout_pb2.GenerateChunk(index=index, text_offsets=offsets, **first, **answer.add(some))
 
     async def GenerateBatch(
@@ -125,12 +133,16 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
 
     async def _checked(self, check: Callable[[Message], T], request: Message) -> T:
         thread = self._checking_long if request.ByteSize() > _LONG_BYTES else self._checking
-        return await asyncio.get_running_loop().run_in_executor(thread, check, request)
+        return await _in_thread(thread, check, request)
 
     def _loaded(self) -> Serving:
         if self._serving is None:
             raise Unavailable("the model is still loading", retry_after_seconds=1.0)
         return self._serving
+
+
+async def _in_thread(pool: ThreadPoolExecutor, check: Callable[[A], T], message: A) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, check, message)
 
 
 def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
@@ -181,7 +193,9 @@ class _Answer:
     def __init__(self, serving: Serving, admission: Admission) -> None:
         self._serving = serving
         self._cartridges = admission.cartridges
-        self.num_prompt_tokens = len(admission.sequences[0].prompt_ids)
+        self._prompt_ids = admission.sequences[0].prompt_ids
+        self._only_scored = admission.only_scored
+        self._begun = False
         self.num_tokens = 0
 
     def identity(self, output: TokenOutput) -> common_pb2.Identity:
@@ -195,8 +209,25 @@ class _Answer:
             template_digest=self._serving.template_digest,
         )
 
+    def first(self, output: TokenOutput) -> dict[str, Any]:
+        """What stands in the first chunk besides, and in no later one."""
+        if self._begun:
+            return {}
+        self._begun = True
+        fields: dict[str, Any] = {"identity": self.identity(output), "prompt_tokens": len(self._prompt_ids)}
+        if output.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = _prompt_logprobs(self._prompt_ids, output.prompt_logprobs)
+        return fields
+
+    def shown(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
+        return () if self._only_scored else outputs
+
     def add(self, outputs: Sequence[TokenOutput]) -> dict[str, Any]:
-        """The fields that a chunk and a completion share."""
+        """The fields that a chunk and a completion share. Raises InvalidArgument if the grammar was too much."""
+        last = outputs[-1]
+        if last.finish_reason is FinishReason.ERROR:
+            raise InvalidArgument("the grammar can't be followed further: it is too complex", field=FIELD)
+        outputs = self.shown(outputs)
         self.num_tokens += len(outputs)
         fields: dict[str, Any] = {
             "ids": [output.token_id for output in outputs],
@@ -204,11 +235,10 @@ class _Answer:
             "logprobs": [output.logprob for output in outputs],
             "top_logprobs": [_top_logprobs(output) for output in outputs if output.top_logprobs],
         }
-        last = outputs[-1]
         if last.finish_reason is not None:
             fields["finish_reason"] = _FINISH_REASONS[last.finish_reason]
             fields["usage"] = rollout_pb2.Usage(
-                prompt_tokens=self.num_prompt_tokens,
+                prompt_tokens=len(self._prompt_ids),
                 completion_tokens=self.num_tokens,
                 cartridge_tokens=last.cartridge_tokens,
                 cached_tokens=last.cached_tokens,
@@ -219,6 +249,18 @@ class _Answer:
 def _top_logprobs(output: TokenOutput) -> rollout_pb2.TopLogprobs:
     ids, logprobs = zip(*output.top_logprobs, strict=True)
     return rollout_pb2.TopLogprobs(ids=ids, logprobs=logprobs)
+
+
+def _prompt_logprobs(ids: Sequence[int], scores: PromptLogprobs) -> rollout_pb2.PromptLogprobs:
+    num_alternatives = scores.top_ids_nK.shape[1]
+    nothing = [math.nan] * num_alternatives
+    return rollout_pb2.PromptLogprobs(
+        ids=ids,
+        logprobs=[math.nan, *scores.logprobs_n.tolist()],
+        ranks=[0, *scores.ranks_n.int().tolist()],
+        top_ids=[*[0] * num_alternatives, *scores.top_ids_nK.int().flatten().tolist()],
+        top_logprobs=[*nothing, *scores.top_logprobs_nK.flatten().tolist()],
+    )
 
 
 def _by_sequence(outputs: Sequence[tuple[int, TokenOutput]]) -> list[tuple[int, list[TokenOutput]]]:

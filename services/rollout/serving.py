@@ -14,6 +14,7 @@ from services.rollout.driver import Driver
 from services.rollout.engine import Engine
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.engine_metrics import EngineMetrics
+from services.rollout.grammar import Grammars
 from services.rollout.residency import CartridgeSource, Residency
 from services.rollout.settings import RolloutSettings
 
@@ -30,6 +31,7 @@ class Serving:
     # Running and waiting ones; a call that needs more could never be admitted.
     max_sequences: int
     admissions: Admissions
+    grammars: Grammars
     residency: Residency
     driver: Driver
 
@@ -51,6 +53,7 @@ class Serving:
                 max_sequence_tokens=_max_sequence_tokens(settings, info.spec),
                 max_sequences=max_sequences,
             ),
+            grammars=Grammars(info),
             residency=Residency(
                 info.spec,
                 source,

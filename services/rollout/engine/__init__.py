@@ -11,12 +11,51 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from torch import Tensor
+
 from foundry.model.cartridge import Cartridge
 
 
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    # The grammar can't be followed further.
+    ERROR = "error"
+
+
+class GrammarState(Protocol):
+    """How far one answer has come in a language."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing but an end may follow."""
+        ...
+
+    def mask(self) -> bytes | None:
+        """What may come next: bit i % 8 of byte i // 8 is token i's. None if the grammar can't be followed further."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take a token; False if it can't stand here."""
+        ...
+
+
+class Grammar(Protocol):
+    """A language that an answer is to be a sentence of."""
+
+    @property
+    def spec(self) -> str:
+        """As llguidance reads it."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer as far as masks know."""
+        ...
+
+    def begin(self) -> GrammarState:
+        """Of a new answer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +71,28 @@ class SamplingParams:
     ignore_eos: bool = False
     # Alternatives to report per token.
     num_logprobs: int = 0
+    # End the answer, as the model's own end tokens do.
+    stop_token_ids: tuple[int, ...] = ()
+    # Before which nothing but max_new_tokens ends the answer.
+    min_tokens: int = 0
+    # Of the likeliest token's probability, at the temperature.
+    min_p: float = 0.0
+    # (token, what is added to its logit)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Of tokens that the answer has, once and as often as it has them.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # Of tokens that prompt or answer have.
+    repetition_penalty: float = 1.0
+    grammar: Grammar | None = None
+    # Alternatives to report per token of the prompt. None: the prompt is not scored.
+    num_prompt_logprobs: int | None = None
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether tokens are drawn of other logits than the model's, which may depend on those before."""
+        penalised = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(self.min_tokens or self.logit_bias or penalised or self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +109,19 @@ class SequenceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the tokens of a prompt but its first: logprobs [n] (natural, untempered), ranks [n] (1 is the likeliest), and
+    the K most likely tokens in their places, ids and logprobs [n, K]. On the CPU."""
+
+    logprobs_n: Tensor
+    ranks_n: Tensor
+    top_ids_nK: Tensor
+    top_logprobs_nK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One sampled token. Logprobs are natural logs of the untempered distribution."""
+    """One sampled token. Logprobs are natural logs of the model's own distribution: untempered, and not adjusted."""
 
     sequence_id: int
     token_id: int
@@ -69,6 +141,8 @@ class TokenOutput:
     cached_tokens: int
     # When the sequence got its place in the batch, in `time.perf_counter()`.
     scheduled_at: float
+    # With the first token, where they are asked for.
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

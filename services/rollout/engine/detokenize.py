@@ -15,7 +15,7 @@ class TextStream:
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._decode = decode
-        self._stop = stop
+        self.stop = stop
         # Ids from the last two clean boundaries on: decoding from the first keeps what a tokenizer strips at the
         # start of a text (a leading space) out of the delta, which begins at the second.
         self._ids: list[int] = []
@@ -69,12 +69,12 @@ class TextStream:
 
     def _release(self, delta: str) -> str:
         text = self._held + delta
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
             return text[: min(found)]
-        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        num_held = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 

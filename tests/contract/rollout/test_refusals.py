@@ -56,6 +56,8 @@ def changed(request: rollout_pb2.GenerateRequest, **sampling: Any) -> rollout_pb
         ({"stop": ["x"] * 17}, "sampling.stop"),
         ({"n": MAX_SEQUENCES + MAX_WAITING + 1}, "sampling.n"),
         ({"n": 2**32 - 1}, "sampling.n"),
+        ({"stop_token_ids": [384]}, "sampling.stop_token_ids"),
+        ({"stop_token_ids": range(129)}, "sampling.stop_token_ids"),
     ],
 )
 async def test_sampling_out_of_range_names_its_field(rollout: Rollout, sampling: dict[str, Any], field: str) -> None:
@@ -66,6 +68,32 @@ async def test_sampling_out_of_range_names_its_field(rollout: Rollout, sampling:
     with pytest.raises(InvalidArgument) as caught:
         await rollout.batch([rollout.request(), request])
     assert caught.value.field in (f"requests[1].{field}", "requests")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"max_new_tokens": 0, "prompt_logprobs": 21}, "sampling.prompt_logprobs"),
+        ({"min_p": 1.5}, "sampling.min_p"),
+        ({"min_p": math.nan}, "sampling.min_p"),
+        ({"min_tokens": 7}, "sampling.min_tokens"),
+        ({"logit_bias": {384: 1}}, "sampling.logit_bias"),
+        ({"logit_bias": {5: 101}}, "sampling.logit_bias"),
+        ({"logit_bias": {5: math.nan}}, "sampling.logit_bias"),
+        ({"presence_penalty": -2.5}, "sampling.presence_penalty"),
+        ({"frequency_penalty": math.inf}, "sampling.frequency_penalty"),
+        ({"repetition_penalty": 0}, "sampling.repetition_penalty"),
+        ({"repetition_penalty": math.nan}, "sampling.repetition_penalty"),
+        ({"grammar": rollout_pb2.Grammar(regex="a")}, "sampling.ignore_eos"),
+        ({"grammar": rollout_pb2.Grammar(regex="a"), "ignore_eos": False, "min_tokens": 1}, "sampling.min_tokens"),
+    ],
+)
+async def test_what_changes_the_distribution_has_its_limits_too(
+    rollout: Rollout, sampling: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await rollout.generate(rollout.request(sampling=sampling))
+    assert caught.value.field == field
 
 
 async def test_prompts_that_cannot_be(rollout: Rollout) -> None:

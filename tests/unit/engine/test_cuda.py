@@ -12,7 +12,7 @@ import torch
 
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import SequenceRequest
-from tests.unit.engine.bench import Bench, make_kv, request
+from tests.unit.engine.bench import TOLERANCE, Bench, ids_of, make_kv, request
 
 pytest.importorskip("triton")
 
@@ -95,3 +95,27 @@ def test_a_third_of_a_step_at_most_is_padding() -> None:
     assert list(_sizes(1, 1)) == [1]
     for number in range(1, 101):
         assert next(size for size in sizes if size >= number) < 1.5 * number
+
+
+def test_prompts_are_scored_and_logits_adjusted_as_elsewhere(bench: Bench, lm: FrozenLM) -> None:
+    asked = request(
+        10,
+        "c1",
+        temperature=0.0,
+        num_prompt_logprobs=2,
+        max_new_tokens=3,
+        logit_bias=((9, 50.0),),
+        presence_penalty=2.0,
+    )
+    elsewhere = Bench(lm, max_sequences=2, max_sequence_tokens=32)
+    elsewhere.load("c1", bench.kv["c1"])
+    beside = request(3, seed=1, max_new_tokens=3)
+    answers, expected_answers = (each.run({0: asked, 1: beside}) for each in (bench, elsewhere))
+    here, there = answers[0], expected_answers[0]
+    assert ids_of(here) == ids_of(there)
+    assert ids_of(answers[1]) == ids_of(expected_answers[1])
+    scored, expected = here[0].prompt_logprobs, there[0].prompt_logprobs
+    assert scored is not None
+    assert expected is not None
+    torch.testing.assert_close(scored.logprobs_n, expected.logprobs_n, atol=TOLERANCE, rtol=0)
+    assert scored.top_ids_nK.tolist() == expected.top_ids_nK.tolist()

@@ -9,12 +9,13 @@ import torch
 
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
-from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine import EngineStats, PromptLogprobs, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.runner import EagerRunner, Launched, Runner
 from services.rollout.engine.torch.sampler import Sampled
 from services.rollout.engine.torch.scheduler import Scheduled, Scheduler
+from services.rollout.engine.torch.scoring import joined
 from services.rollout.engine.torch.sequence import LoadedCartridge, Sequence
 from services.rollout.engine.torch.slots import Slots
 from services.rollout.engine.torch.upload import Upload
@@ -105,6 +106,11 @@ class TorchEngine:
         ]
 
     def _take_one(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        prompt_logprobs: PromptLogprobs | None = None
+        num_alternatives = sequence.sampling.num_prompt_logprobs
+        if num_alternatives is not None and len(sequence.token_ids) == len(sequence.prompt_ids):
+            prompt_logprobs = joined(sequence.scored, num_alternatives)
+            sequence.scored.clear()
         text, finish_reason = sequence.append(sampled.token_id)
         if finish_reason is not None:
             self.cancel(sequence.id)
@@ -120,6 +126,7 @@ class TorchEngine:
             cartridge_tokens=sequence.offset,
             cached_tokens=sequence.num_cached_tokens,
             scheduled_at=sequence.scheduled_at,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -12,6 +12,7 @@ from services.rollout.engine.torch.attention import StepAttention
 from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.sampler import Sampled, sample
 from services.rollout.engine.torch.scheduler import Scheduled
+from services.rollout.engine.torch.scoring import score_prompts
 from services.rollout.engine.torch.sequence import Sequence
 
 
@@ -68,6 +69,7 @@ class EagerRunner:
                 rows.append(len(ids) - 1)
         plan = StepAttention(self._kv, batch, self._lm.num_heads)
         hidden_TE = self._lm.hidden(torch.tensor(ids, device=self._lm.device), plan.positions_T, plan)
+        score_prompts(self._lm, hidden_TE, batch)
         if not ready:
             return Done([], [])
         uniforms = [sequence.draw() for sequence in ready]

@@ -6,6 +6,7 @@ distribution: what a sequence draws does not depend on who else is in the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.rollout.engine import SamplingParams
+from services.rollout.engine.torch.adjust import adjusted
 from services.rollout.engine.torch.sequence import Sequence
 
 # Ids whose masses are summed first.
@@ -31,17 +33,18 @@ class Sampled(NamedTuple):
 def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms: SequenceOf[float]) -> list[Sampled]:
     """The next token of each sequence, from float32 logits and the number that it drew.
 
-    Logprobs are those of the untempered distribution.
+    Logprobs are those of the model's own distribution: neither tempered nor adjusted.
     """
+    drawn_NV = adjusted(logits_NV, [sequence.adjustment for sequence in sequences])
     rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if len(rows) == len(sequences):
         # Not the greatest of each row as well: on a CPU that takes as long as all else here.
-        ids_N = draw(logits_NV, [sequence.sampling for sequence in sequences], uniforms)
+        ids_N = draw(drawn_NV, [sequence.sampling for sequence in sequences], uniforms)
     else:
-        ids_N = torch.argmax(logits_NV, dim=-1)
+        ids_N = torch.argmax(drawn_NV, dim=-1)
         if rows:
             params, drawn = [sequences[row].sampling for row in rows], [uniforms[row] for row in rows]
-            ids_N[rows] = draw(logits_NV[rows], params, drawn)
+            ids_N[rows] = draw(drawn_NV[rows], params, drawn)
     lse_N = torch.logsumexp(logits_NV, dim=-1)
     logprobs = (logits_NV.gather(1, ids_N[:, None])[:, 0] - lse_N).tolist()
     top = _top_logprobs(logits_NV, lse_N, [sequence.sampling.num_logprobs for sequence in sequences])
@@ -49,12 +52,15 @@ def sample(logits_NV: Tensor, sequences: SequenceOf[Sequence], uniforms: Sequenc
 
 
 def draw(logits_NV: Tensor, params: SequenceOf[SamplingParams], uniforms: SequenceOf[float]) -> Tensor:
-    """Ids [N] drawn at the temperatures, top_k and top_p of `params` (none greedy)."""
+    """Ids [N] drawn at the temperatures, min_p, top_k and top_p of `params` (none greedy)."""
     device = logits_NV.device
     scaled_NV = scale(logits_NV, torch.tensor([each.temperature for each in params], device=device))
     for row, each in enumerate(params):
+        scaled_V = scaled_NV[row]
+        if each.min_p:
+            # The likeliest one's is 0.
+            scaled_V.masked_fill_(scaled_V < math.log(each.min_p), float("-inf"))
         if each.top_k or each.top_p < 1:
-            scaled_V = scaled_NV[row]
             scaled_V.masked_fill_(scaled_V < _threshold(scaled_V, each.top_k, each.top_p), float("-inf"))
     return invert(scaled_NV, torch.tensor(uniforms, dtype=torch.float64, device=device))
 

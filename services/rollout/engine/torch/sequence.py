@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.rollout.engine import FinishReason, SequenceRequest
+from services.rollout.engine import FinishReason, PromptLogprobs, SequenceRequest
 from services.rollout.engine.answer import AnswerProgress
+from services.rollout.engine.torch.adjust import Adjustment
 
 _DRAWN = 64
 
@@ -42,6 +43,7 @@ class Sequence:
         self.digests = tuple(cartridge.digest for cartridge in cartridges)
         # Position of the first own token.
         self.offset = sum(cartridge.num_tokens for cartridge in cartridges)
+        self.prompt_ids = request.prompt_ids
         self.token_ids = list(request.prompt_ids)
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
@@ -57,6 +59,11 @@ class Sequence:
         self.scheduled_at = 0.0
         self._uniforms = _uniforms(request.sampling.seed)
         self._progress = progress
+        self.adjustment: Adjustment | None = None
+        if request.sampling.adjusts_logits:
+            self.adjustment = Adjustment(request.sampling, request.prompt_ids, progress)
+        # Of the prompt's tokens after the first, as far as they are computed.
+        self.scored: list[PromptLogprobs] = []
 
     @property
     def num_pending_tokens(self) -> int:
@@ -82,6 +89,8 @@ class Sequence:
         """Take a sampled token; returns the text that it completes and, if it was the last, why."""
         self.token_ids.append(token_id)
         self.num_in_flight -= 1
+        if self.adjustment is not None:
+            self.adjustment.append(token_id)
         return self._progress.append(token_id)
 
 

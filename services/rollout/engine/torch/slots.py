@@ -26,6 +26,9 @@ class _Slot:
 
     def match(self, sequence: Sequence) -> int:
         """How many of the sequence's tokens have their KV here. The last one is always left to compute."""
+        if sequence.sampling.num_prompt_logprobs is not None:
+            # Tokens whose KV is reused have no logits.
+            return 0
         holder = self.sequence
         if holder is None:
             tenant, digests, ids = self.tenant, self.digests, self.ids

@@ -17,6 +17,7 @@ from services.rollout.engine.torch.kv import SlotKV
 from services.rollout.engine.torch.runner import Done, Launched
 from services.rollout.engine.torch.sampler import Sampled, invert, sample, scale
 from services.rollout.engine.torch.scheduler import Scheduled
+from services.rollout.engine.torch.scoring import has_unscored, score_prompts
 from services.rollout.engine.torch.sequence import Sequence
 
 
@@ -49,12 +50,13 @@ class CapturedStep:
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._compute()
+            score_prompts(self._lm, self._compute(), batch)
         if any(_is_filtered(sequence) for sequence in ready):
             return Done(ready, sample(self._logits_BV[: len(ready)], ready, uniforms))
         return _OnItsWay(ready, self._results_2B)
 
-    def _compute(self) -> None:
+    def _compute(self) -> Tensor:
+        """Logits and results into their memory; returns hidden states [T, E]."""
         at = self._tables.at
         ids_T = torch.where(at["sources"] < 0, at["ids"], self._last_ids_N[at["sources"].clamp(min=0)])
         hidden_TE = self._lm.hidden(ids_T, at["positions"], self._plan)
@@ -67,6 +69,7 @@ class CapturedStep:
         logprobs_B = self._logits_BV.gather(1, ids_B[:, None])[:, 0] - self._logits_BV.logsumexp(dim=-1)
         # Ids are exact in float64: one copy brings both.
         self._results_2B = torch.stack([ids_B.double(), logprobs_B.double()])
+        return hidden_TE
 
 
 class _OnItsWay:
@@ -117,18 +120,21 @@ class CapturedRunner:
         num_tokens = sum(each.num_tokens for each in batch)
         steps = self._decoding if num_tokens == len(batch) else self._prompts
         step = next(each for each in reversed(steps) if each.shape.num_tokens >= num_tokens)
-        if not fits(batch, step.shape):
-            # Many cartridges before one sequence: rare, so its step is not captured.
+        shape = step.shape
+        if not fits(batch, shape):
             num_cartridges = max(len(sequence.cartridges) for sequence, _ in batch)
-            tiles = num_cartridges * step.shape.num_tokens
-            shape = replace(step.shape, max_cartridges=num_cartridges, num_cartridge_tiles=tiles)
+            tiles = num_cartridges * shape.num_tokens
+            shape = replace(shape, max_cartridges=num_cartridges, num_cartridge_tiles=tiles)
+        if shape is not step.shape or has_unscored(batch):
+            # Many cartridges before one sequence, or a prompt that is scored: rare, so its step is not captured.
             step = CapturedStep(self._lm, self._kv, shape, self._last_ids_N)
         return step.launch(batch)
 
 
 def _is_filtered(sequence: Sequence) -> bool:
     sampling = sequence.sampling
-    return bool(sampling.num_logprobs or (sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)))
+    filtered = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+    return bool(sampling.num_logprobs or filtered or sampling.adjusts_logits)
 
 
 def _sizes(least: int, most: int) -> Iterator[int]:

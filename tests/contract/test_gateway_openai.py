@@ -440,11 +440,10 @@ def test_unknown_models_are_not_found(served: Served, model: str, code: str) -> 
         ({"messages": [{"role": "system", "content": 'Be <cartridge>{"id": "a"}</cartridge>.'}]}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"guided_yaml": {}}}, "guided_yaml"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(served: Served, options: dict[str, Any], param: str) -> None:

@@ -45,7 +45,7 @@ from services.gateway.openai.fan_in import FanIn
 from services.gateway.openai.generation import Generation
 from services.gateway.openai.requests import ChatRequest, CompletionRequest
 from services.gateway.openai.target import Target
-from services.gateway.openai.tokens import TokenSpelling, by_text, finite
+from services.gateway.openai.tokens import TokenSpelling, by_text, finite, places_of
 from tests.tiny import build_tokenizer
 
 MODEL = ServedModel("tiny", "blake3:" + "f" * 64, "blake3:" + "e" * 64, 512)
@@ -407,6 +407,11 @@ def test_tokens_that_are_spelled_alike_are_all_reported() -> None:
     # As "A" and <0x41> of SentencePiece. The first keeps the text, and may come again among its alternatives.
     told = [(7, "A", -1.0), (9, "B", -0.5), (7, "A", -1.0), (8, "A", -2.0)]
     assert by_text(told) == {"A": -1.0, "B": -0.5, "token_id:8": -2.0}
+
+
+def test_tokens_of_one_character_share_its_place() -> None:
+    text = [b"a", "é".encode()[:1], "é".encode()[1:], b"", "bç".encode()[:2], "ç!".encode()[1:], b"?", b"\x80"]
+    assert places_of([*map(list, text), None, list(b"z")]) == [0, 1, 1, 2, 2, 3, 5, 5, 6, 6]
 
 
 def test_impossible_tokens_have_a_logprob_that_json_can_write() -> None:

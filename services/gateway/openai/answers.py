@@ -51,6 +51,16 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# None stands for the prompt's first token.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -77,6 +87,7 @@ class ChatCompletion(_Answer):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: UsageInfo
+    prompt_logprobs: PromptLogprobs | None = _OMITTED_IF_NONE
 
 
 class ChatDelta(BaseModel):
@@ -99,9 +110,11 @@ class ChatCompletionChunk(_Answer):
 
 
 class TextLogprobs(BaseModel):
+    """Of a prompt's first token nothing is known: null."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -111,6 +124,7 @@ class TextChoice(BaseModel):
     logprobs: TextLogprobs | None
     finish_reason: str | None
     token_ids: list[int] | None = _OMITTED_IF_NONE
+    prompt_logprobs: PromptLogprobs | None = _OMITTED_IF_NONE
 
 
 class Completion(_Answer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.access.principal import PrincipalDep
@@ -44,6 +46,10 @@ def _role(role: str) -> str:
 class _Chat(Renderer):
     body = answers.ChatCompletion
     chunk_body = answers.ChatCompletionChunk
+
+    def whole(self, choices: Sequence[Choice]) -> BaseModel:
+        # Where vLLM has them: the prompt is the same for all choices.
+        return super().whole(choices).model_copy(update={"prompt_logprobs": self.prompt_logprobs(choices[0])})
 
     def choice(self, choice: Choice, shared: dict[str, Any]) -> answers.ChatChoice:
         return answers.ChatChoice(message=answers.AssistantMessage(content=choice.text), **shared)

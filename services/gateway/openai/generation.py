@@ -49,9 +49,14 @@ class Choice:
     offsets: list[int] = field(default_factory=list)
     # None while the completion goes on.
     finish_reason: str | None = None
+    # What stands before the text of the completion, and before the part where it is the first one.
+    echo: str = ""
+    # Empty where they were not asked for.
+    prompt_logprobs: rollout_pb2.PromptLogprobs = field(default_factory=rollout_pb2.PromptLogprobs)
 
     def add(self, chunk: Chunk) -> None:
-        self.offsets += chunk.text_offsets
+        self.offsets += [len(self.echo) + offset for offset in chunk.text_offsets]
+        self.prompt_logprobs.MergeFrom(chunk.prompt_logprobs)
         self.text += chunk.text
         self.ids += chunk.ids
         self.logprobs += chunk.logprobs
@@ -70,8 +75,13 @@ class Generation:
         asked: SamplingRequest,
         prompts: Sequence[rollout_pb2.GenerateRequest],
         id_prefix: str,
+        *,
+        echoes: Sequence[str] = (),
     ) -> None:
-        """Of each of `prompts` only the prompt is set. Raises InvalidArgument if that makes too many choices."""
+        """Of each of `prompts` only the prompt is set; its echo, if there are any, stands before its answers.
+
+        Raises InvalidArgument if that makes too many choices, or for what no answer can be.
+        """
         self._num_choices = len(prompts) * asked.num_choices
         if self._num_choices > gateway.settings.max_choices:
             raise InvalidArgument(
@@ -87,6 +97,9 @@ class Generation:
         self._gateway = gateway
         self._principal = principal
         self._prompts = prompts
+        self._echoes = echoes
+        # Looked at before anything is asked of a server.
+        self._grammar = asked.grammar
         self._caller = principal.caller(self.id)
         self._template_digest = target.model.template_digest
         # Choices that have said what they are made with.
@@ -125,11 +138,15 @@ class Generation:
         self._count()
 
     async def gather(self) -> list[Choice]:
-        choices = [Choice() for _ in range(self._num_choices)]
+        choices = [Choice(echo=self.echo(index)) for index in range(self._num_choices)]
         async with aclosing(self.chunks()) as chunks:
             async for index, chunk in chunks:
                 choices[index].add(chunk)
         return choices
+
+    def echo(self, index: int) -> str:
+        """What stands before a choice."""
+        return self._echoes[index // self.asked.num_choices] if self._echoes else ""
 
     def headers(self) -> dict[str, str]:
         headers = {"x-request-id": self.id}
@@ -220,6 +237,15 @@ class Generation:
                 n=asked.num_choices,
                 ignore_eos=bool(asked.ignore_eos),
                 logprobs=asked.num_logprobs or 0,
+                stop_token_ids=asked.stop_token_ids,
+                min_tokens=asked.min_tokens or 0,
+                min_p=asked.min_p or 0,
+                logit_bias={int(token): bias for token, bias in (asked.logit_bias or {}).items()},
+                presence_penalty=asked.presence_penalty or 0,
+                frequency_penalty=asked.frequency_penalty or 0,
+                repetition_penalty=asked.repetition_penalty,
+                grammar=None if self._grammar is None else self._grammar[1],
+                prompt_logprobs=asked.num_prompt_logprobs,
             ),
             caller=self._caller,
         )
@@ -230,4 +256,6 @@ class Generation:
         if field is None:
             return None
         name = field.removeprefix("sampling.")
+        if name == "grammar" and self._grammar is not None:
+            return self._grammar[0]
         return self.asked.max_tokens_name if name == "max_new_tokens" else _PARAMS.get(name, name)

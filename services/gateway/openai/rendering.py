@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
+from services.gateway.openai.answers import PromptLogprob, PromptLogprobs
 from services.gateway.openai.generation import Choice, Chunk, Generation
-from services.gateway.openai.tokens import TokenSpelling
+from services.gateway.openai.tokens import TokenSpelling, finite
 
 
 class Renderer(ABC):
@@ -42,8 +43,10 @@ class Renderer(ABC):
     def delta(self, index: int, chunk: Chunk) -> BaseModel:
         first = index not in self._begun
         self._begun.add(index)
-        part = Choice()
+        part = Choice(echo=self.generation.echo(index))
         part.add(chunk)
+        if not first:
+            part.echo = ""
         rendered = self.delta_choice(part, self._shared(index, part), first=first)
         return self._body(self.chunk_body, [rendered], foundry=self.generation.info() if first else None)
 
@@ -59,6 +62,26 @@ class Renderer(ABC):
             "finish_reason": part.finish_reason,
             "token_ids": part.ids if asked.return_token_ids else None,
         }
+
+    def prompt_logprobs(self, part: Choice) -> PromptLogprobs | None:
+        """vLLM's form: nothing for the first token, then the token and the alternatives, by their ids."""
+        wanted, scores = self.generation.asked.prompt_logprobs, part.prompt_logprobs
+        if wanted is None or not scores.ids:
+            return None
+        # There may be more of them, for `logprobs`.
+        num = len(scores.top_ids) // len(scores.ids)
+        rendered: PromptLogprobs = [None]
+        for place in range(1, len(scores.ids)):
+            top = slice(place * num, place * num + wanted)
+            ranked = enumerate(zip(scores.top_ids[top], scores.top_logprobs[top], strict=True), start=1)
+            found = {str(token): self._prompt_logprob(token, logprob, rank) for rank, (token, logprob) in ranked}
+            token = scores.ids[place]
+            own = self._prompt_logprob(token, scores.logprobs[place], scores.ranks[place])
+            rendered.append({str(token): own} | found)
+        return rendered
+
+    def _prompt_logprob(self, token_id: int, logprob: float, rank: int) -> PromptLogprob:
+        return PromptLogprob(logprob=finite(logprob), rank=rank, decoded_token=self.spelling.spell(token_id)[0])
 
     def _body(self, kind: type[BaseModel], choices: Sequence[BaseModel], **rest: Any) -> BaseModel:
         generation = self.generation

@@ -1,19 +1,23 @@
 """OpenAI's requests, as far as a frozen language model can honour them.
 
 A parameter is honoured, or neutral (it has no effect at the value given), or documented as ignored, or refused: none is
-dropped in silence. Extensions: `cartridges`, `top_k`, `ignore_eos` and `return_token_ids`.
+dropped in silence. Extensions: `cartridges`, `return_token_ids`, and vLLM's `top_k`, `min_p`, `min_tokens`,
+`stop_token_ids`, `repetition_penalty`, `ignore_eos`, `prompt_logprobs` and `structured_outputs`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from foundry.errors import InvalidArgument
+from foundry.v1 import rollout_pb2
 from foundry.validation import FirstError, Strict, of_field
+from services.gateway.openai.grammar import GUIDED, asked_grammar
 
 # Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
 IGNORED = frozenset(
@@ -32,12 +36,6 @@ IGNORED = frozenset(
 )
 # These would change an answer, and can't: only null and the values that change nothing are taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
 }
@@ -48,13 +46,12 @@ NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-NEUTRAL_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
+NEUTRAL_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
@@ -122,6 +119,13 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**32 for token in value)
 
 
+def _tokens(biases: dict[str, float]) -> dict[str, float]:
+    """By token, which JSON can only write as text."""
+    if not all(token.isascii() and token.isdecimal() and int(token) < 2**32 for token in biases):
+        raise ValueError("keys are token ids")
+    return biases
+
+
 def _unicode(value: str) -> str:
     # JSON can spell half a surrogate pair, which is no character and travels nowhere.
     value.encode()
@@ -129,6 +133,8 @@ def _unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 ModelReference = Annotated[Text, Field(max_length=MAX_REFERENCE_CHARACTERS)]
 
 
@@ -178,8 +184,47 @@ class SamplingRequest(_Request):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Equal requests with equal seeds get equal answers; unset: a seed of the server's choice."""
 
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Most tokens of the answer; unset: as many as the context has room for, of a completion 16 of these."""
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Most tokens of the answer; unset: as many as the context has room for, of a completion 16 of these. 0 only
+    scores the prompt."""
+
+    stop_token_ids: Annotated[list[TokenId], FirstError(), Field(max_length=128)] | None = None
+    """Extension: the answer ends with the first of these tokens, which is not part of the text."""
+
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Extension: no end token, stop token or stop string ends the answer before so many tokens."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Extension: leave out tokens less likely, at the temperature, than this share of the likeliest one."""
+
+    logit_bias: Annotated[dict[str, Bias], FirstError(), AfterValidator(_tokens), Field(max_length=1024)] | None = None
+    """Added to the logits of these tokens."""
+
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Subtracted from the logits of tokens that the answer has."""
+
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Subtracted from the logits of tokens as often as the answer has them."""
+
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Extension: divides the logits (multiplies negative ones) of tokens that prompt or answer have. Cartridges count
+    as nothing."""
+
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Extension: report the logprob of every prompt token and so many alternatives; not with `stream`."""
+
+    response_format: dict[str, Any] | None = None
+    """`{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"schema": …}}`: the answer is such a value
+    and ends with it, unless `max_tokens` ends it before."""
+
+    structured_outputs: dict[str, Any] | None = None
+    """Extension: `json`, `json_object`, `regex`, `choice` or `grammar` (Lark or GBNF), as vLLM has them."""
+
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     ignore_eos: bool | None = None
     """Extension: go on past the end-of-sequence token."""
@@ -191,6 +236,27 @@ class SamplingRequest(_Request):
     """Send the answer as server-sent events."""
 
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_scored(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidArgument("prompt_logprobs can't be streamed", field="prompt_logprobs")
+        if self.asked_max_tokens == 0 and self.num_prompt_logprobs is None:
+            raise InvalidArgument(
+                "max_tokens 0 samples nothing: it is for echo and prompt_logprobs", field="max_tokens"
+            )
+        return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives per prompt token; None if the prompt need not be scored."""
+        return self.prompt_logprobs
+
+    @cached_property
+    def grammar(self) -> tuple[str, rollout_pb2.Grammar] | None:
+        """The language that the answer is asked to be of, and the parameter that asks. Raises InvalidArgument."""
+        guided = {name: getattr(self, name) for name in GUIDED}
+        return asked_grammar(self.response_format, self.structured_outputs, guided)
 
     @property
     def num_choices(self) -> int:
@@ -248,7 +314,7 @@ class ChatRequest(SamplingRequest):
 
     @property
     def asked_max_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def max_tokens_name(self) -> str:
@@ -270,8 +336,19 @@ class CompletionRequest(SamplingRequest):
     """Text is tokenised without a chat template, and may spell control tokens; ids are used as they are."""
 
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """Report the logprob of every token and so many alternatives."""
+    """Report the logprob of every token and so many alternatives; with `echo` of the prompt's too."""
+
+    echo: bool | None = None
+    """The prompt stands before the answer; with `max_tokens` 0 it stands alone."""
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs]
+        if self.echo:
+            # Scored also where nothing else is asked for: a request that samples nothing must do something.
+            wanted.append(0 if self.logprobs is None and self.asked_max_tokens == 0 else self.logprobs)
+        return max((each for each in wanted if each is not None), default=None)

@@ -55,6 +55,16 @@ def by_text(logprobs: Iterable[tuple[int, str, float]]) -> dict[str, float]:
     return {text: logprob for text, (_, logprob) in found.items()}
 
 
+def places_of(tokens: Iterable[list[int] | None]) -> list[int]:
+    """Where each token of a text begins, in characters, from their bytes. Tokens of one character share its place."""
+    places, num_begun = [], 0
+    for content in tokens:
+        begins = [byte & 0xC0 != 0x80 for byte in content or ()]
+        places.append(num_begun - 1 if begins and not begins[0] and num_begun else num_begun)
+        num_begun += sum(begins)
+    return places
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's map of bytes to printable characters, reversed
     (https://github.com/openai/gpt-2/blob/master/src/encoder.py, bytes_to_unicode)."""

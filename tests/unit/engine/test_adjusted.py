@@ -100,7 +100,7 @@ def test_stop_tokens_end_an_answer_and_are_not_its_text(bench: Bench) -> None:
 
 
 def test_nothing_ends_an_answer_before_min_tokens(bench: Bench) -> None:
-    asked = {"temperature": 0.0, "max_new_tokens": 10, "min_tokens": 6}
+    asked: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 10, "min_tokens": 6}
     free = ids_of(bench.run({0: request(6, temperature=0.0, max_new_tokens=10)})[0])
     held = bench.run({1: request(6, stop_token_ids=(free[0],), **asked)})[1]
     assert free[0] not in ids_of(held)[:6]

@@ -185,6 +185,60 @@ def test_streamed_deltas_are_the_whole_answer(served: Served) -> None:
     assert infos[0]["cartridges"] == extension(whole)["cartridges"]
 
 
+@pytest.mark.parametrize("asked", [{}, {"logprobs": True}, {"extra_body": {"return_token_ids": True}}])
+def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_alone(
+    served: Served, asked: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "max_tokens": 8, "temperature": 0} | asked
+    whole = served.client.chat.completions.create(**options).choices[0]
+    chunks = [chunk.choices[0] for chunk in served.client.chat.completions.create(stream=True, **options)]
+    first, *contents, last = chunks
+    assert first.delta.model_dump(exclude_unset=True) == {"role": "assistant", "content": ""}
+    assert last.delta.model_dump(exclude_unset=True) == {}
+    assert [choice.finish_reason for choice in chunks] == [None] * (len(chunks) - 1) + [whole.finish_reason]
+    assert all(set(choice.delta.model_dump(exclude_unset=True)) == {"content"} for choice in contents)
+    assert "".join(choice.delta.content or "" for choice in contents) == whole.message.content
+    # What goes with tokens goes with the content.
+    assert first.logprobs is None
+    assert last.logprobs is None
+    assert [choice for choice in (first, last) if choice.model_extra] == []
+    if whole.logprobs is not None:
+        streamed = [token for choice in contents if choice.logprobs for token in choice.logprobs.content or []]
+        assert streamed == whole.logprobs.content
+    if whole.model_extra:
+        ids = [token_id for choice in contents for token_id in (choice.model_extra or {})["token_ids"]]
+        assert ids == whole.model_extra["token_ids"]
+
+
+def test_a_completion_stream_ends_with_the_reason_alone(served: Served) -> None:
+    options: dict[str, Any] = {"model": BASE, "prompt": "The treaty", "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    whole = served.client.completions.create(**options).choices[0]
+    *contents, last = [chunk.choices[0] for chunk in served.client.completions.create(stream=True, **options)]
+    assert (last.text, last.logprobs, last.finish_reason) == ("", None, whole.finish_reason)
+    assert "".join(choice.text for choice in contents) == whole.text
+    assert {choice.finish_reason for choice in contents} == {None}
+    assert whole.logprobs is not None
+    streamed = [token for choice in contents if choice.logprobs for token in choice.logprobs.tokens or []]
+    assert streamed == whole.logprobs.tokens
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_usage_comes_with_every_chunk_when_asked_for(served: Served, last: bool) -> None:
+    options: dict[str, Any] = {"continuous_usage_stats": True, "include_usage": last}
+    turn = len(served.template.prompt(MESSAGES))
+    asked: dict[str, Any] = {"stream_options": options, "n": 2, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    chunks = list(served.client.chat.completions.create(model=BASE, messages=MESSAGES, stream=True, **asked))
+    usages = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    assert len(usages) == len(chunks)
+    assert {usage.prompt_tokens for usage in usages} == {turn}
+    spent = [usage.completion_tokens for usage in usages]
+    assert spent == sorted(spent)
+    # The first chunk has the role alone.
+    assert (spent[0], spent[-1]) == (0, 16)
+    assert all(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in usages)
+    assert (not chunks[-1].choices) == last
+
+
 def test_a_stream_without_include_usage_has_none(served: Served) -> None:
     chunks = list(served.client.chat.completions.create(model=BASE, messages=MESSAGES, stream=True, max_tokens=3))
     assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
@@ -325,7 +379,7 @@ def test_completions_behind_a_cartridge_with_several_prompts_and_choices(served:
 def test_a_stream_whose_prompts_end_out_of_order(served: Served) -> None:
     prompts = [[40] * 500, [40] * 3]
     stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)
-    infos = {chunk.choices[0].index: extension(chunk) for chunk in stream}
+    infos = {chunk.choices[0].index: extension(chunk) for chunk in stream if chunk.model_extra}
     assert set(infos) == {0, 1}
     assert all([used["version"] for used in info["cartridges"]] == [2] for info in infos.values())
 

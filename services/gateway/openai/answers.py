@@ -33,7 +33,8 @@ class UsageInfo(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    # Of an answer that is not complete it is not known.
+    prompt_tokens_details: PromptTokensDetails | None = _OMITTED_IF_NONE
 
 
 class TopLogprob(BaseModel):
@@ -92,7 +93,7 @@ class ChatCompletion(_Answer):
 
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = _OMITTED_IF_NONE
-    content: str
+    content: str | None = _OMITTED_IF_NONE
 
 
 class ChatDeltaChoice(BaseModel):

@@ -46,6 +46,7 @@ def _role(role: str) -> str:
 class _Chat(Renderer):
     body = answers.ChatCompletion
     chunk_body = answers.ChatCompletionChunk
+    opens = True
 
     def whole(self, choices: Sequence[Choice]) -> BaseModel:
         # Where vLLM has them: the prompt is the same for all choices.
@@ -55,8 +56,9 @@ class _Chat(Renderer):
         return answers.ChatChoice(message=answers.AssistantMessage(content=choice.text), **shared)
 
     def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> answers.ChatDeltaChoice:
+        content = None if part.finish_reason else part.text
         return answers.ChatDeltaChoice(
-            delta=answers.ChatDelta(role="assistant" if first else None, content=part.text), **shared
+            delta=answers.ChatDelta(role="assistant" if first else None, content=content), **shared
         )
 
     def logprobs(self, part: Choice) -> answers.ChatLogprobs:

@@ -56,6 +56,7 @@ def _echo(spelling: TokenSpelling, prompt: str | list[int]) -> str:
 
 class _Text(Renderer):
     body = chunk_body = Completion
+    opens = False
 
     def choice(self, choice: Choice, shared: dict[str, Any]) -> TextChoice:
         prompt_logprobs = self.prompt_logprobs(choice)

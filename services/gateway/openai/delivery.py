@@ -35,9 +35,11 @@ async def respond(renderer: Renderer, request: Request) -> Response:
 
 async def _events(renderer: Renderer, first: tuple[int, Chunk], chunks: Chunks) -> AsyncGenerator[bytes, None]:
     try:
-        yield _event(renderer.delta(*first).model_dump_json())
+        for delta in renderer.deltas(*first):
+            yield _event(delta.model_dump_json())
         async for index, chunk in chunks:
-            yield _event(renderer.delta(index, chunk).model_dump_json())
+            for delta in renderer.deltas(index, chunk):
+                yield _event(delta.model_dump_json())
     except FoundryError as error:
         metrics.ERRORS.labels(error.reason).inc()
         # No [DONE]: what was cut short must not look whole.

@@ -168,12 +168,21 @@ class Generation:
         prompts = self._usages.values()
         prompt_tokens = sum(usages[0].prompt_tokens for usages in prompts)
         completion_tokens = sum(usage.completion_tokens for usages in prompts for usage in usages.values())
-        cached_tokens = sum(usages[0].cached_tokens for usages in prompts)
         return UsageInfo(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens()),
+        )
+
+    def usage_so_far(self, num_to_come: int = 0) -> UsageInfo:
+        """Of what has arrived, but for so many tokens."""
+        prompt_tokens = sum(self._prompt_tokens.values())
+        completion_tokens = self._completion_tokens - num_to_come
+        return UsageInfo(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
         )
 
     @asynccontextmanager
@@ -212,10 +221,13 @@ class Generation:
             self._cartridge_tokens = chunk.usage.cartridge_tokens
         return choice
 
+    def _cached_tokens(self) -> int:
+        return sum(usages[0].cached_tokens for usages in self._usages.values())
+
     def _count(self) -> None:
         usage = self.usage()
         metrics.PROMPT_TOKENS.inc(usage.prompt_tokens)
-        metrics.CACHED_TOKENS.inc(usage.prompt_tokens_details.cached_tokens)
+        metrics.CACHED_TOKENS.inc(self._cached_tokens())
         metrics.GENERATION_TOKENS.inc(usage.completion_tokens)
 
     def _request(self, index: int) -> rollout_pb2.GenerateRequest:

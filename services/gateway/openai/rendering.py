@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -21,6 +21,8 @@ class Renderer(ABC):
 
     body: ClassVar[type[BaseModel]]
     chunk_body: ClassVar[type[BaseModel]]
+    # Whether a choice of a stream begins with a chunk of its own, without content.
+    opens: ClassVar[bool]
 
     def __init__(self, generation: Generation, spelling: TokenSpelling) -> None:
         self.generation = generation
@@ -31,7 +33,8 @@ class Renderer(ABC):
     def choice(self, choice: Choice, shared: dict[str, Any]) -> BaseModel: ...
 
     @abstractmethod
-    def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> BaseModel: ...
+    def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> BaseModel:
+        """A part that says why the choice ends has nothing else."""
 
     @abstractmethod
     def logprobs(self, part: Choice) -> BaseModel: ...
@@ -40,15 +43,33 @@ class Renderer(ABC):
         rendered = [self.choice(choice, self._shared(index, choice)) for index, choice in enumerate(choices)]
         return self._body(self.body, rendered, usage=self.generation.usage(), foundry=self.generation.info())
 
-    def delta(self, index: int, chunk: Chunk) -> BaseModel:
+    def deltas(self, index: int, chunk: Chunk) -> Iterator[BaseModel]:
+        """As OpenAI sends them: content, and then, apart from it, why it ends."""
+        asked, part = self.generation.asked, Choice(echo=self.generation.echo(index))
+        part.add(chunk)
+        if index in self._begun:
+            part.echo = ""
+        reason, part.finish_reason = part.finish_reason, None
+        if self.opens and index not in self._begun:
+            yield self._delta(index, Choice(), num_to_come=len(part.ids))
+        # An end token is no text, and its logprob was perhaps not asked for.
+        if part.echo or part.text or reason is None or asked.num_logprobs is not None or asked.return_token_ids:
+            yield self._delta(index, part)
+        if reason is not None:
+            yield self._delta(index, Choice(finish_reason=reason))
+
+    def _delta(self, index: int, part: Choice, *, num_to_come: int = 0) -> BaseModel:
+        """`num_to_come` tokens have arrived and are not in the chunks so far."""
         first = index not in self._begun
         self._begun.add(index)
-        part = Choice(echo=self.generation.echo(index))
-        part.add(chunk)
-        if not first:
-            part.echo = ""
         rendered = self.delta_choice(part, self._shared(index, part), first=first)
-        return self._body(self.chunk_body, [rendered], foundry=self.generation.info() if first else None)
+        options = self.generation.asked.stream_options
+        usage = (
+            self.generation.usage_so_far(num_to_come)
+            if options is not None and options.continuous_usage_stats
+            else None
+        )
+        return self._body(self.chunk_body, [rendered], foundry=self.generation.info() if first else None, usage=usage)
 
     def last(self) -> BaseModel:
         """The chunk that carries the usage."""
@@ -58,9 +79,11 @@ class Renderer(ABC):
         asked = self.generation.asked
         return {
             "index": index,
-            "logprobs": None if asked.num_logprobs is None else self.logprobs(part),
+            "logprobs": self.logprobs(part)
+            if asked.num_logprobs is not None and (part.ids or part.prompt_logprobs.ids)
+            else None,
             "finish_reason": part.finish_reason,
-            "token_ids": part.ids if asked.return_token_ids else None,
+            "token_ids": part.ids if asked.return_token_ids and part.ids else None,
         }
 
     def prompt_logprobs(self, part: Choice) -> PromptLogprobs | None:

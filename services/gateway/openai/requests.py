@@ -144,6 +144,9 @@ class StreamOptions(_Request):
     include_usage: bool | None = None
     """Send one more chunk, without choices, that carries the usage."""
 
+    continuous_usage_stats: bool | None = None
+    """Extension, vLLM's: every chunk carries the usage so far, of all choices."""
+
 
 class SamplingRequest(_Request):
     """What chat and text completions share."""

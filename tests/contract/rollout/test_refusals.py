@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from foundry.errors import (
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.v1 import common_pb2, rollout_pb2
+from services.rollout.admission import Admission, Admissions
 from tests.contract.rollout.server import (
     MAX_SEQUENCES,
     MAX_WAITING,
@@ -158,6 +161,25 @@ async def test_a_prompt_that_might_fit_is_tokenised_once(rollout: Rollout, monke
         assert caught.value.field == field
         assert sum(length > 1000 for length in lengths) == 1
         lengths.clear()
+
+
+async def test_short_calls_do_not_wait_for_a_long_one(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+    check = Admissions.check
+
+    def held(self: Admissions, request: rollout_pb2.GenerateRequest) -> Admission:
+        if request.text:
+            arrived.set()
+            assert go_on.wait(TIMEOUT_SECONDS)
+        return check(self, request)
+
+    monkeypatch.setattr(Admissions, "check", held)
+    waiting = asyncio.create_task(rollout.generate(rollout.request(text=LONG)))
+    await asyncio.to_thread(arrived.wait)
+    await rollout.generate(rollout.request())
+    go_on.set()
+    with pytest.raises(ContextLengthExceeded):
+        await waiting
 
 
 async def test_cartridges_count_towards_the_models_context(rollout: Rollout) -> None:

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="with each kind of text")
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory, open_stack(Path(directory)) as stack:
         rollout = stack.rollout("--model-name", MODEL, "--max-sequences", str(arguments.streams))
         gateway = stack.gateway([rollout])
@@ -100,7 +101,8 @@ def main() -> None:
         wait_ready(gateway)
         url = f"http://{gateway.address}"
         rows = {name: measure(url, text, arguments.streams, arguments.seconds) for name, text in TEXTS.items()}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    # Of what else runs there, gaps tell too.
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}"
     result = {"machine": machine, "characters": NUM_CHARACTERS, "streams": arguments.streams, "beside": rows}
     arguments.result.write_text(json.dumps(result, indent=1) + "\n")
     print("| beside | refused | median, ms | longest, ms | longest gap of a stream, ms |")

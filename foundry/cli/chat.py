@@ -15,17 +15,14 @@ if TYPE_CHECKING:
     from foundry.client import ChatAnswer, FoundryClient
 
 Model = Annotated[str, typer.Argument(help="A cartridge (name, name@17, name@tag ...) or the base model's name.")]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", min=1, help="Most tokens of an answer; unset: what the context has room for."),
-]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy: always the likeliest token.")]
 
 
 def ask(
     model: Model,
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    max_tokens: MaxTokens = None,
+    max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
 ) -> None:
     """Ask one question. The line after the answer names the version and digest that it was computed with."""
@@ -34,7 +31,7 @@ def ask(
     note(_identity(answer))
 
 
-def chat(model: Model, max_tokens: MaxTokens = None, temperature: Temperature = 0.7) -> None:
+def chat(model: Model, max_tokens: MaxTokens = 512, temperature: Temperature = 0.7) -> None:
     """Talk, turn after turn. Ctrl-C ends an answer, Ctrl-D the conversation."""
     with connect(start=True) as client:
         _check_exists(client, model)
@@ -65,7 +62,7 @@ def chat(model: Model, max_tokens: MaxTokens = None, temperature: Temperature = 
 
 
 def _stream(
-    client: FoundryClient, model: str, messages: list[dict[str, str]], max_tokens: int | None, temperature: float
+    client: FoundryClient, model: str, messages: list[dict[str, str]], max_tokens: int, temperature: float
 ) -> ChatAnswer:
     stream = client.stream_chat(model, messages, max_tokens=max_tokens, temperature=temperature)
     for text in stream:

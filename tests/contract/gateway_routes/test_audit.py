@@ -107,6 +107,8 @@ def test_refusals_are_noted_and_reading_is_not(guarded: Guarded, noted: Callable
         ("GET", "/v1/models", {}),
         ("GET", "/v1/cartridges/absent", {}),
         ("GET", "/healthz", {}),
+        ("POST", "/ping", {}),
+        ("HEAD", "/v1/models", {}),
         ("POST", "/v1/nowhere", {}),
         ("POST", "/v1/chat/completions", {"json": CHAT}),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import structlog
 
@@ -34,13 +35,15 @@ class BaseName:
         """While the store is away the last known names stand."""
         try:
             self._names = frozenset(await self._store.names())
-            warning = "; ".join(self.warnings())
         except FoundryError as error:
             log.warning("names not looked at", error=error.message)
             return
-        if warning != self._said:
+        # No rollout server has answered yet: nobody can be answered wrongly.
+        with suppress(FoundryError):
+            warning = "; ".join(self.warnings())
+            if warning and warning != self._said:
+                log.error("a cartridge has the base model's name", error=warning)
             self._said = warning
-            log.error("a cartridge has the base model's name", error=warning)
 
     def warnings(self) -> list[str]:
         """What people should be told. Raises Unavailable, FingerprintMismatch."""

@@ -92,8 +92,6 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(spec), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise InvalidArgument(f"the grammar can't be compiled: {matcher.get_error()[:500]}", field=FIELD)
-        if matcher.is_stopped():
-            raise InvalidArgument("the grammar has no sentence but the empty one", field=FIELD)
         compiled = CompiledGrammar(spec, self._tokenizer.eos_token, matcher)
         with self._lock:
             self._kept[spec] = compiled

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foundry.cli.progress import STAGES, RunView
-from foundry.client import ChatAnswer, FoundryClient
+from foundry.client import ChatAnswer, Foundry
 from foundry.errors import FoundryError
 from foundry.local.demo_model import resolve_model
 from foundry.local.layout import num_cores
@@ -94,7 +94,7 @@ def main() -> int:
     with ExitStack() as cleanup:
         with phases.phase("start", "2  The stack"):
             stack = cleanup.enter_context(LocalStack(options.home, "demo", say=console.print))
-            client = cleanup.enter_context(FoundryClient(stack.url))
+            client = cleanup.enter_context(Foundry(stack.url))
             console.print(f"The gateway listens at {stack.url}")
         with phases.phase("training", "3  Training a cartridge"):
             run, steps = train(client, NAME, options)
@@ -136,7 +136,7 @@ def read_questions(limit: int) -> list[Question]:
 
 
 def train(
-    client: FoundryClient, name: str, options: argparse.Namespace, **more: Any
+    client: Foundry, name: str, options: argparse.Namespace, **more: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The finished run and its step events. Interrupted, the run is cancelled, so that it does not go on later."""
     document = client.documents.create(DOCUMENT.read_bytes(), title=DOCUMENT.name)
@@ -175,7 +175,7 @@ def train(
 
 
 def ask(
-    client: FoundryClient, questions: Sequence[Question], untrained: str, trained: str, *, run_id: str, max_tokens: int
+    client: Foundry, questions: Sequence[Question], untrained: str, trained: str, *, run_id: str, max_tokens: int
 ) -> list[Way]:
     base = client.models()[0]["id"]
     ways = [

@@ -33,7 +33,7 @@ def report(comparison: Comparison, questions: Sequence[Question], measured: Sequ
     by_system = {each.system: each for each in measured}
     version = by_system[comparison.version]
     return {
-        "cartridge": {key: comparison.manifest[key] for key in _ABOUT_VERSION},
+        "cartridge": {key: value for key, value in comparison.manifest.items() if key in _ABOUT_VERSION},
         "model_fingerprint": comparison.model_fingerprint,
         "intervals": {"level": 0.95, "resamples": NUM_RESAMPLES},
         "systems": [_system(comparison, questions, each) for each in measured],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import Any
 
-from foundry.client import ChatAnswer, FoundryClient
+from foundry.client import ChatAnswer, Foundry, VersionJson
 from foundry.errors import InvalidArgument
 from foundry.evaluation.questions import Question
 
@@ -23,7 +22,7 @@ class System:
     # The cartridge's.
     digest: str | None = None
 
-    def ask(self, client: FoundryClient, question: Question, *, max_tokens: int) -> ChatAnswer:
+    def ask(self, client: Foundry, question: Question, *, max_tokens: int) -> ChatAnswer:
         """The greedy answer."""
         system = [] if self.document is None else [{"role": "system", "content": self.document}]
         return client.chat(self.model, [*system, *question.messages], max_tokens=max_tokens, temperature=0.0)
@@ -33,7 +32,7 @@ class System:
 class Comparison:
     """A version, and the systems beside it."""
 
-    manifest: dict[str, Any]
+    manifest: VersionJson
     document: str
     # Who answers, and with which template.
     model_fingerprint: str
@@ -56,7 +55,7 @@ class Comparison:
         return first_answer.cartridge_tokens + first_answer.prompt_tokens - self.turn_tokens
 
 
-def compare(client: FoundryClient, reference: str, question: Question) -> Comparison:
+def compare(client: Foundry, reference: str, question: Question) -> Comparison:
     """What `reference` means now, and what it is compared with; `question` is the first that will be asked.
 
     Raises CartridgeNotFound, and InvalidArgument for a version that names no document.
@@ -90,7 +89,7 @@ def compare(client: FoundryClient, reference: str, question: Question) -> Compar
     )
 
 
-def _cut(client: FoundryClient, whole: System, question: Question, probe: ChatAnswer) -> System | str:
+def _cut(client: Foundry, whole: System, question: Question, probe: ChatAnswer) -> System | str:
     """The longest beginning of the document whose system turn takes no more tokens than the cartridge; or why not.
 
     Found by bisection, each try an answer of one token: the gateway says how long a prompt was, and this side needs no
@@ -109,7 +108,7 @@ def _cut(client: FoundryClient, whole: System, question: Question, probe: ChatAn
     return replace(whole, label=f"document cut to {num_tokens} tokens", document=document[:num_characters])
 
 
-def _untrained(client: FoundryClient, manifest: dict[str, Any]) -> System | str:
+def _untrained(client: Foundry, manifest: VersionJson) -> System | str:
     """The version of step 0 of the run that made this one; or why not."""
     name, run = manifest["name"], manifest["run"]
     if manifest["step"] == 0:

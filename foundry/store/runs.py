@@ -170,15 +170,18 @@ class RunStore(RunQueue):
             await self._archive.desire(run_id, "" if wish == "resume" else wish)
         return reply
 
-    async def events(self, run_id: str, after: str = "0-0") -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """What happens in a run, from after the event `after`, as (id, event); ends after the event of type `finished`.
+    async def events(
+        self, run_id: str, after: str = "0-0", *, follow: bool = True
+    ) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+        """What happens in a run, from after the event `after`, as (id, event); ends after the event of type `finished`,
+        and without `follow` after the newest.
 
         Other types: `state` (state, attempt, waiting_for) and whatever workers report. Raises RunNotFound,
         StoreUnavailable; ask again with the last id.
         """
         while True:
             over = (await self.get(run_id)).state.over
-            entries = await self._read_events(run_id, after, block=not over)
+            entries = await self._read_events(run_id, after, block=follow and not over)
             for event_id, event in entries:
                 after = event_id
                 if event is None:
@@ -186,8 +189,10 @@ class RunStore(RunQueue):
                 yield event_id, event
                 if event.get("type") == "finished":
                     return
-            if over and not entries:
+            if not entries and over:
                 break
+            if not entries and not follow:
+                return
         # It ended long ago, or before Redis was last emptied: the archive has what happened.
         for event_id, event in await self._archive.events(run_id):
             if _position(event_id) > _position(after):

@@ -38,7 +38,7 @@ def wait_for_step(client: FoundryClient, run_id: str, step: int) -> dict[str, An
     """The run's event of its `step`-th optimiser step."""
     for event in client.runs.events(run_id):
         if event["type"] == "step" and event["step"] >= step:
-            return event
+            return {**event}
         assert event["type"] != "finished", event
     raise AssertionError(f"{run_id} ended before step {step}")
 

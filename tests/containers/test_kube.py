@@ -110,7 +110,7 @@ def wait(client: FoundryClient, run_id: str) -> dict[str, Any]:
             return False
 
     wait_until(over, f"the end of {run_id}", timeout_seconds=900)
-    return client.runs.get(run_id)
+    return {**client.runs.get(run_id)}
 
 
 def test_helm_test_passes(cluster: Cluster) -> None:

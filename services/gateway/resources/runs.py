@@ -180,15 +180,16 @@ async def _position(run_id: OwnRun, gateway: GatewayDep, last_event_id: Annotate
     responses=failures(404) | {204: {"description": "Nothing follows."}},
 )
 async def run_events(
-    run_id: str, after: Annotated[str, Depends(_position)], gateway: GatewayDep
+    run_id: str, after: Annotated[str, Depends(_position)], gateway: GatewayDep, follow: bool = True
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happened and happens, as server-sent events with ids; ends after the one of type `finished`.
+    """What happened and happens, as server-sent events with ids; ends after the one of type `finished`; with
+    `follow=false` after the newest.
 
     A comment is sent every 15 s of silence. A stream that ends earlier is to be asked for again with `Last-Event-ID`;
     204 if nothing comes after that.
     """
     try:
-        async for event_id, event in gateway.store.runs.events(run_id, after):
+        async for event_id, event in gateway.store.runs.events(run_id, after, follow=follow):
             yield ServerSentEvent(id=event_id, data=event)
     except FoundryError as error:
         log.warning("event stream cut short", run_id=run_id, reason=error.reason, error=error.message)

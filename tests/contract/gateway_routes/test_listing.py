@@ -41,7 +41,7 @@ def test_pages_have_what_the_whole_list_has(site: Site, path: str) -> None:
 def test_the_sdk_reads_page_after_page(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = (site.client.documents.list, site.client.runs.list, site.client.cartridges.list, site.client.models)
     whole = [each() for each in lists]
-    monkeypatch.setattr("foundry.client._PAGE", 2)
+    monkeypatch.setattr("foundry.client.wire.PAGE", 2)
     assert [each() for each in lists] == whole
 
 

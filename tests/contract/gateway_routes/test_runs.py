@@ -40,7 +40,7 @@ from tests.tiny import CLOCK, build_tokenizer
 
 
 def test_a_run_is_queued_with_its_document(site: Site) -> None:
-    created = site.client.runs.create(**specification(text=DOCUMENT, title="Inline"))
+    created: dict[str, Any] = {**site.client.runs.create(**specification(text=DOCUMENT, title="Inline"))}
     num_tokens = len(ChatTemplate(build_tokenizer(), CLOCK).context(DOCUMENT))
     asked = RunRequest(document=content_digest(DOCUMENT.encode()), **specification())
     whole = choose(asked, num_tokens)
@@ -166,8 +166,10 @@ def test_events_follow_a_run_to_its_end_and_can_be_resumed(site: Site) -> None:
     site.stack.with_store(work)
     # The stream was open before any of this was reported.
     running, one, two = islice(events, 3)
-    assert (running["state"], one["step"], one["loss"], two["note"]) == ("running", 1, 0.5, "\u2028é")
-    assert site.client.runs.get(run_id)["last_event"]["step"] == 2
+    assert (running["state"], one["step"], one["loss"], dict(two)["note"]) == ("running", 1, 0.5, "\u2028é")
+    assert site.client.runs.get(run_id)["last_event"] == {"type": "step", "step": 2, "note": "\u2028é"}
+    so_far = [event["id"] for event in site.client.runs.events(run_id, follow=False)]
+    assert so_far == [event["id"] for event in (queued, running, one, two)]
 
     async def finish(store: CartridgeStore) -> None:
         await store.runs.finish(run_id, 1, RunState.SUCCEEDED, result={"version": 2})

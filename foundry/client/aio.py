@@ -1,0 +1,329 @@
+"""The client that does not wait: for asyncio. `sync.py` is made from it by `make docs`."""
+
+from __future__ import annotations
+
+import json
+from asyncio import sleep
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self, cast
+
+import httpx
+
+from foundry.client import paths, wire
+from foundry.client.answer import AnswerParts, ChatAnswer, chat_body
+from foundry.client.types import (
+    CartridgeJson,
+    DocumentJson,
+    EventJson,
+    GrantJson,
+    ModelJson,
+    RunJson,
+    TagJson,
+    VersionJson,
+)
+from foundry.client.wire import Json
+from foundry.errors import Cancelled, DeadlineExceeded, Unavailable
+
+
+class AsyncFoundry:
+    """`async with AsyncFoundry(url) as client: (await client.chat("handbook@latest", "What ...?")).text`"""
+
+    def __init__(
+        self, base_url: str | None = None, *, api_key: str | None = None, timeout_seconds: float = 600.0
+    ) -> None:
+        """`base_url` is the gateway's address, FOUNDRY_GATEWAY's where that is set, else http://127.0.0.1:8000;
+        `api_key` what it is shown, FOUNDRY_API_KEY's where that is set; `timeout_seconds` the longest silence that is
+        waited out. Raises InvalidArgument for what is no address, and for a key that can't be sent.
+
+        Calls raise the types of `foundry.errors` that the services raised, Unauthenticated where the gateway does not
+        take the key, PermissionDenied where it lacks the scope, and InvalidArgument for names that are none.
+        """
+        self._http = AsyncHttp(base_url, api_key, timeout_seconds)
+        self.documents = AsyncDocuments(self._http)
+        self.cartridges = AsyncCartridges(self._http)
+        self.runs = AsyncRuns(self._http)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *unused: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def models(self, *, limit: int | None = None) -> list[ModelJson]:
+        """The base model first, then every cartridge; or the first `limit` of them."""
+        return cast("list[ModelJson]", await self._http.listing("/v1/models", limit))
+
+    async def ready(self) -> Json:
+        """{status, reasons} of the gateway, ready or not. Raises Unavailable if there is none."""
+        return await self._http.json("GET", "/readyz", expect=(200, 503))
+
+    async def chat(self, model: str, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> ChatAnswer:
+        """The whole answer. `messages` may be the user's words alone; options as in `stream_chat`."""
+        stream = self.stream_chat(model, messages, **options)
+        async for _ in stream:
+            pass
+        assert stream.answer is not None
+        return stream.answer
+
+    def stream_chat(self, model: str, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> AsyncChatStream:
+        """The answer as it comes. `options` are the API's: max_tokens, temperature, seed, stop, cartridges ..."""
+        return AsyncChatStream(self._http, chat_body(model, messages, options))
+
+    async def train(self, document: str | bytes | Path, name: str, **spec: Any) -> AsyncTraining:
+        """Queue a run that makes a cartridge of a document: `Foundry().train(Path("handbook.md"), "handbook").wait()`
+
+        A path stands for the file's text, anything else is the text itself. `spec` has the keys of a run
+        (`docs/runs.md`); what is not given is chosen by the recipe. Raises DocumentUnreadable, and what the gateway
+        finds wrong.
+        """
+        return AsyncTraining(self.runs, await self.runs.create(**wire.spec_of(document, name, spec)))
+
+
+class AsyncTraining:
+    """A run that was queued; `queued` is what the gateway answered, with what was `chosen` and why."""
+
+    def __init__(self, runs: AsyncRuns, queued: RunJson) -> None:
+        self._runs, self.queued, self.id = runs, queued, queued["id"]
+
+    async def wait(self) -> RunJson:
+        """The run, once it has succeeded. Raises what it failed with, as the type that its worker raised; Cancelled."""
+        run = await self._runs.wait(self.id)
+        if run["state"] == "failed":
+            raise wire.run_error(run)
+        if run["state"] == "cancelled":
+            raise Cancelled(f"{self.id} was cancelled")
+        return run
+
+    def events(self) -> AsyncIterator[EventJson]:
+        return self._runs.events(self.id)
+
+    async def cancel(self) -> RunJson:
+        return await self._runs.cancel(self.id)
+
+
+class AsyncChatStream:
+    """Iterate over the text as it comes; then `answer` is set. Leaving the iteration early cancels the generation."""
+
+    def __init__(self, http: AsyncHttp, body: Json) -> None:
+        self._http, self._body = http, body
+        self.answer: ChatAnswer | None = None
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        parts, parser = AnswerParts(self._body["model"]), wire.EventParser()
+        async with self._http.stream("POST", "/v1/chat/completions", json=self._body) as response:
+            async for content in response.aiter_bytes():
+                for event in parser.feed(content):
+                    if event.data == "[DONE]":
+                        self.answer = parts.whole()
+                        return
+                    if text := parts.add(event.data):
+                        yield text
+        raise Unavailable("the gateway ended the answer before it was complete")
+
+
+class AsyncDocuments:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def create(self, text: str | bytes, *, title: str = "") -> DocumentJson:
+        """Raises DocumentUnreadable, DocumentTooLong."""
+        content, headers = wire.utf8(text, "text"), {"content-type": "text/plain; charset=utf-8"}
+        wire.utf8(title, "title")
+        created = await self._http.json(
+            "POST", "/v1/documents", params={"title": title}, content=content, headers=headers
+        )
+        return cast("DocumentJson", created)
+
+    async def get(self, digest: str) -> DocumentJson:
+        return cast("DocumentJson", await self._http.json("GET", paths.document(digest)))
+
+    async def text(self, digest: str) -> str:
+        async with self._http.stream("GET", f"{paths.document(digest)}/content") as response:
+            return (await response.aread()).decode()
+
+    async def delete(self, digest: str) -> None:
+        """Cartridges that were trained on it stay."""
+        await self._http.json("DELETE", paths.document(digest))
+
+    async def list(self, *, limit: int | None = None) -> list[DocumentJson]:
+        """Oldest first; all, or the first `limit`."""
+        return cast("list[DocumentJson]", await self._http.listing("/v1/documents", limit))
+
+
+class AsyncCartridges:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def get(self, reference: str) -> CartridgeJson:
+        """What a reference means now, where it comes from and where its bytes are."""
+        return cast("CartridgeJson", await self._http.json("GET", paths.reference(reference)))
+
+    async def versions(self, name: str, *, limit: int | None = None) -> list[VersionJson]:
+        """Manifests, oldest first; all, or the first `limit`."""
+        return cast("list[VersionJson]", await self._http.listing(f"{paths.cartridge(name)}/versions", limit))
+
+    async def tag(self, name: str, tag: str, version: int) -> TagJson:
+        """`previous` is what the tag meant before, or None."""
+        moved = await self._http.json("PUT", paths.tag(name, tag), json={"version": version})
+        return cast("TagJson", moved)
+
+    async def tag_history(self, name: str, tag: str) -> TagJson:
+        """What the tag means, and in `history`, newest first, what it meant before."""
+        return cast("TagJson", await self._http.json("GET", paths.tag(name, tag)))
+
+    async def rollback_tag(self, name: str, tag: str) -> TagJson:
+        """Let the tag mean what it meant before. Raises Conflict if there is no such version."""
+        return cast("TagJson", await self._http.json("POST", f"{paths.tag(name, tag)}/rollback"))
+
+    async def rollback(self, name: str, to: str) -> VersionJson:
+        """Publish an older version's bytes (its number, a tag or a digest) as a new version; its manifest.
+
+        Raises Conflict while a run holds the name.
+        """
+        published = await self._http.json("POST", f"{paths.cartridge(name)}/rollback", json={"to": to})
+        return cast("VersionJson", published)
+
+    async def untag(self, name: str, tag: str) -> None:
+        await self._http.json("DELETE", paths.tag(name, tag))
+
+    async def delete(self, name: str, version: int | None = None) -> None:
+        """One version, or the name with all of them."""
+        path = paths.cartridge(name) if version is None else paths.version(name, version)
+        await self._http.json("DELETE", path)
+
+    async def grant(self, name: str, tenant: str) -> GrantJson:
+        """Let another tenant query the cartridge, and nothing else."""
+        return cast("GrantJson", await self._http.json("PUT", paths.grant(name, tenant)))
+
+    async def ungrant(self, name: str, tenant: str) -> None:
+        """Raises GrantNotFound."""
+        await self._http.json("DELETE", paths.grant(name, tenant))
+
+    async def grants(self, name: str, *, limit: int | None = None) -> list[GrantJson]:
+        """By tenant; all, or the first `limit`."""
+        return cast("list[GrantJson]", await self._http.listing(f"{paths.cartridge(name)}/grants", limit))
+
+    # Last, because after it `list` means this method.
+    async def list(self, *, limit: int | None = None) -> list[CartridgeJson]:
+        """By name; all, or the first `limit`."""
+        return cast("list[CartridgeJson]", await self._http.listing("/v1/cartridges", limit))
+
+
+class AsyncRuns:
+    def __init__(self, http: AsyncHttp) -> None:
+        self._http = http
+
+    async def create(self, **spec: Any) -> RunJson:
+        """Queue a run: the keys of a run specification, with `document` (a digest) or `text`."""
+        return cast("RunJson", await self._http.json("POST", "/v1/runs", json=spec))
+
+    async def get(self, run_id: str) -> RunJson:
+        return cast("RunJson", await self._http.json("GET", paths.run(run_id)))
+
+    async def cancel(self, run_id: str) -> RunJson:
+        return cast("RunJson", await self._http.json("POST", f"{paths.run(run_id)}/cancel"))
+
+    async def pause(self, run_id: str) -> RunJson:
+        """After the step in hand."""
+        return cast("RunJson", await self._http.json("POST", f"{paths.run(run_id)}/pause"))
+
+    async def resume(self, run_id: str) -> RunJson:
+        return cast("RunJson", await self._http.json("POST", f"{paths.run(run_id)}/resume"))
+
+    async def delete(self, run_id: str) -> None:
+        """The versions that it published stay. Raises Conflict unless it is over."""
+        await self._http.json("DELETE", paths.run(run_id))
+
+    async def events(self, run_id: str, *, after: str | None = None, follow: bool = True) -> AsyncIterator[EventJson]:
+        """What happened and, with `follow`, happens until the run has ended; `after` is the `id` of the last event
+        already seen.
+
+        A connection that breaks is made again where it broke. Raises Unavailable if that keeps failing.
+        """
+        path, reconnects = f"{paths.run(run_id)}/events{'' if follow else '?follow=false'}", 0
+        while True:
+            headers = {"last-event-id": paths.event_id(after)} if after else {}
+            parser = wire.EventParser()
+            try:
+                async with self._http.stream(
+                    "GET", path, headers=headers, timeout=wire.EVENTS_SILENCE_SECONDS
+                ) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        # Nothing comes after that event: it was the last.
+                        return
+                    async for content in response.aiter_bytes():
+                        for item in parser.feed(content):
+                            after, reconnects = item.id, 0
+                            event = cast("EventJson", {"id": item.id, **json.loads(item.data)})
+                            yield event
+                            if event.get("type") == "finished":
+                                return
+                if not follow:
+                    return
+                raise Unavailable(f"the event stream of {run_id} ended before the run")
+            except (Unavailable, DeadlineExceeded):
+                reconnects += 1
+                if reconnects > wire.EVENTS_RECONNECTS:
+                    raise
+                await sleep(min(0.1 * 2**reconnects, 2.0))
+
+    async def wait(self, run_id: str) -> RunJson:
+        """The run, once it has ended, however that was."""
+        async for _ in self.events(run_id):
+            pass
+        return await self.get(run_id)
+
+    async def list(self, *, limit: int | None = None) -> list[RunJson]:
+        """Newest first; all, or the first `limit`."""
+        return cast("list[RunJson]", await self._http.listing("/v1/runs", limit))
+
+
+class AsyncHttp:
+    """httpx with our errors."""
+
+    def __init__(self, base_url: str | None, api_key: str | None, timeout_seconds: float) -> None:
+        self._client = httpx.AsyncClient(**wire.options(base_url, api_key, timeout_seconds))
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def json(self, method: str, path: str, *, expect: Sequence[int] = (), **arguments: Any) -> Json:
+        async with self.stream(method, path, expect=expect, **arguments) as response:
+            content = await response.aread()
+        answer: Json = json.loads(content) if content else {}
+        return answer
+
+    async def listing(self, path: str, limit: int | None) -> list[Any]:
+        """Entries, page after page: all, or the first `limit`."""
+        data: list[Any] = []
+        asked: Json = {}
+        while limit is None or len(data) < limit:
+            asked["limit"] = wire.PAGE if limit is None else min(wire.PAGE, limit - len(data))
+            page = await self.json("GET", path, params=asked)
+            data += page["data"]
+            if not page.get("has_more"):
+                break
+            asked["after"] = page["last_id"]
+        # What is asked for with the first page comes beside its entries: the base model.
+        return data[:limit]
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, path: str, *, expect: Sequence[int] = (), json: Json | None = None, **arguments: Any
+    ) -> AsyncIterator[httpx.Response]:
+        if json is not None:
+            arguments |= {"content": wire.body(json), "headers": {"content-type": "application/json"}}
+        try:
+            async with self._client.stream(method, path, **arguments) as response:
+                if not response.is_success and response.status_code not in expect:
+                    raise wire.error_of(response, await response.aread())
+                yield response
+        except httpx.TimeoutException as error:
+            raise DeadlineExceeded(f"the gateway at {self._client.base_url} did not answer in time") from error
+        except httpx.TransportError as error:
+            raise Unavailable(f"the gateway at {self._client.base_url} can't be reached: {error}") from error

@@ -25,9 +25,11 @@ proto: install  ## regenerate the gRPC stubs
 	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc proto/foundry/v1/*.proto
 	@rm -f $(OUT)/foundry/v1/common_pb2_grpc.py*  # no service in it
 
-docs: install  ## regenerate what is made from code: pages, dashboards, the chart's schema and README
+docs: install  ## regenerate what is made from code: pages, the SDK's second client, dashboards, the chart's schema and README
 	@$(BIN)/python docs/make_settings.py
 	@$(BIN)/python -m docs.make_runs
+	@$(BIN)/python -m docs.make_cli
+	@$(BIN)/python foundry/client/make_sync.py
 	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python deploy/helm/make_schema.py
 	@$(BIN)/python deploy/helm/make_readme.py
@@ -38,6 +40,8 @@ drift: install  ## check that generated files are what they are generated from
 	@diff -r build/proto/foundry/v1 foundry/v1 -x __pycache__ || { echo "error: run 'make proto'"; exit 1; }
 	@$(BIN)/python docs/make_settings.py --check
 	@$(BIN)/python -m docs.make_runs --check
+	@$(BIN)/python -m docs.make_cli --check
+	@$(BIN)/python foundry/client/make_sync.py --check
 	@$(BIN)/python docs/make_metrics.py --check
 	@$(BIN)/python deploy/helm/make_schema.py --check
 	@$(BIN)/python deploy/helm/make_readme.py --check

@@ -7,22 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from foundry.cli.gateway import connect
-from foundry.cli.terminal import Json, Yes, confirm, note, print_json, print_table
+from foundry.cli.terminal import App, Json, Limit, Yes, confirm, note, print_json, print_table, printable
 from foundry.errors import InvalidArgument
 
-app = typer.Typer(
-    help="List, show, tag, promote, roll back, grant and remove cartridges.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = App("List, show, tag, promote, roll back, grant and remove cartridges.")
 Name = Annotated[str, typer.Argument(help="name or tenant/name.")]
 
 
 @app.command()
-def ls(as_json: Json = False) -> None:
-    """Every cartridge with its newest version and its tags."""
+def ls(limit: Limit = None, as_json: Json = False) -> None:
+    """Cartridges by name, each with its newest version and its tags."""
     with connect(start=False) as client:
-        listed = client.cartridges.list()
+        listed = client.cartridges.list(limit=limit)
     if as_json:
         print_json(listed)
         return
@@ -33,7 +29,7 @@ def ls(as_json: Json = False) -> None:
             item["version"]["header"]["num_tokens"],
             _tags(item["tags"]),
             item["version"]["created_at"],
-            _short(item["version"]["digest"]),
+            item["version"]["digest"],
         )
         for item in listed
     ]
@@ -55,7 +51,7 @@ def show(
     if as_json:
         print_json(found)
         return
-    manifest = found["version"]
+    manifest: dict[str, Any] = {**found["version"]}
     header = manifest.pop("header")
     print(f"{manifest.pop('name')}@{manifest.pop('version')}  {manifest.pop('digest')}")
     parents = [f"{ancestor['version'] or ancestor['digest']}" for ancestor in found["lineage"]]
@@ -68,14 +64,14 @@ def show(
     }
     for key, value in values.items():
         if key not in ("object", "parent") and value not in (None, "", {}):
-            print(f"  {key:18} {value}")
+            print(f"  {key:18} {printable(str(value))}")
 
 
 @app.command()
-def versions(name: Name, as_json: Json = False) -> None:
-    """All versions, oldest first."""
+def versions(name: Name, limit: Limit = None, as_json: Json = False) -> None:
+    """Versions, oldest first."""
     with connect(start=False) as client:
-        listed = client.cartridges.versions(name)
+        listed = client.cartridges.versions(name, limit=limit)
     if as_json:
         print_json(listed)
         return
@@ -86,7 +82,7 @@ def versions(name: Name, as_json: Json = False) -> None:
             "durable" if item["durable"] else "hot",
             item["run"],
             item["created_at"],
-            _short(item["digest"]),
+            item["digest"],
         )
         for item in listed
     ]
@@ -98,15 +94,20 @@ def tag(
     reference: Annotated[str, typer.Argument(help="The version to be tagged, e.g. handbook@17 or handbook@latest.")],
     tag: Annotated[str, typer.Argument(help="The tag; with --remove the one that goes.")],
     remove: Annotated[bool, typer.Option("--remove", help="Remove the tag instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Point a tag at a version, which is then kept."""
     with connect(start=False) as client:
         if remove:
             client.cartridges.untag(reference.partition("@")[0], tag)
+            if as_json:
+                print_json({"removed": tag})
             note(f"The tag {tag} is removed.")
             return
         found = client.cartridges.get(reference)
-        client.cartridges.tag(found["name"], tag, found["version"]["version"])
+        moved = client.cartridges.tag(found["name"], tag, found["version"]["version"])
+    if as_json:
+        print_json(moved)
     note(f"{found['name']}@{tag} is now version {found['version']['version']}.")
 
 
@@ -114,11 +115,15 @@ def tag(
 def promote(
     reference: Annotated[str, typer.Argument(help="The version, e.g. handbook@17 or handbook@latest.")],
     tag: Annotated[str, typer.Argument(help="The tag that is to mean it, e.g. prod.")],
+    as_json: Json = False,
 ) -> None:
     """Move a tag to a version and print from where to where; 'rollback' undoes it."""
     with connect(start=False) as client:
         found = client.cartridges.get(reference)
         moved = client.cartridges.tag(found["name"], tag, found["version"]["version"])
+    if as_json:
+        print_json(moved)
+        return
     print(f"{found['name']}@{tag}: {moved['previous'] or 'nothing'} -> {moved['version']}")
 
 
@@ -129,6 +134,7 @@ def rollback(
     to: Annotated[
         str | None, typer.Option("--to", help="Instead: the version whose bytes become latest, e.g. 17 or a tag.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Let a tag mean what it meant before; or, with --to, publish an older version again as the newest.
 
@@ -142,12 +148,12 @@ def rollback(
     with connect(start=False) as client:
         if tag is not None:
             moved = client.cartridges.rollback_tag(name, tag)
-            print(f"{name}@{tag}: {moved['previous']} -> {moved['version']}")
+            print_json(moved) if as_json else print(f"{name}@{tag}: {moved['previous']} -> {moved['version']}")
             return
         assert to is not None
         latest = client.cartridges.get(name)["version"]["version"]
         new = client.cartridges.rollback(name, to)
-    print(f"{name}@latest: {latest} -> {new['version']} ({new['init']})")
+    print_json(new) if as_json else print(f"{name}@latest: {latest} -> {new['version']} ({new['init']})")
 
 
 @app.command()
@@ -155,21 +161,25 @@ def grant(
     name: Name,
     tenant: Annotated[str, typer.Argument(help="The other tenant.")],
     remove: Annotated[bool, typer.Option("--remove", help="Take the grant back.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Let another tenant query a cartridge: not its document, runs or versions, and it changes nothing."""
     with connect(start=False) as client:
         if remove:
             client.cartridges.ungrant(name, tenant)
+            answer: Any = {"removed": tenant}
         else:
-            client.cartridges.grant(name, tenant)
+            answer = client.cartridges.grant(name, tenant)
+    if as_json:
+        print_json(answer)
     note(f"{tenant} may {'not query' if remove else 'query'} {name}, once the gateways have seen it.")
 
 
 @app.command()
-def grants(name: Name, as_json: Json = False) -> None:
+def grants(name: Name, limit: Limit = None, as_json: Json = False) -> None:
     """The other tenants that may query a cartridge."""
     with connect(start=False) as client:
-        listed = client.cartridges.grants(name)
+        listed = client.cartridges.grants(name, limit=limit)
     if as_json:
         print_json(listed)
         return
@@ -181,6 +191,7 @@ def grants(name: Name, as_json: Json = False) -> None:
 def rm(
     reference: Annotated[str, typer.Argument(help="name (with all its versions) or name@17 (one version).")],
     yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
     """Delete a cartridge, or one version of it. What is deleted is gone."""
     name, at, version = reference.partition("@")
@@ -194,12 +205,10 @@ def rm(
         what = f"version {version} of {name}" if at else f"{name} and all its versions"
         confirm(f"Delete {what}?", yes)
         client.cartridges.delete(name, int(version) if at else None)
+    if as_json:
+        print_json({"deleted": reference})
     note(f"Deleted {what}.")
 
 
 def _tags(tags: dict[str, int]) -> str:
     return ", ".join(f"{tag}={version}" for tag, version in sorted(tags.items()))
-
-
-def _short(digest: str) -> str:
-    return digest[: len("blake3:") + 12]

@@ -13,7 +13,7 @@ import typer
 
 from foundry.cli.gateway import connect
 from foundry.cli.store import connected
-from foundry.cli.terminal import note, print_table
+from foundry.cli.terminal import Json, note, print_json, print_table
 from foundry.errors import (
     CartridgeNotFound,
     ExtraMissing,
@@ -45,9 +45,10 @@ def evaluate(
         str | None, typer.Option(help="Where the KL is computed. Default: cuda if there, else cpu.")
     ] = None,
     no_kl: Annotated[bool, typer.Option("--no-kl", help="Leave the KL out: no model is loaded.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file: answers, figures, intervals.")
+    output: Annotated[
+        Path | None, typer.Option(help="Write everything to this file: answers, figures, intervals.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare a cartridge with its document on questions: right answers, tokens held, first token, and exact KL.
 
@@ -63,8 +64,8 @@ def evaluate(
 
     # Before anything starts: what is wrong should not be found after the last question.
     asked = read_questions(read_text(questions), field=str(questions))
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InvalidArgument(f"{json_file} can't be written: there is no directory {json_file.parent}", field="json")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InvalidArgument(f"{output} can't be written: there is no directory {output.parent}", field="output")
     judge = None
     with connect(start=True) as client:
         comparison = compare(client, name, asked[0])
@@ -87,9 +88,9 @@ def evaluate(
         "left_out": left_out,
         **report(comparison, asked, measured),
     }
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    _show(result)
+    if output is not None:
+        output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    print_json(result) if as_json else _show(result)
 
 
 @dataclass(frozen=True, slots=True)

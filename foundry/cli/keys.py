@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from foundry.cli.store import connected
-from foundry.cli.terminal import Json, note, print_json, print_table
+from foundry.cli.terminal import App, Json, Limit, note, print_json, print_table
 
 if TYPE_CHECKING:
     from foundry.store import ApiKey
     from foundry.store.api_keys import KeyLimits, Scope
 
-app = typer.Typer(
-    help="Make, list and revoke API keys in the store that FOUNDRY_STORE__* names, else the local stack's.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = App("Make, list and revoke API keys in the store that FOUNDRY_STORE__* names, else the local stack's.")
 
 
 def _limit(help: str) -> Any:
@@ -72,9 +68,9 @@ async def _create(
 
 
 @app.command("list")
-def ls(as_json: Json = False) -> None:
-    """All keys, oldest first, without what only their owners know."""
-    keys = sorted(asyncio.run(_list()), key=lambda key: key.created_at)
+def ls(limit: Limit = None, as_json: Json = False) -> None:
+    """Keys, oldest first, without what only their owners know."""
+    keys = sorted(asyncio.run(_list()), key=lambda key: key.created_at)[:limit]
     if as_json:
         print_json([_shown(key) for key in keys])
         return
@@ -100,9 +96,14 @@ async def _list() -> list[ApiKey]:
 
 
 @app.command()
-def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="As 'foundry keys list' prints it.")]) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As 'foundry keys list' prints it.")],
+    as_json: Json = False,
+) -> None:
     """End a key for good. Gateways learn of it within their api_keys_refresh_seconds."""
     asyncio.run(_revoke(key_id))
+    if as_json:
+        print_json({"revoked": key_id})
     note(f"Key {key_id} is revoked.")
 
 

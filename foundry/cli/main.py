@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from foundry.cli import cartridges, chat, doctor, documents, evaluate, keys, runs, size, stack, store, train
-from foundry.cli.terminal import CommandGroup
+from foundry.cli.terminal import App
 
-app = typer.Typer(
-    cls=CommandGroup,
+app = App(
+    "Train KV-cache prefixes (cartridges) that stand in for long documents, and serve them.",
     name="foundry",
-    help="Train KV-cache prefixes (cartridges) that stand in for long documents, and serve them.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
 app.command()(stack.up)
 app.command()(stack.down)
@@ -31,6 +30,23 @@ app.add_typer(store.app, name="store")
 app.add_typer(keys.app, name="keys")
 app.command()(size.size)
 app.command()(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"foundry {version('cartridge-foundry')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,9 @@ from foundry.selfstudy.prompts import read_prompts
 from foundry.store import RunRequest
 from foundry.store.documents import readable
 from foundry.store.spec import TEMPLATE_TOKENS
+
+# As a file, whatever is piped in.
+STANDARD_INPUT = Path("-")
 
 
 class _Yaml(yaml.SafeLoader):
@@ -61,7 +65,8 @@ def resolve(
         if role == "document":
             # What the file brings is not beside what options have taken the place of.
             dropped = ("document",) if files[role] is None else ("document", "text", "title")
-            values = {"title": file.name} | {key: value for key, value in values.items() if key not in dropped}
+            title = "standard input" if file == STANDARD_INPUT else file.name
+            values = {"title": title} | {key: value for key, value in values.items() if key not in dropped}
             if "text" in values:
                 raise InvalidArgument(f"{config}: give either document or text", field="text")
             values["text"] = text
@@ -92,7 +97,7 @@ def _read_config(config: Path) -> dict[str, Any]:
 def read_text(file: Path) -> str:
     """Raises DocumentUnreadable unless it is text in UTF-8."""
     try:
-        return readable(file.read_bytes()).decode()
+        return readable(sys.stdin.buffer.read() if file == STANDARD_INPUT else file.read_bytes()).decode()
     except OSError as error:
         raise DocumentUnreadable(f"{file} can't be read: {error.strerror}", field="document") from error
     except DocumentUnreadable as error:

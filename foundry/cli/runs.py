@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foundry.cli.gateway import connect
-from foundry.cli.terminal import Json, Yes, confirm, note, print_json, print_table
+from foundry.cli.terminal import (
+    INTERRUPTED,
+    App,
+    Json,
+    JsonEvents,
+    Limit,
+    Yes,
+    confirm,
+    note,
+    print_event,
+    print_json,
+    print_table,
+    printable,
+    quiet,
+)
 from foundry.errors import FoundryError
 
 if TYPE_CHECKING:
-    from foundry.client import FoundryClient
+    from foundry.client import Foundry, RunJson
 
-app = typer.Typer(
-    help="List, show, follow, cancel and remove training runs.", no_args_is_help=True, rich_markup_mode=None
-)
+app = App("List, show, follow, pause, resume, cancel and remove training runs.")
 RunId = Annotated[str, typer.Argument(help="The run's id, e.g. run-k3v7q2xa.")]
 
 
 @app.command()
-def ls(as_json: Json = False) -> None:
-    """All runs, newest first."""
+def ls(limit: Limit = None, as_json: Json = False) -> None:
+    """Runs, newest first."""
     with connect(start=False) as client:
-        listed = client.runs.list()
+        listed = client.runs.list(limit=limit)
     if as_json:
         print_json(listed)
         return
@@ -50,65 +62,133 @@ def show(run_id: RunId, as_json: Json = False) -> None:
     shown = {key: value for key, value in run.items() if key not in ("object", "id", "state", "spec", "last_event")}
     for key, value in {**shown, **run["spec"]}.items():
         if value not in (None, "", {}):
-            print(f"  {key:26} {value}")
+            print(f"  {key:26} {printable(str(value))}")
 
 
 @app.command()
-def cancel(run_id: RunId) -> None:
+def cancel(run_id: RunId, as_json: Json = False) -> None:
     """End a run after the step in hand. The versions published so far stay."""
     with connect(start=False) as client:
         run = client.runs.cancel(run_id)
-    note(f"{run_id} is cancelled." if run["state"] == "cancelled" else f"{run_id} ends after the step in hand.")
+    _answer(
+        run, as_json, f"{run_id} is cancelled." if run["state"] == "cancelled" else f"{run_id} ends after this step."
+    )
 
 
 @app.command()
-def rm(run_id: RunId, yes: Yes = False) -> None:
+def pause(run_id: RunId, as_json: Json = False) -> None:
+    """Begin no new step until the run is resumed."""
+    with connect(start=False) as client:
+        run = client.runs.pause(run_id)
+    paused = run["state"] == "paused"
+    _answer(run, as_json, f"{run_id} is paused." if paused else f"{run_id} pauses after the step in hand.")
+
+
+@app.command()
+def resume(run_id: RunId, as_json: Json = False) -> None:
+    """Let a paused run go on from where it stands."""
+    with connect(start=False) as client:
+        run = client.runs.resume(run_id)
+    _answer(run, as_json, f"{run_id} goes on.")
+
+
+@app.command()
+def rm(run_id: RunId, yes: Yes = False, as_json: Json = False) -> None:
     """Delete a run that is over, with its events and checkpoints. The versions that it published stay."""
     with connect(start=False) as client:
         confirm(f"Delete {run_id}, its events and checkpoints?", yes)
         client.runs.delete(run_id)
+    if as_json:
+        print_json({"deleted": run_id})
     note(f"Deleted {run_id}.")
 
 
 @app.command()
-def follow(run_id: RunId) -> None:
+def follow(run_id: RunId, as_json: JsonEvents = False) -> None:
     """Watch a run until it ends. Ctrl-C stops watching, not the run."""
     with connect(start=False) as client:
-        watch(client, client.runs.get(run_id))
+        watch(client, client.runs.get(run_id), as_json=as_json)
 
 
-def watch(client: FoundryClient, run: Mapping[str, Any]) -> None:
-    """Show a run's events until it ends. Raises FoundryError if it failed; Ctrl-C leaves it going."""
+@app.command()
+def logs(run_id: RunId, as_json: JsonEvents = False) -> None:
+    """What has happened in a run, and the lines of its worker's log, where this machine's stack has it."""
     from rich.console import Console
 
     from foundry.cli.progress import RunView
 
+    with connect(start=False) as client:
+        run = client.runs.get(run_id)
+        with RunView(run["spec"]["name"], Console(force_terminal=False)) as view:
+            for event in client.runs.events(run_id, follow=False):
+                print_event(event) if as_json else view.show(event)
+    for line in _worker_log(run_id):
+        print_event({"type": "log", "line": line}) if as_json else print(line)
+    if run["job"]:
+        note(f"Its worker's log is in Kubernetes:  kubectl logs job/{run['job']} --all-containers")
+
+
+def _worker_log(run_id: str) -> Iterator[str]:
+    from foundry.local.home import Home
+    from foundry.local.log_files import earlier
+
+    log = Home().log_file("trainer")
+    for path in (earlier(log), log):
+        if path.is_file():
+            with path.open(errors="replace") as lines:
+                yield from (line.rstrip("\n") for line in lines if run_id in line)
+
+
+def watch(client: Foundry, run: RunJson, *, as_json: bool = False) -> None:
+    """Show a run's events until it ends. Raises FoundryError if it failed; Ctrl-C leaves it going."""
     run_id, name = run["id"], run["spec"]["name"]
     finished: Mapping[str, Any] = {}
     try:
-        with RunView(name, Console(stderr=True)) as view:
-            for event in client.runs.events(run_id):
-                view.show(event)
-                finished = event
+        for event in _shown(client, run_id, name, as_json=as_json):
+            finished = event
     except KeyboardInterrupt:
         note(
             f"\n{run_id} goes on. Watch it:  foundry runs follow {run_id}\n{' ' * len(run_id)}    End it:  "
             f"foundry runs cancel {run_id}"
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     if finished.get("state") == "failed":
         raise FoundryError(f"{run_id} failed: {finished['error']}")
     note(f"{run_id} {finished.get('state', 'ended')}.")
-    if result := finished.get("result"):
+    if (result := finished.get("result")) and not as_json:
         print(f"{name}@{result['version']}  {result['digest']}")
 
 
-def _steps(run: Mapping[str, Any]) -> str:
+def _shown(client: Foundry, run_id: str, name: str, *, as_json: bool) -> Iterator[Mapping[str, Any]]:
+    """Its events, once they are on the terminal: with -q none are shown."""
+    from rich.console import Console
+
+    from foundry.cli.progress import RunView
+
+    if as_json or quiet():
+        for event in client.runs.events(run_id):
+            if as_json:
+                print_event(event)
+            yield event
+        return
+    with RunView(name, Console(stderr=True)) as view:
+        for event in client.runs.events(run_id):
+            view.show(event)
+            yield event
+
+
+def _answer(run: RunJson, as_json: bool, said: str) -> None:
+    if as_json:
+        print_json(run)
+    note(said)
+
+
+def _steps(run: RunJson) -> str:
     step = (run["result"] or run["last_event"] or {}).get("step", 0)
     return f"{step}/{run['spec']['num_steps']}"
 
 
-def _heldout(run: Mapping[str, Any]) -> str:
+def _heldout(run: RunJson) -> str:
     result = run["result"] or {}
     if result.get("heldout_kl_last") is None:
         return ""

@@ -17,20 +17,24 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="The gateway's port. Default: free from 8000.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Start the local stack in the background and print the gateway's address."""
     from foundry.local.stack import LocalStack
 
     state = LocalStack(model=model, port=port, say=note).up()
     note(f"The stack is ready with the model {state.model}; 'foundry down' stops it.")
-    print(state.gateway_url)
+    print_json({"gateway_url": state.gateway_url, "model": state.model}) if as_json else print(state.gateway_url)
 
 
-def down() -> None:
+def down(as_json: Json = False) -> None:
     """Stop the local stack. Cartridges, documents and runs stay."""
     from foundry.local.stack import LocalStack
 
-    note("The stack is stopped." if LocalStack(say=note).down() else "No stack was running.")
+    was_running = LocalStack(say=note).down()
+    if as_json:
+        print_json({"was_running": was_running})
+    note("The stack is stopped." if was_running else "No stack was running.")
 
 
 def status(as_json: Json = False) -> None:

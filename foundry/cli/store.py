@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foundry.cli.terminal import Json, note, print_json
+from foundry.cli.terminal import App, Json, note, print_json
 from foundry.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 _VARIABLES = "FOUNDRY_STORE__"
 
-app = typer.Typer(
-    help="Check and restore the store that FOUNDRY_STORE__* names, else the local stack's.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = App("Check and restore the store that FOUNDRY_STORE__* names, else the local stack's.")
 
 
 def gc(

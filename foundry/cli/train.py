@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
 
 from foundry.cli.gateway import connect
 from foundry.cli.runs import watch
-from foundry.cli.terminal import note
+from foundry.cli.terminal import App, Command, JsonEvents, note, print_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
 _SHORT = {"num_tokens": "--tokens", "num_steps": "--steps", "learning_rate": "--lr"}
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """Makes its options from the fields of a run when it is used: loading those takes longer than `foundry --help`."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         from typer.main import get_command
 
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app = App("", add_completion=False)
         app.command()(_with_run_options(_train, help=train.__doc__))
         return get_command(app).make_context(info_name, args, parent, **extra)
 
@@ -42,7 +41,8 @@ def train() -> None:
 
 def _train(
     file: Annotated[
-        list[Path] | None, typer.Argument(help="The document: a text file in UTF-8. Or several, for one cartridge.")
+        list[Path] | None,
+        typer.Argument(help="The document: a text file in UTF-8; - is standard input. Or several, for one."),
     ] = None,
     config: Annotated[
         Path | None,
@@ -61,6 +61,7 @@ def _train(
         bool, typer.Option("--dry-run", help="Print the run as YAML; start, upload and train nothing.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and return.")] = False,
+    as_json: JsonEvents = False,
     **given: Any,
 ) -> None:
     from foundry.cli.run_request import resolve
@@ -73,20 +74,21 @@ def _train(
     if dry_run:
         import yaml
 
-        print(yaml.safe_dump(_dry(request), sort_keys=False, allow_unicode=True), end="")
+        run = _dry(request)
+        print_json(run) if as_json else print(yaml.safe_dump(run, sort_keys=False, allow_unicode=True), end="")
         return
     with connect(start=True) as client:
         for title, content in uploads.items():
             client.documents.create(content, title=title)
         unsaid = {"text", "title"} if request.text is None else {"document"}
-        run = client.runs.create(**request.model_dump(exclude_unset=True, exclude=unsaid))
-        for line in run.get("chosen") or ():
+        queued = client.runs.create(**request.model_dump(exclude_unset=True, exclude=unsaid))
+        for line in queued["chosen"] or ():
             note(line)
         if detach:
-            note(f"Watch it:  foundry runs follow {run['id']}")
-            print(run["id"])
+            note(f"Watch it:  foundry runs follow {queued['id']}")
+            print_json(queued) if as_json else print(queued["id"])
             return
-        watch(client, run)
+        watch(client, queued, as_json=as_json)
 
 
 def _dry(request: RunRequest) -> dict[str, Any]:

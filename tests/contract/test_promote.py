@@ -118,7 +118,7 @@ def test_the_command_line(stack: Stack, command: CliRunner) -> None:
     assert run(command, "promote", "handbook@latest", "prod").stdout == "handbook@prod: 1 -> 4\n"
     assert run(command, "rollback", "handbook", "prod").stdout == "handbook@prod: 4 -> 1\n"
     refused = run(command, "rollback", "handbook", "prod")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 4
     assert refused.stderr.startswith("error: handbook@prod can't go back")
     assert run(command, "rollback", "handbook", "--to", "2").stdout == (
         "handbook@latest: 4 -> 5 (rollback of handbook@2)\n"
@@ -140,5 +140,5 @@ def test_the_command_line(stack: Stack, command: CliRunner) -> None:
 def test_the_command_line_wants_a_tag_or_a_version(command: CliRunner) -> None:
     for arguments in ([], ["prod", "--to", "2"]):
         refused = run(command, "rollback", "handbook", *arguments)
-        assert refused.exit_code == 1
+        assert refused.exit_code == 2
         assert "--to VERSION" in refused.stderr

@@ -160,7 +160,7 @@ async def test_commands_without_redis_say_so(filled: CartridgeStore, store_setti
     gone = store_settings.model_copy(update={"redis_url": type(store_settings.redis_url)("redis://127.0.0.1:1")})
     for arguments in (["gc"], ["store", "verify"], ["store", "rebuild", "--force"]):
         done = await asyncio.to_thread(foundry, gone, *arguments)
-        assert done.returncode == 1
+        assert done.returncode == 6
         assert done.stdout == ""
         assert done.stderr.startswith("error: Redis can't be used"), done.stderr
 

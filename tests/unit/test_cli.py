@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner, Result
 
 from foundry.cli import doctor
 from foundry.cli.main import app
+from foundry.cli.terminal import FAILED, INTERRUPTED, STATUSES, print_table, status_of
+from foundry.errors import BY_REASON
 from foundry.identity import content_digest
 from foundry.local.demo_model import DEMO_NAME
 from foundry.store import RunRequest
@@ -38,10 +41,10 @@ def foundry(*arguments: str, environment: Mapping[str, str] | None = None) -> Re
     return CliRunner().invoke(app, arguments, env=environment)
 
 
-def refused(*arguments: str) -> str:
+def refused(*arguments: str, status: int = 2) -> str:
     """Standard error of a command that must fail: one line, no traceback."""
     result = foundry(*arguments)
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == status, result.output
     assert result.stderr.startswith("error: "), result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert result.stdout == ""
@@ -92,7 +95,7 @@ def test_help_names_every_command() -> None:
     ],
 )
 def test_commands_that_need_the_stack_say_how_to_start_it(arguments: list[str]) -> None:
-    assert "foundry up" in refused(*arguments)
+    assert "foundry up" in refused(*arguments, status=6)
 
 
 def test_status_without_a_stack() -> None:
@@ -115,7 +118,7 @@ def test_a_home_that_cannot_be_made_is_one_plain_line(
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FOUNDRY_HOME", path.format(file=file))
-    assert "FOUNDRY_HOME must be a directory that can be written" in refused("up")
+    assert "FOUNDRY_HOME must be a directory that can be written" in refused("up", status=1)
     for command in ("down", "status"):
         result = foundry(command)
         assert result.exception is None or isinstance(result.exception, SystemExit)
@@ -256,8 +259,8 @@ def test_numbers_may_be_written_without_a_point(document: Path) -> None:
         ([], "", "name is missing"),
         (["--name", "Not A Name"], "", "not a cartridge name"),
         (["--name", "x", "--tokens", "1"], "", "num_frozen is 1 of 1 tokens"),
-        (["--name", "x", "--steps", "-1"], "", "num_steps must be greater"),
-        (["--name", "x", "--lr", "nan"], "", "learning_rate must be a finite number"),
+        (["--name", "x", "--steps", "-1"], "", "--steps must be greater"),
+        (["--name", "x", "--lr", "nan"], "", "--lr must be a finite number"),
         (["--name", "x", "--objective", "mse"], "", "'forward_kl', 'reverse_kl', 'jsd', 'topk' or 'nll'"),
         (["--name", "x", "--tokens", "5000"], "", "a cartridge of 5000 tokens"),
         (["--name", "x", "--prompts", "{here}/handbook.md"], "", "handbook.md, line 1 is not JSON"),
@@ -295,11 +298,11 @@ def test_questions_are_read_before_anything_starts(document: Path) -> None:
     assert "handbook.md, line 1 is not JSON" in refused("eval", "x", "--questions", str(document))
     questions = document.with_name("ask.jsonl")
     result = document.with_name("absent") / "result.json"
-    assert "there is no directory" in refused("eval", "x", "--questions", str(questions), "--json", str(result))
+    assert "there is no directory" in refused("eval", "x", "--questions", str(questions), "--output", str(result))
 
 
 def test_unknown_model_is_refused() -> None:
-    assert "neither a directory nor a hub id" in refused("up", "--model", "no such model")
+    assert "neither a directory nor a hub id" in refused("up", "--model", "no such model", status=3)
 
 
 def test_version_to_remove_must_be_a_number() -> None:
@@ -308,7 +311,7 @@ def test_version_to_remove_must_be_a_number() -> None:
 
 def test_gateway_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOUNDRY_GATEWAY", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9" in refused("runs", "ls")
+    assert "http://127.0.0.1:9" in refused("runs", "ls", status=6)
 
 
 def test_store_settings_that_are_wrong_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +361,110 @@ def test_doctor_knows_where_no_home_can_be(monkeypatch: pytest.MonkeyPatch, tmp_
     assert found["disk for cartridges"] == "missing"
 
 
+def program(*arguments: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    """In a process of its own, with real files for its standard input and output."""
+    command = [sys.executable, "-m", "foundry", *arguments]
+    return subprocess.run(command, check=False, timeout=60, **{"stderr": subprocess.PIPE, **more})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["size", "llama-3.2-3b"]])
+def test_a_full_disk_is_one_plain_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = program(*arguments, stdout=full)
+    assert (done.returncode, done.stderr) == (1, b"error: can't write: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["size", "llama-3.2-3b"]])
+def test_a_reader_that_has_enough_is_no_error(arguments: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as pipe:
+        done = program(*arguments, stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_the_module_is_the_command() -> None:
+    assert program("--version", stdout=subprocess.PIPE).stdout == foundry("--version").stdout.encode()
+    assert foundry("--version").stdout == f"foundry {version('cartridge-foundry')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["runs", "-h"], ["train", "-h"], ["cartridges", "tag", "-h"]])
+def test_help_has_a_short_spelling(arguments: list[str]) -> None:
+    assert foundry(*arguments).stdout == foundry(*arguments[:-1], "--help").stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("foundry ru", "runs"), ("foundry runs pa", "pause"), ("foundry train --learn", "--learning-rate")],
+)
+def test_the_shell_completes_commands_and_options(words: str, found: str) -> None:
+    environment = {"_FOUNDRY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert foundry(environment=environment).stdout.split() == [found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["nothing"], 2, "error: No such command 'nothing' (see 'foundry --help')"),
+        (["runs", "show"], 2, "error: Missing argument 'run_id' (see 'foundry runs show --help')"),
+        (["train", "--nothing"], 2, "error: No such option: --nothing"),
+        (["size", "llama-3.2-3b", "--gpu", "b9000"], 2, "error: --gpu 'b9000' is not one of"),
+        (["ask", "x", "Why?", "--temperature", "nan"], 2, "error: Invalid value for '--temperature'"),
+        (["runs", "ls", "--limit", "0"], 2, "error: Invalid value for '--limit'"),
+        (["eval", "x", "--questions", "/proc/absent"], 2, "error: /proc/absent can't be read"),
+    ],
+)
+def test_every_error_has_one_form(arguments: list[str], status: int, said: str) -> None:
+    assert refused(*arguments, status=status).startswith(said)
+
+
+def test_every_kind_of_error_has_a_status() -> None:
+    statuses = {error.reason: status_of(error("")) for error in BY_REASON.values()}
+    of_each = ("INVALID_ARGUMENT", "RUN_NOT_FOUND", "CONFLICT", "PERMISSION_DENIED", "STORE_UNAVAILABLE", "INTERNAL")
+    assert [statuses[reason] for reason in of_each] == [2, 3, 4, 5, 6, 1]
+    assert len({status for status, *_ in STATUSES} | {0, FAILED, INTERRUPTED}) == len(STATUSES) + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ask", "x"], b"error: the question on standard input is not text in UTF-8"),
+        (["ask", "x", "-"], b"error: the question on standard input is not text in UTF-8"),
+        (["train", "-", "--name", "x"], b"error: -: the document is not UTF-8 text"),
+        (["runs", "show", b"\xff"], b"error: '\\udcff' is not a run id"),
+        (["ask", "x", b"\xff"], b"error: messages can't be sent as JSON"),
+        (["train", b"/proc/\xff", "--name", "x"], b"error: /proc/\\udcff can't be read"),
+    ],
+)
+def test_what_is_no_text_is_one_plain_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: bytes) -> None:
+    monkeypatch.setenv("FOUNDRY_GATEWAY", "http://127.0.0.1:9")
+    done = program(*arguments, input=b"\xff\n", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(said), done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOUNDRY_GATEWAY", "127.0.0.1:8000")
+    assert refused("runs", "ls").startswith("error: FOUNDRY_GATEWAY: '127.0.0.1:8000' is not")
+
+
+def test_a_document_may_come_on_standard_input() -> None:
+    text = "The harbour is open again. " * 8
+    result = CliRunner().invoke(app, ["train", "-", "--name", "x", "--dry-run", "--json"], input=text)
+    assert json.loads(result.stdout) == {"name": "x", "document": content_digest(text.encode())}
+
+
+def test_tables_shorten_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    title = "a title \x1b]0;that moves the cursor\x07 " + "and is long " * 50
+    print_table(["digest", "title"], [["blake3:" + "0" * 64, title], ["", "東京"]], empty="")
+    head, row, last = capsys.readouterr().out.splitlines()
+    assert row.startswith("blake3:" + "0" * 64 + "  a title �]0;")
+    assert row.endswith("and is long")
+    assert head.index("title") == row.index("a title") == last.index("東京")
+
+
 def test_size_prints_what_a_workload_takes() -> None:
     result = foundry("size", "llama-3.2-3b", "--runs", "2", "--engine", "vllm")
     assert result.exit_code == 0, result.output
@@ -397,4 +504,4 @@ def test_size_takes_a_directory_and_prints_json(tmp_path: Path) -> None:
     ],
 )
 def test_size_refuses_what_it_cannot_reckon(arguments: list[str], message: str) -> None:
-    assert message in refused("size", *arguments)
+    assert message in refused("size", *arguments, status=3 if message == "nothing is fetched" else 2)

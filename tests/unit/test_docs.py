@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from docs import make_cli
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,6 +22,10 @@ def test_every_dependency_has_its_reason() -> None:
     names = {re.split(r"[\[<>=!~;, ]", entry)[0] for entry in declared}
     listed = set(re.findall(r"^\| ([a-z0-9.-]+) \|", (ROOT / "docs" / "dependencies.md").read_text(), re.MULTILINE))
     assert listed - {"package"} == names
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    assert make_cli.PAGE.read_text() == make_cli.page()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/decisions.md"])

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Who stands above whom in the library. A room imports from its own floor and from those below; rooms of one floor
 # are apart.
 FLOORS = (
+    {"foundry.__main__"},
     {"foundry.cli"},
     {"foundry.local", "foundry.evaluation"},
     {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},

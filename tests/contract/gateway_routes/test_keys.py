@@ -166,7 +166,7 @@ def test_the_command_makes_keys_that_the_sdk_shows(guarded: Guarded, monkeypatch
         assert result.exit_code == status, result.output
         return result
 
-    assert "has no API key" in foundry("cartridges", "ls", status=1).stderr
+    assert "has no API key" in foundry("cartridges", "ls", status=5).stderr
     options = ("--tenant", "initech", "--label", "of the wiki", "--expires-days", "7", "--tokens-per-minute", "9")
     made = foundry("keys", "create", "--scope", "query", "--scope", "train", *options)
     text = made.stdout.strip()
@@ -196,8 +196,8 @@ def test_the_command_makes_keys_that_the_sdk_shows(guarded: Guarded, monkeypatch
         wait_until(lambda: guarded.http("GET", "/v1/models", text).status_code == 401, guarded.gateway)
         with pytest.raises(Unauthenticated, match="was revoked"):
             client.models()
-    assert "scopes.0 must be" in foundry("keys", "create", "--scope", "root", status=1).stderr
-    assert "there is no key" in foundry("keys", "revoke", "a" * 12, status=1).stderr
+    assert "scopes.0 must be" in foundry("keys", "create", "--scope", "root", status=2).stderr
+    assert "there is no key" in foundry("keys", "revoke", "a" * 12, status=3).stderr
 
 
 def test_without_keys_a_gateway_that_others_reach_says_so(site: Site) -> None:

@@ -71,6 +71,12 @@ coverage: install  ## the same, and which branches they take: fewer than pyproje
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+# Each through its own library, and read back by it.
+test-trackers: install  ## install the trackers, and try what runs write to them (a minute)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[tensorboard,wandb,trackio]'
+	$(BIN)/python -m pytest -W default tests/trackers
+
 # Which ones: make kills FOUNDRY_KILLS_SEED=7. The kills are listed at the end.
 kills: install  ## kill services and Valkey 200 times during one run (15 minutes on 2 cores)
 	FOUNDRY_KILLS=200 FOUNDRY_KILLS_RESULT=benchmarks/results/kills.json $(BIN)/python -m pytest tests/chaos/test_kills.py -s
@@ -181,4 +187,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis test-clients clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis test-clients test-trackers clean

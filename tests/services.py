@@ -59,7 +59,7 @@ class Stack:
         }
         self.settings = StoreSettings.model_validate(values)
         self._environment = {f"FOUNDRY_STORE__{name.upper()}": str(value) for name, value in values.items()}
-        self._environment |= environment or {}
+        self._environment |= {"FOUNDRY_TRACKING_DIRECTORY": str(directory / "tracking"), **(environment or {})}
         self._processes: list[Process] = []
         self._ports: list[socket.socket] = []
 

@@ -6,6 +6,7 @@ up.lock           held while somebody starts the stack
 logs/             one file per process, what was before beside it as NAME.log.1: of the last stack, or from 64 MiB on
 objects/          cartridges, documents, checkpoints: the durable truth
 valkey/           pointers, runs, events
+tracking/         a file of JSON lines for each run, and what trackers write
 tokens/           what the services show each other (foundry/rpc/tokens.py)
 """
 
@@ -68,6 +69,7 @@ class Home:
         self.objects = self.path / "objects"
         self.valkey = self.path / "valkey"
         self.tokens = self.path / "tokens"
+        self.tracking = self.path / "tracking"
 
     @contextmanager
     def used(self) -> Iterator[None]:

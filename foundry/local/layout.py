@@ -76,6 +76,7 @@ def _environment(home: Home, redis_url: str, threads: str) -> dict[str, str]:
     return {
         # Room for a document of this length with its question and answer; who sets another value keeps it.
         "FOUNDRY_MAX_SEQUENCE_TOKENS": "4096",
+        "FOUNDRY_TRACKING_DIRECTORY": str(home.tracking),
         **os.environ,
         # By environment, because everybody on the machine can read a command line.
         "FOUNDRY_STORE__REDIS_URL": redis_url,

@@ -19,6 +19,7 @@ from foundry.store import (
     RunState,
 )
 from foundry.v1 import common_pb2
+from services.trainer.trackers.tracker import Tracker
 
 Json = dict[str, Any]
 
@@ -29,8 +30,11 @@ class Attempt:
     What changes anything raises Fenced once another attempt has the run.
     """
 
-    def __init__(self, claimed: ClaimedRun, store: CartridgeStore, retry: Retry) -> None:
-        self.claimed, self.retry = claimed, retry
+    def __init__(
+        self, claimed: ClaimedRun, store: CartridgeStore, retry: Retry, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        """`trackers` are told what those who follow the run are told, and how it ended."""
+        self.claimed, self.retry, self._trackers = claimed, retry, trackers
         self._store, self._runs = store, store.runs
         self._held = (claimed.run_id, claimed.attempt)
 
@@ -48,6 +52,8 @@ class Attempt:
     async def tell(self, event: Mapping[str, Any]) -> None:
         """Those who follow the run."""
         await self.retry.call("store", lambda: self._runs.report(*self._held, event))
+        for tracker in self._trackers:
+            tracker.tell(event)
 
     async def heartbeat(self, lease_seconds: float, state: RunState) -> Desired:
         waiting_for = self.retry.waiting_for
@@ -58,6 +64,8 @@ class Attempt:
 
     async def finish(self, state: RunState, error: str | None, result: Mapping[str, Any]) -> None:
         await self.retry.call("store", lambda: self._runs.finish(*self._held, state, error=error, result=result))
+        for tracker in self._trackers:
+            tracker.tell({"type": "finished", "state": state, "error": error, "result": result})
 
     async def traceparent(self) -> str:
         return await self.retry.call("store", lambda: self._runs.traceparent(self.claimed.run_id))

@@ -69,6 +69,11 @@ STAGE_SECONDS = Histogram(
     ["stage"],
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )
+TRACKER_FAILURES = Counter(
+    "foundry_trainer_tracker_failures",
+    "Events that a tracker failed to take, or was too slow to; and trackers that could not be opened or closed.",
+    ["tracker"],
+)
 RETRIES = Counter("foundry_trainer_retries", "Calls that had to be repeated.", ["call", "reason"])
 
 # What says that bytes, ids or a model are not what was asked for.
@@ -79,6 +84,8 @@ for _stage in ("rollout", "teacher", "update", "publish", "total", "evaluate", "
     STAGE_SECONDS.labels(_stage)
 for _guard in (*GUARDS, *IdentityMismatch.__subclasses__()):
     REFUSED.labels(_guard.reason)
+for _tracker in ("json", "tensorboard", "wandb", "trackio"):
+    TRACKER_FAILURES.labels(_tracker)
 for _call in ("rollout", "teacher", "store"):
     RETRIES.labels(_call, Unavailable.reason)
 for _end in ("succeeded", "failed", "cancelled", "fenced", "requeued"):

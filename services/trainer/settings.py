@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -62,6 +66,19 @@ class TrainerSettings(ModelSettings):
 
     selfstudy_chunk_tokens: int = Field(default=96, ge=16)
     """Length of the document's pieces that self-study asks about."""
+
+    tracking_directory: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()) / f"cartridge-foundry-{os.getuid()}" / "tracking"
+    )
+    """Where every run has its RUN.jsonl, a line for each of its events, and trackers their files. By default in the
+    directory for temporary files; in the local stack's home there."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+    """Where the numbers of every step go besides: each through its own library, which is the extra of that name. What a
+    tracker fails to take is lost to it, logged and counted; no run waits for it."""
+
+    tracking_project: str = "cartridge-foundry"
+    """The project that runs belong to in Weights & Biases and trackio."""
 
     grace_seconds: float = 30.0
     """How long calls in flight may go on after SIGTERM."""

@@ -22,9 +22,13 @@ from services.trainer.heartbeat import Heartbeat
 from services.trainer.prepare import Preparation
 from services.trainer.ranks.leader import Leader
 from services.trainer.settings import TrainerSettings
+from services.trainer.trackers.choice import open_trackers
+from services.trainer.trackers.tracker import close
 
 log = structlog.get_logger(__name__)
 CLAIM_SECONDS = 5.0
+# How long a run that has ended waits for trackers that have not taken all of it.
+_TRACKERS_SECONDS = 10.0
 
 
 class Worker:
@@ -81,11 +85,12 @@ class Worker:
         return await self._retry().call("store", attempt)
 
     async def _see_through(self, claimed: ClaimedRun) -> None:
-        active = self.active = ActiveRun(Attempt(claimed, self._store, self._retry()), Control())
-        heart = Heartbeat(active, self._settings.lease_seconds)
         metrics.LAST_STEP_TIMESTAMP.set_to_current_time()
         with structlog.contextvars.bound_contextvars(run=claimed.run_id, attempt=claimed.attempt):
             log.info("claimed", name=claimed.spec.name)
+            trackers = open_trackers(self._settings, claimed)
+            active = self.active = ActiveRun(Attempt(claimed, self._store, self._retry(), trackers), Control())
+            heart = Heartbeat(active, self._settings.lease_seconds)
             # Until the end is written down: that may take as long as a step.
             beating = asyncio.create_task(heart.beat())
             try:
@@ -93,6 +98,7 @@ class Worker:
             finally:
                 await end(beating)
                 self.active = None
+                await asyncio.to_thread(close, trackers, _TRACKERS_SECONDS)
 
     def _retry(self) -> Retry:
         return Retry(self._settings.patience_seconds, on_failure=metrics.count_failure)

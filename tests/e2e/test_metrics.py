@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import httpx
@@ -46,6 +48,7 @@ WORDS = {
     "limit": set(KeyLimits.model_fields),
     "kind": {"api_key", "cartridge", "document", "grant", "manifest", "mark", "pointer", "run", "tag"},
     "outcome": {"created", "existed", "deleted", "failed", "refused", "error"},
+    "tracker": {"json", "tensorboard", "wandb", "trackio"},
     "call": {"rollout", "teacher", "store"},
     "method": {"GET", "POST", "other", "Generate", "GenerateBatch", "Resident", "PutContext", "Score", "Status"},
     "code": {code.name for code in grpc.StatusCode},
@@ -123,6 +126,27 @@ def test_a_service_serves_what_the_page_lists_and_nothing_else(site: Site, servi
     served = families_served(site, service)
     assert served == make_metrics.served_by(service)
     assert [name for name in sorted(served) if f"| `{name}` |" not in page] == []
+
+
+def test_every_step_is_a_line_of_json(site: Site) -> None:
+    (file,) = site.stack.directory.glob("tracking/run-*.jsonl")
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    wait_until(lambda: lines()[-1]["type"] == "finished", site.processes["trainer"])
+    steps = [line for line in lines() if line["type"] == "step"]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    told = {event["step"]: event for event in asyncio.run(_told(site.stack, file.stem)) if event["type"] == "step"}
+    assert [{name: value for name, value in step.items() if name != "time"} for step in steps] == list(told.values())
+
+
+async def _told(stack: Stack, run_id: str) -> list[dict[str, Any]]:
+    store = await CartridgeStore.open(stack.settings)
+    try:
+        return [event async for _, event in store.runs.events(run_id)]
+    finally:
+        await store.close()
 
 
 def test_who_may_call_the_gateway_reads_no_counts_there(site: Site) -> None:

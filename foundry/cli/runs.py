@@ -77,7 +77,7 @@ def cancel(run_id: RunId, as_json: Json = False) -> None:
 
 @app.command()
 def pause(run_id: RunId, as_json: Json = False) -> None:
-    """Begin no new step until the run is resumed."""
+    """Put a run aside after the step in hand, until it is resumed. Its worker is free for others."""
     with connect(start=False) as client:
         run = client.runs.pause(run_id)
     paused = run["state"] == "paused"
@@ -86,7 +86,7 @@ def pause(run_id: RunId, as_json: Json = False) -> None:
 
 @app.command()
 def resume(run_id: RunId, as_json: Json = False) -> None:
-    """Let a paused run go on from where it stands."""
+    """Let a paused run go on from where it stood."""
     with connect(start=False) as client:
         run = client.runs.resume(run_id)
     _answer(run, as_json, f"{run_id} goes on.")

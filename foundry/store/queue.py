@@ -148,8 +148,8 @@ class RunQueue:
         return str((await self._held("runs/report", run_id, attempt, text, self._events_length))[1])
 
     async def requeue(self, run_id: str, attempt: int, *, result: Mapping[str, Any] | None = None) -> None:
-        """Give a run back unfinished, so that another worker takes it at once; one that is to be cancelled ends so,
-        with `result`. Raises Fenced."""
+        """Give a run back unfinished, so that another worker takes it at once, or once it is resumed if it is to be
+        paused; one that is to be cancelled ends so, with `result`. Raises Fenced."""
         if (await self._held("runs/requeue", run_id, attempt, self._events_length))[0] == "cancel":
             await self.finish(run_id, attempt, RunState.CANCELLED, result=result)
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-
 
 class Control:
     """Wishes are set from outside at any time and honoured by the run between two steps."""
 
     def __init__(self) -> None:
-        self.cancelled = False
-        self._may_run = asyncio.Event()
-        self._may_run.set()
-
-    @property
-    def paused(self) -> bool:
-        return not self._may_run.is_set()
+        self.cancelled = self.paused = False
 
     def pause(self) -> None:
-        self._may_run.clear()
+        self.paused = True
 
     def resume(self) -> None:
-        self._may_run.set()
+        self.paused = False
 
     def cancel(self) -> None:
         self.cancelled = True
-        self._may_run.set()
 
-    async def wait_until_running(self) -> None:
-        await self._may_run.wait()
+    async def goes_on(self) -> bool:
+        """Whether another step is wanted. Awaited, so that whoever steers a run may do something between two steps."""
+        return not self.cancelled and not self.paused

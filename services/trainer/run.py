@@ -46,9 +46,11 @@ class Run:
         self._publisher, self._measurements, self._control = publisher, measurements, control
         self._lookahead = Lookahead(attempt, source, publisher)
         self._reporting, self._keeping = Background(), Background()
+        # It was put aside before its last step, as was wanted.
+        self.paused = False
 
     async def train(self) -> Progress:
-        """Train to the last step, or until it is cancelled or learns no more; what it ends with is durable."""
+        """Train to the last step, or until it is paused, cancelled or learns no more; what it ends with is durable."""
         try:
             await self._begin()
             while await self._goes_on():
@@ -60,7 +62,9 @@ class Run:
                         publication = await self._publish(update, step.stages)
                     await self._report(publication, batch, update, step.stages)
                     await self._evaluate_and_keep()
-            await self._end()
+            await self._put_aside()
+            if not self.paused:
+                await self._end()
             return self.progress
         except FoundryError:
             # What was trained before it is out, and said to be.
@@ -127,8 +131,11 @@ class Run:
         if self.progress.step >= self.spec.num_steps or self._learns_no_more:
             return False
         self._keeping.check()
-        await self._control.wait_until_running()
-        return not self._control.cancelled
+        if await self._control.goes_on():
+            return True
+        # Said once: the wish may change while all is kept.
+        self.paused = not self._control.cancelled
+        return False
 
     @property
     def _learns_no_more(self) -> bool:
@@ -143,13 +150,16 @@ class Run:
         if last or step % spec.checkpoint_every == 0:
             await self._keep()
 
-    async def _end(self) -> None:
+    async def _put_aside(self) -> None:
+        """What stands is kept for however long it waits: a checkpoint, and the newest version durably."""
         await self._reporting.settle()
         await self._lookahead.close()
         if self.progress.step < self.spec.num_steps:
             await self._keep()
         await self._keeping.settle()
         await self._publisher.publish_again()
+
+    async def _end(self) -> None:
         best = self.progress.best
         if best is not None and best.policy.digest != self.progress.policy.digest and not self._control.cancelled:
             await self._publisher.publish_best(best)

@@ -32,8 +32,8 @@ class TrainerSettings(ModelSettings):
     """Where versions, documents and runs are kept."""
 
     run: str = ""
-    """Id of the one run to see to its end; the process then exits: with 3 if the run failed, 143 if it was told to stop
-    first, else 0. Empty: take runs from the queue, for ever."""
+    """Id of the one run to see to its end, or until it is paused; the process then exits: with 3 if the run failed, 143
+    if it was told to stop first, else 0. Empty: take runs from the queue, for ever."""
 
     worker: str = Field(default_factory=socket.gethostname)
     """Name of this worker in the records of runs."""

@@ -39,7 +39,7 @@ class Worker:
     ) -> None:
         self.lm = lm
         self.active: ActiveRun | None = None
-        # How the last run ended that this worker saw to its end.
+        # How the last run ended that this worker saw to its end, or that it put aside.
         self.ended: RunState | None = None
         self._settings, self._store, self._leader = settings, store, leader
         metrics.observe_state(lambda: self.active.state if self.active is not None else metrics.IDLE)
@@ -69,7 +69,8 @@ class Worker:
 
     async def _work(self) -> None:
         with suppress(RunOver):
-            while True:
+            # Where there is one run, and it is paused, whoever starts workers starts another when it is resumed.
+            while not (self._settings.run and self.ended is RunState.PAUSED):
                 if claimed := await self._claim():
                     await self._see_through(claimed)
 
@@ -122,6 +123,11 @@ class Worker:
             await self._finish(active, RunState.FAILED, f"INTERNAL: {error!r}; see the trainer's log")
             raise
         else:
+            if active.run is not None and active.run.paused:
+                log.info("paused", step=active.run.progress.step)
+                self.ended = RunState.PAUSED
+                await self._give_back(active)
+                return
             await self._finish(active, RunState.CANCELLED if active.control.cancelled else RunState.SUCCEEDED)
 
     async def _train(self, active: ActiveRun, heart: Heartbeat) -> None:

@@ -268,6 +268,22 @@ async def test_pause_and_resume_reach_the_worker(runs: RunStore) -> None:
     assert await runs.heartbeat(run_id, 1, 60) is Desired.CONTINUE
 
 
+async def test_a_run_that_is_given_back_paused_waits_for_resume(runs: RunStore) -> None:
+    run_id = await runs.create(run_spec())
+    await claim(runs)
+    await runs.request_pause(run_id)
+    await runs.heartbeat(run_id, 1, 60, state=RunState.PAUSED)
+    await runs.requeue(run_id, 1)
+    record = await runs.get(run_id)
+    assert (record.state, record.worker) == (RunState.PAUSED, "")
+    assert (await runs.active()).waiting == (await runs.active()).held == frozenset()
+    assert await runs.claim("worker-1", 60) is None
+    await runs.request_resume(run_id)
+    assert (await claim(runs, "worker-1")).attempt == 2
+    states = [event["state"] async for _, event in runs.events(run_id, follow=False)]
+    assert states == ["queued", "running", "paused", "queued", "running"]
+
+
 async def test_a_queued_run_that_is_paused_is_not_claimed_until_resumed(runs: RunStore) -> None:
     run_id = await runs.create(run_spec())
     await runs.request_pause(run_id)

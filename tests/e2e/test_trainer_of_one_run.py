@@ -42,9 +42,10 @@ def start(stack: Stack, servers: tuple[Process, Process], run_id: str, *argument
     return spawn_trainer(stack, *servers, "--run", run_id, *arguments)
 
 
-def steps(stack: Stack, run_id: str) -> list[dict[str, Any]]:
+def steps(stack: Stack, run_id: str, *, follow: bool = True) -> list[dict[str, Any]]:
     async def read(store: CartridgeStore) -> list[dict[str, Any]]:
-        return [event async for event in step_events(store, run_id)]
+        told = store.runs.events(run_id, follow=follow)
+        return [event async for _, event in told if event["type"] == "step"]
 
     return stack.with_store(read)
 
@@ -58,16 +59,25 @@ def wait_for_step(stack: Stack, run_id: str, step: int) -> None:
     stack.with_store(wait)
 
 
-def test_a_run_that_was_stopped_goes_on_in_the_next_process(stack: Stack, servers: tuple[Process, Process]) -> None:
-    other, calm, stopped = (create(stack, name, num_steps=STEPS) for name in ("other", "calm", "stopped"))
-    assert start(stack, servers, calm).wait() == 0
+@pytest.fixture(scope="module")
+def calm(stack: Stack, servers: tuple[Process, Process]) -> list[dict[str, Any]]:
+    """Steps of a run that nothing happens to."""
+    run_id = create(stack, "calm", num_steps=STEPS)
+    assert start(stack, servers, run_id).wait() == 0
+    return steps(stack, run_id)
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_next_process(
+    stack: Stack, servers: tuple[Process, Process], calm: list[dict[str, Any]]
+) -> None:
+    other, stopped = (create(stack, name, num_steps=STEPS) for name in ("other", "stopped"))
     first = start(stack, servers, stopped)
     wait_for_step(stack, stopped, STOP_AT)
     assert first.stop() == 143
     assert record(stack, stopped).state is RunState.QUEUED
     assert start(stack, servers, stopped).wait() == 0
     assert record(stack, stopped).state is RunState.SUCCEEDED
-    expected = {event["step"]: numbers(event) for event in steps(stack, calm)}
+    expected = {event["step"]: numbers(event) for event in calm}
     found = steps(stack, stopped)
     assert len(expected) == STEPS
     assert {event["step"] for event in found} == set(expected)
@@ -78,6 +88,35 @@ def test_a_run_that_was_stopped_goes_on_in_the_next_process(stack: Stack, server
     # It was first in the queue, but for none of them.
     assert record(stack, other).attempt == 0
     assert start(stack, servers, stopped).wait() == 0, "a run that is over already"
+
+
+def test_a_paused_run_gives_its_worker_back_and_goes_on_from_where_it_stood(
+    stack: Stack, servers: tuple[Process, Process], calm: list[dict[str, Any]]
+) -> None:
+    paused = create(stack, "paused", num_steps=STEPS)
+    first = start(stack, servers, paused, "--lease-seconds", "1")
+    wait_for_step(stack, paused, STOP_AT)
+    stack.with_store(lambda store: store.runs.request_pause(paused))
+    assert first.wait() == 0
+    aside = record(stack, paused)
+    assert (aside.state, aside.worker) == (RunState.PAUSED, "")
+    stood_at = steps(stack, paused, follow=False)[-1]["step"]
+    assert STOP_AT <= stood_at < STEPS
+
+    async def resume(store: CartridgeStore) -> bool:
+        (newest,) = [each for each in await store.versions("paused") if each.step == stood_at]
+        await store.runs.request_resume(paused)
+        return newest.version in await store.durable_versions("paused")
+
+    assert stack.with_store(resume), "what it stood at is only in Redis"
+    assert start(stack, servers, paused).wait() == 0
+    assert record(stack, paused).state is RunState.SUCCEEDED
+    found = steps(stack, paused)
+    # No step twice: it was kept where it stood.
+    assert [(event["step"], event["attempt"]) for event in found] == [
+        (step, 1 if step <= stood_at else 2) for step in range(1, STEPS + 1)
+    ]
+    assert [numbers(event) for event in found] == [numbers(event) for event in calm]
 
 
 def test_a_failed_run_says_why_and_is_not_tried_again(stack: Stack, servers: tuple[Process, Process]) -> None:

@@ -140,9 +140,10 @@ class _BetweenSteps(Control):
         super().__init__()
         self._episode = episode
 
-    async def wait_until_running(self) -> None:
+    async def goes_on(self) -> bool:
         await self._episode.between_steps(self)
         self.deadline.reschedule(asyncio.get_running_loop().time() + STEP_SECONDS)
+        return await super().goes_on()
 
 
 def _num_retries() -> float:

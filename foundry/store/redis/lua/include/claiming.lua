@@ -8,8 +8,7 @@ local function take(id, worker, lease_ms, length)
   if known.err or not number(known[1]) or not known[2] then return {'damaged'} end
   local now, desired = now_ms(), known[3]
   if desired == 'pause' then
-    call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
-    tell_state(id, 'paused', length)
+    pause(id, length)
     return nil
   end
   local attempt = ms(call('HINCRBY', run_key(id), 'attempt', 1))

@@ -44,6 +44,13 @@ local function enqueue(id, length)
   ring()
 end
 
+-- Out of the queue, until it is resumed.
+local function pause(id, length)
+  local told = call('HGET', run_key(id), 'state') == 'paused'
+  call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
+  if not told then tell_state(id, 'paused', length) end
+end
+
 -- Forget a run. What is left for a day keeps a worker that slept through all this from taking up the name: no attempt of
 -- its is that high.
 local function drop(id)

@@ -11,8 +11,7 @@ call('HSET', run_key(id), 'desired', wish == 'resume' and '' or wish)
 if held then return {'ok'} end
 if wish == 'pause' and state == 'queued' then
   call('ZREM', 'foundry:runs:queue', id)
-  call('HSET', run_key(id), 'state', 'paused')
-  tell_state(id, 'paused', ARGV[3])
+  pause(id, ARGV[3])
 elseif wish == 'resume' and state == 'paused' then
   enqueue(id, ARGV[3])
 elseif wish == 'cancel' then

@@ -3,7 +3,8 @@
 
 local refused = fence(ARGV[1], ARGV[2])
 if refused then return refused end
-if call('HGET', run_key(ARGV[1]), 'desired') == 'cancel' then return {'cancel'} end
+local desired = call('HGET', run_key(ARGV[1]), 'desired')
+if desired == 'cancel' then return {'cancel'} end
 call('ZREM', 'foundry:runs:leases', ARGV[1])
-enqueue(ARGV[1], ARGV[3])
+if desired == 'pause' then pause(ARGV[1], ARGV[3]) else enqueue(ARGV[1], ARGV[3]) end
 return {'ok'}

@@ -223,6 +223,28 @@ async def test_a_job_that_ended_before_its_run_is_replaced(kube: KubeApi, gatewa
     assert kube.jobs[name(run_id)]["metadata"]["uid"] != before
 
 
+async def test_a_paused_run_has_no_pod_and_gets_one_when_it_is_resumed(
+    kube: KubeApi, gateway: Gateway, runs: RunStore
+) -> None:
+    run_id = await runs.create(run_spec())
+    jobs = gateway()
+    await jobs.reconcile()
+    before = kube.jobs[name(run_id)]["metadata"]["uid"]
+    claimed = await runs.claim_run(run_id, "worker-0", 60)
+    assert claimed is not None
+    await runs.request_pause(run_id)
+    # Its pod gives it back and ends well.
+    await runs.requeue(run_id, claimed.attempt)
+    kube.end_job(name(run_id), "Complete")
+    for _ in range(2):
+        await jobs.reconcile()
+    assert kube.jobs[name(run_id)]["metadata"]["uid"] == before
+    await runs.request_resume(run_id)
+    for _ in range(2):
+        await jobs.reconcile()
+    assert kube.jobs[name(run_id)]["metadata"]["uid"] != before
+
+
 async def test_jobs_of_runs_that_ended_by_themselves_stay(kube: KubeApi, gateway: Gateway, runs: RunStore) -> None:
     run_id = await runs.create(run_spec())
     patient, strict = gateway(), gateway(cancel_grace_seconds=0)

@@ -37,6 +37,25 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# As Qwen's: tools in the system turn, calls and their results in marks, a switch of its own.
+TOOLS_CHATML = (
+    "{%- if tools or messages[0].role == 'system' %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content }}{%- endif %}"
+    "{%- if tools %}{{- '\\n# Tools\\n<tools>' }}{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}"
+    "{{- '\\n</tools>' }}{%- endif %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}"
+    "{%- elif m.role != 'system' or not loop.first %}{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.content %}{{- m.content }}{%- endif %}"
+    "{%- for call in m.tool_calls or [] %}{{- '\\n<tool_call>\\n' }}"
+    '{{- \'{"name": "\' + call.function.name + \'", "arguments": \' '
+    "+ (call.function.arguments | tojson) + '}\\n</tool_call>' }}{%- endfor %}{%- endif %}"
+    "{%- if m.role != 'system' or not loop.first %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
 # What templates take for today.
 CLOCK = datetime(2024, 7, 26, tzinfo=UTC)
 _TEXT = (

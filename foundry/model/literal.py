@@ -28,7 +28,7 @@ class LiteralTokenizer:
                 "a text spells a control token: without a tokenizer.json it can't be read as text"
             )
         # Templates leave digits as they are, and nobody can have written these. No id depends on them.
-        nonce = secrets.randbits(128)
+        self._nonce = nonce = str(secrets.randbits(128))
         self._aliases = {spelling: f"[{nonce}:{number}:0]" for number, spelling in enumerate(control)}
         self._stand_ins = {spelling: f"[{nonce}:{number}:1]" for number, spelling in enumerate(control)}
         self._spellings = {stand_in: spelling for spelling, stand_in in self._stand_ins.items()}
@@ -46,21 +46,20 @@ class LiteralTokenizer:
     def ids(self, texts: Sequence[str], render: Callable[[Sequence[str]], str]) -> list[int]:
         """Token ids of what `render` makes of the texts; it gets them with stand-ins for what they spell.
 
-        Raises TemplateUnsupported if it changes a stand-in, and if a control token's spelling has no other tokens.
+        It may leave texts out. Raises TemplateUnsupported if it changes a stand-in, and if a control token's spelling
+        has no other tokens.
         """
         hidden = [_replaced(text, self._stand_ins) for text in texts]
-        rendered = _replaced(render(hidden), self._aliases)
-        if self._num_stand_ins(rendered) < sum(map(self._num_stand_ins, hidden)):
+        rendered = render(hidden)
+        if rendered.count(self._nonce) > sum(map(rendered.count, self._spellings)):
             raise TemplateUnsupported("the chat template changes a text that spells a control token")
+        written = _replaced(_replaced(rendered, self._aliases), self._spellings)
         # A batch of one: other threads go on meanwhile, which `encode` does not let them.
-        (encoded,) = self._tokenizer.encode_batch([_replaced(rendered, self._spellings)], add_special_tokens=False)
+        (encoded,) = self._tokenizer.encode_batch([written], add_special_tokens=False)
         ids = encoded.ids
         if any(each in self._control and each not in self._ids for each in ids):
             raise TemplateUnsupported("a text spells a control token, for which the tokenizer has no other tokens")
         return [self._ids.get(each, each) for each in ids]
-
-    def _num_stand_ins(self, text: str) -> int:
-        return sum(map(text.count, self._spellings))
 
 
 def spelled(control: Iterable[str]) -> re.Pattern[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
@@ -26,6 +26,11 @@ class _Generation(Extension):
 
 # Only reads; transformers renders, in an environment of its own.
 _READER = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+
+
+def free_variables(template: str) -> frozenset[str]:
+    """Names that a template takes from whoever renders it. It must be readable: see `clock_prefix`."""
+    return frozenset(meta.find_undeclared_variables(_READER.parse(template)))
 
 
 def clock_prefix(template: str, clock: datetime) -> str:

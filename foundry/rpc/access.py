@@ -16,6 +16,8 @@ Role = Literal["gateway", "trainer", "operator"]
 MAY_CALL: dict[str, tuple[Role, ...]] = {
     "/foundry.v1.Rollout/Generate": ("gateway", "trainer", "operator"),
     "/foundry.v1.Rollout/GenerateBatch": ("trainer", "operator"),
+    "/foundry.v1.Rollout/Tokenize": ("gateway", "operator"),
+    "/foundry.v1.Rollout/Detokenize": ("gateway", "operator"),
     "/foundry.v1.Rollout/Resident": ("gateway", "trainer", "operator"),
     "/foundry.v1.Rollout/Drain": ("operator",),
     "/foundry.v1.Teacher/PutContext": ("gateway", "trainer", "operator"),

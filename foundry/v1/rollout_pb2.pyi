@@ -584,6 +584,148 @@ class GenerateBatchResponse(_message.Message):
 Global___GenerateBatchResponse: _TypeAlias = GenerateBatchResponse  # noqa: Y015
 
 @_typing.final
+class TokenizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    BEHIND_CARTRIDGE_FIELD_NUMBER: _builtins.int
+    OMIT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_STRS_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.str
+    """Required: the fingerprint of the model that the caller means."""
+    text: _builtins.str
+    behind_cartridge: _builtins.bool
+    """Behind a cartridge: of a conversation the turn, and no special tokens before a text."""
+    omit_special_tokens: _builtins.bool
+    """No special tokens before a text in any case."""
+    return_token_strs: _builtins.bool
+    @_builtins.property
+    def conversation(self) -> _common_pb2.Conversation: ...
+    def __init__(
+        self,
+        *,
+        model_fingerprint: _builtins.str = ...,
+        conversation: _common_pb2.Conversation | None = ...,
+        text: _builtins.str = ...,
+        behind_cartridge: _builtins.bool = ...,
+        omit_special_tokens: _builtins.bool = ...,
+        return_token_strs: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind_cartridge", b"behind_cartridge", "conversation", b"conversation", "model_fingerprint", b"model_fingerprint", "omit_special_tokens", b"omit_special_tokens", "prompt", b"prompt", "return_token_strs", b"return_token_strs", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["conversation", "text"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_STRS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_strs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As the vocabulary has them, one per id when asked for."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_strs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "token_strs", b"token_strs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class DetokenizeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.str
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        model_fingerprint: _builtins.str = ...,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
+
+@_typing.final
+class DetokenizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class TemplateFeatures(_message.Message):
+    """What the model's chat template makes of what it is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RENDERS_FIELD_NUMBER: _builtins.int
+    VARIABLES_FIELD_NUMBER: _builtins.int
+    TOOL_FORMAT_FIELD_NUMBER: _builtins.int
+    tool_format: _builtins.str
+    """How it writes tool calls: one of foundry.tool_formats. Empty: otherwise, or not at all."""
+    @_builtins.property
+    def renders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of "tools", "tool_calls", "tool_results", "tool_call_id", "name", "reasoning_content" those that it renders."""
+
+    @_builtins.property
+    def variables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its own variables."""
+
+    def __init__(
+        self,
+        *,
+        renders: _abc.Iterable[_builtins.str] | None = ...,
+        variables: _abc.Iterable[_builtins.str] | None = ...,
+        tool_format: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["renders", b"renders", "tool_format", b"tool_format", "variables", b"variables"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TemplateFeatures: _TypeAlias = TemplateFeatures  # noqa: Y015
+
+@_typing.final
 class ResidentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -641,6 +783,7 @@ class ResidentResponse(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     HOST_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     model_name: _builtins.str
     """The name under which the base model is served."""
@@ -653,6 +796,8 @@ class ResidentResponse(_message.Message):
     """Completions that one call may ask for."""
     @_builtins.property
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentCartridge]: ...
+    @_builtins.property
+    def template(self) -> Global___TemplateFeatures: ...
     def __init__(
         self,
         *,
@@ -664,10 +809,11 @@ class ResidentResponse(_message.Message):
         budget_bytes: _builtins.int = ...,
         host_budget_bytes: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
+        template: Global___TemplateFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["template", b"template"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "host_budget_bytes", b"host_budget_bytes", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template_digest", b"template_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "cartridges", b"cartridges", "host_budget_bytes", b"host_budget_bytes", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "template", b"template", "template_digest", b"template_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,16 @@ class RolloutStub(object):
                 request_serializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/foundry.v1.Rollout/Tokenize',
+                request_serializer=foundry_dot_v1_dot_rollout__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=foundry_dot_v1_dot_rollout__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/foundry.v1.Rollout/Detokenize',
+                request_serializer=foundry_dot_v1_dot_rollout__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=foundry_dot_v1_dot_rollout__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.Resident = channel.unary_unary(
                 '/foundry.v1.Rollout/Resident',
                 request_serializer=foundry_dot_v1_dot_rollout__pb2.ResidentRequest.SerializeToString,
@@ -70,6 +80,20 @@ class RolloutServicer(object):
 
     def GenerateBatch(self, request, context):
         """Many prompts admitted together, in order; each completion is sent when it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The ids of a prompt, as Generate reads it; of any length.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of ids, control tokens too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +126,16 @@ def add_RolloutServicer_to_server(servicer, server):
                     servicer.GenerateBatch,
                     request_deserializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.FromString,
                     response_serializer=foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=foundry_dot_v1_dot_rollout__pb2.TokenizeRequest.FromString,
+                    response_serializer=foundry_dot_v1_dot_rollout__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=foundry_dot_v1_dot_rollout__pb2.DetokenizeRequest.FromString,
+                    response_serializer=foundry_dot_v1_dot_rollout__pb2.DetokenizeResponse.SerializeToString,
             ),
             'Resident': grpc.unary_unary_rpc_method_handler(
                     servicer.Resident,
@@ -169,6 +203,60 @@ class Rollout(object):
             '/foundry.v1.Rollout/GenerateBatch',
             foundry_dot_v1_dot_rollout__pb2.GenerateBatchRequest.SerializeToString,
             foundry_dot_v1_dot_rollout__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/foundry.v1.Rollout/Tokenize',
+            foundry_dot_v1_dot_rollout__pb2.TokenizeRequest.SerializeToString,
+            foundry_dot_v1_dot_rollout__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/foundry.v1.Rollout/Detokenize',
+            foundry_dot_v1_dot_rollout__pb2.DetokenizeRequest.SerializeToString,
+            foundry_dot_v1_dot_rollout__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class RolloutStub:
     """One prompt, tokens streamed as they are sampled."""
     GenerateBatch: _grpc.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.TokenizeRequest, _rollout_pb2.TokenizeResponse]
+    """The ids of a prompt, as Generate reads it; of any length."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.DetokenizeRequest, _rollout_pb2.DetokenizeResponse]
+    """The text of ids, control tokens too."""
     Resident: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]
     """What this server serves and holds."""
     Drain: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]
@@ -53,6 +57,10 @@ class RolloutAsyncStub(RolloutStub):
     """One prompt, tokens streamed as they are sampled."""
     GenerateBatch: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateBatchRequest, _rollout_pb2.GenerateBatchResponse]  # type: ignore[assignment]
     """Many prompts admitted together, in order; each completion is sent when it ends."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_rollout_pb2.TokenizeRequest, _rollout_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """The ids of a prompt, as Generate reads it; of any length."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_rollout_pb2.DetokenizeRequest, _rollout_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """The text of ids, control tokens too."""
     Resident: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResidentRequest, _rollout_pb2.ResidentResponse]  # type: ignore[assignment]
     """What this server serves and holds."""
     Drain: _aio.UnaryUnaryMultiCallable[_rollout_pb2.DrainRequest, _rollout_pb2.DrainResponse]  # type: ignore[assignment]
@@ -78,6 +86,22 @@ class RolloutServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rollout_pb2.GenerateBatchResponse], _abc.AsyncIterator[_rollout_pb2.GenerateBatchResponse]]:
         """Many prompts admitted together, in order; each completion is sent when it ends."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _rollout_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.TokenizeResponse, _abc.Awaitable[_rollout_pb2.TokenizeResponse]]:
+        """The ids of a prompt, as Generate reads it; of any length."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _rollout_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.DetokenizeResponse, _abc.Awaitable[_rollout_pb2.DetokenizeResponse]]:
+        """The text of ids, control tokens too."""
 
     @_abc_1.abstractmethod
     def Resident(

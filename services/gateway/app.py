@@ -38,7 +38,7 @@ from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
-from services.gateway.openai import chat, completions, models
+from services.gateway.openai import chat, completions, models, tokenize
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
@@ -47,6 +47,7 @@ from services.gateway.state import Gateway
 _ROUTERS = (
     chat.router,
     completions.router,
+    tokenize.router,
     models.router,
     # Before the cartridges' own, whose names may have any number of slashes.
     grants.router,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import secrets
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
@@ -28,6 +30,7 @@ from services.gateway import metrics
 
 Chunk = rollout_pb2.GenerateChunk
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 # Consistent hashing with bounded loads (https://arxiv.org/abs/1608.01350): no server gets 1.25 times the mean.
 _LOAD_FACTOR = 1.25
@@ -42,6 +45,10 @@ class ServedModel:
     fingerprint: str
     template_digest: str
     max_sequence_tokens: int
+    # Of the chat template: see foundry.model.template_features.
+    renders: frozenset[str] = frozenset()
+    variables: frozenset[str] = frozenset()
+    tool_format: str = ""
 
 
 class RolloutServer:
@@ -64,7 +71,13 @@ class RolloutServer:
             self.model, self.error = None, error.message
             return
         found = ServedModel(
-            answer.model_name, answer.model_fingerprint, answer.template_digest, answer.max_sequence_tokens
+            answer.model_name,
+            answer.model_fingerprint,
+            answer.template_digest,
+            answer.max_sequence_tokens,
+            frozenset(answer.template.renders),
+            frozenset(answer.template.variables),
+            answer.template.tool_format,
         )
         if found != self.model:
             log.info("rollout server found", address=self.pod.address, model=found.name, fingerprint=found.fingerprint)
@@ -73,16 +86,22 @@ class RolloutServer:
     @contextmanager
     def generating(self, request: rollout_pb2.GenerateRequest, deadline: float) -> Iterator[AsyncIterable[Chunk]]:
         """A call's chunks; leaving cancels the call. Raises FoundryError."""
+        with self.calling(deadline) as (stub, timeout_seconds):
+            call = stub.Generate(request, timeout=timeout_seconds)
+            try:
+                yield call
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def calling(self, deadline: float) -> Iterator[tuple[rollout_pb2_grpc.RolloutAsyncStub, float]]:
+        """For one call, and how many seconds it has. Raises FoundryError."""
         timeout_seconds = deadline - time.monotonic()
         if timeout_seconds <= 0:
             raise DeadlineExceeded("the request's time ran out before a rollout server took it")
         try:
             with self.pod.calling() as channel:
-                call = rollout_pb2_grpc.RolloutStub(channel).Generate(request, timeout=timeout_seconds)
-                try:
-                    yield call
-                finally:
-                    call.cancel()
+                yield rollout_pb2_grpc.RolloutStub(channel), timeout_seconds
         except Unavailable as error:
             # Its store being away says nothing about the server itself.
             if type(error) is Unavailable:
@@ -145,22 +164,48 @@ class RolloutBalancer:
         An attempt that is Unavailable before its first chunk is repeated elsewhere, or in the same place a little
         later: it has had no effect. Raises FoundryError.
         """
+        started = False
+
+        async def attempt(server: RolloutServer) -> None:
+            nonlocal started
+            with server.generating(request, deadline) as chunks:
+                async for chunk in chunks:
+                    started = True
+                    await deliver(decoded(chunk, server.pod.name))
+
         # Without a cartridge any server is as good as another.
         key = request.cartridges[0].digest if request.cartridges else request.request_id
+        await self._repeated(key, deadline, attempt, lambda: started)
+
+    async def ask(
+        self, call: Callable[[rollout_pb2_grpc.RolloutAsyncStub, float], Awaitable[T]], *, deadline: float
+    ) -> T:
+        """What any server says to a call that has no effect; `call` gets its stub and the seconds that there are.
+
+        `deadline` is as in `generate`. Raises FoundryError.
+        """
+
+        async def attempt(server: RolloutServer) -> T:
+            with server.calling(deadline) as (stub, timeout_seconds):
+                return await call(stub, timeout_seconds)
+
+        return await self._repeated(secrets.token_hex(8), deadline, attempt, lambda: False)
+
+    async def _repeated(
+        self,
+        key: str,
+        deadline: float,
+        attempt: Callable[[RolloutServer], Awaitable[T]],
+        started: Callable[[], bool],
+    ) -> T:
         give_up = min(deadline, time.monotonic() + self._retry_timeout_seconds)
         backoff_seconds = 0.05
         tried: set[str] = set()
-        started = False
         while True:
             try:
-                server = self._pick(key, tried)
-                with server.generating(request, deadline) as chunks:
-                    async for chunk in chunks:
-                        started = True
-                        await deliver(decoded(chunk, server.pod.name))
-                return
+                return await attempt(self._pick(key, tried))
             except Unavailable:
-                if started or time.monotonic() + backoff_seconds > give_up:
+                if started() or time.monotonic() + backoff_seconds > give_up:
                     raise
                 metrics.ROLLOUT_RETRIES.inc()
             if all(server.model is None or address in tried for address, server in self._servers.items()):

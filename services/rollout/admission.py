@@ -12,6 +12,7 @@ from foundry.model.template import ChatTemplate
 from foundry.rpc.callers import check_caller
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.v1 import common_pb2, rollout_pb2
+from services.rollout.conversation import template_input
 from services.rollout.engine import Grammar, SamplingParams, SequenceRequest
 from services.rollout.sampling import check, check_plain, check_scored, read_sampling
 
@@ -126,6 +127,31 @@ class Admissions:
         )
         return _fit(admission, self.max_sequence_tokens)
 
+    def tokenized(self, request: rollout_pb2.TokenizeRequest) -> rollout_pb2.TokenizeResponse:
+        """The ids of a prompt as `check` reads it, however many. Raises as `check` does."""
+        self.check_fingerprint(request.model_fingerprint)
+        ids = self._counted_ids(request)
+        strings = self._tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else []
+        return rollout_pb2.TokenizeResponse(ids=ids, token_strs=strings)
+
+    def _counted_ids(self, request: rollout_pb2.TokenizeRequest) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "conversation":
+                messages, how = template_input(request.conversation)
+                return (self._template.turn if request.behind_cartridge else self._template.prompt)(messages, how)
+            case "text":
+                plain = request.behind_cartridge or request.omit_special_tokens
+                ids: list[int] = self._tokenizer(request.text, add_special_tokens=not plain)["input_ids"]
+                return ids
+            case _:
+                raise InvalidArgument("set conversation or text", field="prompt")
+
+    def detokenized(self, request: rollout_pb2.DetokenizeRequest) -> str:
+        """Raises InvalidArgument, FingerprintMismatch."""
+        self.check_fingerprint(request.model_fingerprint)
+        self._check_vocabulary(request.ids, "tokens")
+        return str(self._tokenizer.decode(list(request.ids)))
+
     def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:
         """The request as the engine gets it. Raises ContextLengthExceeded."""
         digests = admission.sequences[0].digests
@@ -140,10 +166,10 @@ class Admissions:
                 field, ids = "token_ids", list(request.token_ids.ids)
             case "conversation":
                 field = "conversation"
-                messages = [{"role": each.role, "content": each.content} for each in request.conversation.messages]
+                messages, how = template_input(request.conversation)
                 if may_be_long:
-                    self._check_fewest(self._template.fewest(messages, behind_context=behind), field)
-                ids = self._template.turn(messages) if behind else self._template.prompt(messages)
+                    self._check_fewest(self._template.fewest(messages, how, behind_context=behind), field)
+                ids = (self._template.turn if behind else self._template.prompt)(messages, how)
             case "text":
                 field = "text"
                 self._check_fewest(self._template.bound.fewest(request.text), field)
@@ -153,11 +179,14 @@ class Admissions:
                 raise InvalidArgument("set token_ids, conversation or text", field="prompt")
         if not ids:
             raise InvalidArgument("the prompt has no tokens: it needs at least one", field=field)
-        if max(ids) >= self._spec.vocab_size:
-            raise InvalidArgument(
-                f"token id {max(ids)} is outside the vocabulary of {self._spec.vocab_size}", field=field
-            )
+        self._check_vocabulary(ids, field)
         return field, tuple(ids)
+
+    def _check_vocabulary(self, ids: Sequence[int], field: str) -> None:
+        if (largest := max(ids, default=0)) >= self._spec.vocab_size:
+            raise InvalidArgument(
+                f"token id {largest} is outside the vocabulary of {self._spec.vocab_size}", field=field
+            )
 
     def _check_fewest(self, fewest: int, field: str) -> None:
         """Before the prompt is tokenised, which takes the longer the less it fits."""

@@ -55,6 +55,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         self._checking_long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission-long")
         # So may a grammar, and whoever has none shall not wait for it.
         self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        # Of its own: a text to be counted may be far longer than a prompt, and nobody's answer waits for it.
+        self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
 
     def begin(self, serving: Serving) -> None:
         self._serving = serving
@@ -111,6 +113,17 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             seconds=round(time.perf_counter() - arrived_at, 6),
         )
 
+    async def Tokenize(self, request: rollout_pb2.TokenizeRequest, context: Context) -> rollout_pb2.TokenizeResponse:
+        tokenized = self._loaded().admissions.tokenized
+        return await asyncio.get_running_loop().run_in_executor(self._counting, tokenized, request)
+
+    async def Detokenize(
+        self, request: rollout_pb2.DetokenizeRequest, context: Context
+    ) -> rollout_pb2.DetokenizeResponse:
+        detokenized = self._loaded().admissions.detokenized
+        text = await asyncio.get_running_loop().run_in_executor(self._counting, detokenized, request)
+        return rollout_pb2.DetokenizeResponse(text=text)
+
     async def Resident(self, request: rollout_pb2.ResidentRequest, context: Context) -> rollout_pb2.ResidentResponse:
         serving = self._loaded()
         return rollout_pb2.ResidentResponse(
@@ -122,6 +135,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
             budget_bytes=serving.residency.device.budget_bytes,
             host_budget_bytes=serving.residency.host.budget_bytes,
             max_sequences=serving.max_sequences,
+            template=rollout_pb2.TemplateFeatures(
+                renders=sorted(serving.features.renders),
+                variables=sorted(serving.features.variables),
+                tool_format=serving.features.tool_format,
+            ),
         )
 
     async def Drain(self, request: rollout_pb2.DrainRequest, context: Context) -> rollout_pb2.DrainResponse:

@@ -9,6 +9,7 @@ from foundry import extras
 from foundry.model.info import ModelInfo, ModelSpec, resolve_dtype
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
+from foundry.model.template_features import Features
 from services.rollout.admission import Admissions
 from services.rollout.driver import Driver
 from services.rollout.engine import Engine
@@ -28,6 +29,7 @@ class Serving:
     spec: ModelSpec
     model_name: str
     template_digest: str
+    features: Features
     # Running and waiting ones; a call that needs more could never be admitted.
     max_sequences: int
     admissions: Admissions
@@ -45,6 +47,7 @@ class Serving:
             spec=info.spec,
             model_name=model_name,
             template_digest=template.digest,
+            features=template.features,
             max_sequences=max_sequences,
             admissions=Admissions(
                 info,

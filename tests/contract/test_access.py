@@ -27,9 +27,12 @@ ROLES: tuple[Role, ...] = get_args(Role)
 METHODS = {f"/{service.full_name}/{method.name}": service.name for service in OURS for method in service.methods}
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 ALLOWED = {
-    "gateway": {"Generate", "Resident", "PutContext"},
+    "gateway": {"Generate", "Tokenize", "Detokenize", "Resident", "PutContext"},
     "trainer": {"Generate", "GenerateBatch", "Resident", "PutContext", "Score"},
-    "operator": {"Generate", "GenerateBatch", "Resident", "Drain", "PutContext", "Score"},
+    "operator": {
+        *("Generate", "GenerateBatch", "Tokenize", "Detokenize", "Resident", "Drain"),
+        *("PutContext", "Score"),
+    },
 }
 # Reaches a method's message, and is none.
 UNREADABLE = b"\x0b"

@@ -26,6 +26,7 @@ FLOORS = (
         "foundry.certificates",
     },
     {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted", "foundry.tenants"},
+    {"foundry.tool_formats"},
     {"foundry.errors"},
     {"foundry.v1"},
 )

@@ -9,6 +9,8 @@ from foundry.store.api_keys import Scope
 NEEDED: Mapping[str, Scope] = {
     "POST /v1/chat/completions": "query",
     "POST /v1/completions": "query",
+    "POST /tokenize": "query",
+    "POST /detokenize": "query",
     "GET /v1/models": "query",
     "GET /v1/models/{model:path}": "query",
     "GET /v1/cartridges": "query",

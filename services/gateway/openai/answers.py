@@ -23,6 +23,8 @@ class FoundryInfo(BaseModel):
     template_digest: str
     cartridges: list[CartridgeInfo]
     cartridge_tokens: int | None = _OMITTED_IF_NONE
+    ignored: list[str] | None = _OMITTED_IF_NONE
+    """Parameters that the model's chat template has no use for."""
 
 
 class PromptTokensDetails(BaseModel):
@@ -62,10 +64,23 @@ class PromptLogprob(BaseModel):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class AnsweredCall(BaseModel):
+    index: int | None = _OMITTED_IF_NONE
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnsweredCall] | None = _OMITTED_IF_NONE
 
 
 class ChatChoice(BaseModel):
@@ -94,6 +109,7 @@ class ChatCompletion(_Answer):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = _OMITTED_IF_NONE
     content: str | None = _OMITTED_IF_NONE
+    tool_calls: list[AnsweredCall] | None = _OMITTED_IF_NONE
 
 
 class ChatDeltaChoice(BaseModel):

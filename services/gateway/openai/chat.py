@@ -8,16 +8,19 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from foundry.v1 import common_pb2, rollout_pb2
+from foundry.errors import InvalidArgument
+from foundry.v1 import rollout_pb2
 from services.gateway.access.principal import PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.openai import answers
+from services.gateway.openai.calling import Calling
+from services.gateway.openai.conversation import conversation_of, ignored_by
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import ChatRequest
 from services.gateway.openai.target import Target
-from services.gateway.openai.tokens import finite
+from services.gateway.openai.tokens import TokenSpelling, finite
 from services.gateway.openapi import EVENTS, failures
 from services.gateway.state import GatewayDep
 
@@ -30,17 +33,15 @@ async def chat_completions(
 ) -> Response:
     """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
     target = await Target.resolve(gateway, principal, asked)
-    conversation = common_pb2.Conversation(
-        messages=[common_pb2.Message(role=_role(message.role), content=message.content) for message in asked.messages]
-    )
-    prompt = rollout_pb2.GenerateRequest(conversation=conversation)
+    tools = asked.shown_tools
+    if tools and "tools" in target.model.renders and not target.model.tool_format:
+        raise InvalidArgument(
+            "the model's chat template writes calls of tools in a format that can't be read from answers", field="tools"
+        )
+    prompt = rollout_pb2.GenerateRequest(conversation=conversation_of(asked, tools))
     generation = Generation(gateway, principal, target, asked, [prompt], "chatcmpl")
-    return await respond(_Chat(generation, gateway.spelling), request)
-
-
-def _role(role: str) -> str:
-    # OpenAI's newer name; chat templates know the older.
-    return "system" if role == "developer" else role
+    generation.ignored = ignored_by(target.model, asked)
+    return await respond(_Chat(generation, gateway.spelling, asked), request)
 
 
 class _Chat(Renderer):
@@ -48,18 +49,47 @@ class _Chat(Renderer):
     chunk_body = answers.ChatCompletionChunk
     opens = True
 
+    def __init__(self, generation: Generation, spelling: TokenSpelling, asked: ChatRequest) -> None:
+        super().__init__(generation, spelling)
+        self._tool_format = generation.target.model.tool_format if asked.shown_tools else ""
+        self.withholds = bool(self._tool_format)
+        self._one_call = asked.parallel_tool_calls is False
+        # Of choices that may call tools.
+        self._calling: dict[int, Calling] = {}
+
     def whole(self, choices: Sequence[Choice]) -> BaseModel:
         # Where vLLM has them: the prompt is the same for all choices.
         return super().whole(choices).model_copy(update={"prompt_logprobs": self.prompt_logprobs(choices[0])})
 
     def choice(self, choice: Choice, shared: dict[str, Any]) -> answers.ChatChoice:
-        return answers.ChatChoice(message=answers.AssistantMessage(content=choice.text), **shared)
+        text, calls = self._read(choice, shared["index"], last=True)
+        self._name_reason(shared)
+        for call in calls or []:
+            # Places are for those who put pieces together.
+            call.index = None
+        message = answers.AssistantMessage(content=text, tool_calls=calls)
+        return answers.ChatChoice(message=message, **shared)
 
     def delta_choice(self, part: Choice, shared: dict[str, Any], *, first: bool) -> answers.ChatDeltaChoice:
-        content = None if part.finish_reason else part.text
-        return answers.ChatDeltaChoice(
-            delta=answers.ChatDelta(role="assistant" if first else None, content=content), **shared
-        )
+        # A part that says why the choice ends has nothing else.
+        text, calls = (None, None) if part.finish_reason else self._read(part, shared["index"], last=part.is_last)
+        self._name_reason(shared)
+        delta = answers.ChatDelta(role="assistant" if first else None, content=text, tool_calls=calls)
+        return answers.ChatDeltaChoice(delta=delta, **shared)
+
+    def _read(self, part: Choice, index: int, *, last: bool) -> tuple[str | None, list[answers.AnsweredCall] | None]:
+        """Text and tool calls of a part."""
+        if not self._tool_format:
+            return part.text, None
+        calling = self._calling.setdefault(index, Calling(self._tool_format, one_call=self._one_call))
+        text, calls = calling.read(part.text, last=last)
+        return (text or None if calls else text), calls or None
+
+    def _name_reason(self, shared: dict[str, Any]) -> None:
+        """Who called tools stopped for them."""
+        calling = self._calling.get(shared["index"])
+        if shared["finish_reason"] == "stop" and calling is not None and calling.num_calls:
+            shared["finish_reason"] = "tool_calls"
 
     def logprobs(self, part: Choice) -> answers.ChatLogprobs:
         tops = part.top_logprobs or [rollout_pb2.TopLogprobs()] * len(part.ids)

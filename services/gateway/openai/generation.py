@@ -49,6 +49,8 @@ class Choice:
     offsets: list[int] = field(default_factory=list)
     # None while the completion goes on.
     finish_reason: str | None = None
+    # Of a part: nothing but the reason follows.
+    is_last: bool = False
     # What stands before the text of the completion, and before the part where it is the first one.
     echo: str = ""
     # Empty where they were not asked for.
@@ -106,6 +108,8 @@ class Generation:
         self._identified: set[int] = set()
         # Known when the first choice has ended.
         self._cartridge_tokens: int | None = None
+        # What of the request changes nothing.
+        self.ignored: list[str] = []
         # Of each prompt whose answer has begun, and of all choices as far as they have come.
         self._prompt_tokens: dict[int, int] = {}
         self._completion_tokens = 0
@@ -161,6 +165,7 @@ class Generation:
             template_digest=self._template_digest,
             cartridges=[CartridgeInfo(**asdict(cartridge)) for cartridge in self.target.cartridges],
             cartridge_tokens=self._cartridge_tokens,
+            ignored=self.ignored or None,
         )
 
     def usage(self) -> UsageInfo:
@@ -265,9 +270,16 @@ class Generation:
         return message
 
     def _param(self, field: str | None) -> str | None:
-        if field is None:
-            return None
-        name = field.removeprefix("sampling.")
+        name = parameter(field)
         if name == "grammar" and self._grammar is not None:
             return self._grammar[0]
-        return self.asked.max_tokens_name if name == "max_new_tokens" else _PARAMS.get(name, name)
+        return self.asked.max_tokens_name if name == "max_new_tokens" else name
+
+
+def parameter(field: str | None) -> str | None:
+    """The parameter that a field of a rollout server's request came from."""
+    if field is None:
+        return None
+    # In a list there is `messages[0].role`, here `messages.0.role`.
+    name = field.removeprefix("sampling.").replace("[", ".").replace("]", "")
+    return _PARAMS.get(name, name)

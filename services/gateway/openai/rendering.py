@@ -23,6 +23,8 @@ class Renderer(ABC):
     chunk_body: ClassVar[type[BaseModel]]
     # Whether a choice of a stream begins with a chunk of its own, without content.
     opens: ClassVar[bool]
+    # Whether text of one part may come with the next.
+    withholds = False
 
     def __init__(self, generation: Generation, spelling: TokenSpelling) -> None:
         self.generation = generation
@@ -50,10 +52,18 @@ class Renderer(ABC):
         if index in self._begun:
             part.echo = ""
         reason, part.finish_reason = part.finish_reason, None
+        part.is_last = reason is not None
         if self.opens and index not in self._begun:
             yield self._delta(index, Choice(), num_to_come=len(part.ids))
         # An end token is no text, and its logprob was perhaps not asked for.
-        if part.echo or part.text or reason is None or asked.num_logprobs is not None or asked.return_token_ids:
+        if (
+            part.echo
+            or part.text
+            or self.withholds
+            or reason is None
+            or asked.num_logprobs is not None
+            or asked.return_token_ids
+        ):
             yield self._delta(index, part)
         if reason is not None:
             yield self._delta(index, Choice(finish_reason=reason))

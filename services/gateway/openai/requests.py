@@ -28,47 +28,77 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "request_id",
+        "return_mm_kwargs",
         "safety_identifier",
         "service_tier",
+        "session_id",
         "store",
+        "stream_interval",
         "user",
     }
 )
 # These would change an answer, and can't: only null and the values that change nothing are taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "ec_transfer_params": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "priority": (0,),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
 }
 NEUTRAL_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
     "audio": (),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-NEUTRAL_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
-NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_calls": ([],),
+NEUTRAL_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "prompt_embeds": (),
+    "suffix": ("",),
 }
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {"annotations": ([],), "audio": (), "refusal": ()}
 MAX_TOP_LOGPROBS = 20
 # Of one request: each takes much longer to check than to send.
 MAX_MESSAGES = MAX_PROMPTS = 2048
+MAX_TOOLS = 128
 MAX_REFERENCE_CHARACTERS = 512
 _CARTRIDGE = re.compile(r"<cartridge>\s*\{")
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PROMPTS = "expected a string, a list of strings, a list of token ids or a list of such lists"
 
 
-class _Request(Strict):
+class Parameters(Strict):
     """Null stands for unset."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -100,6 +130,21 @@ def _text(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
+def _tools(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As they are, since a chat template writes them so."""
+    for place, tool in enumerate(value):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise ValueError(f'{place} is no tool: {{"type": "function", "function": {{"name": …}}}}')
+        if not isinstance(name := function.get("name"), str) or not _TOOL_NAME.fullmatch(name):
+            raise ValueError(f"{place} has no name of at most 64 letters, digits, '_', '.' and '-'")
+        if not isinstance(function.get("parameters", {}), dict):
+            raise ValueError(f"{place} has parameters that are no JSON schema")
+    if len({tool["function"]["name"] for tool in value}) < len(value):
+        raise ValueError("two tools have one name")
+    return value
+
+
 def _prompts(value: Any) -> list[str | list[int]]:
     """OpenAI's four spellings of a prompt, as a list of texts or of token ids."""
     # Ids are looked at once: there may be many.
@@ -108,14 +153,15 @@ def _prompts(value: Any) -> list[str | list[int]]:
     prompts = [value] if isinstance(value, str) or type(value[0]) is int else value
     if len(prompts) > MAX_PROMPTS:
         raise ValueError(f"{len(prompts)} prompts, at most {MAX_PROMPTS} can be taken")
-    if not all(isinstance(each, str) or _is_ids(each) for each in prompts):
+    if not all(isinstance(each, str) or is_ids(each) for each in prompts):
         raise ValueError(_PROMPTS)
     if not all(prompts):
         raise ValueError("a prompt is empty: it needs at least one token")
     return [_unicode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """Whether these may be token ids."""
     return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**32 for token in value)
 
 
@@ -138,7 +184,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 ModelReference = Annotated[Text, Field(max_length=MAX_REFERENCE_CHARACTERS)]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Parameters):
     ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
 
     include_usage: bool | None = None
@@ -148,7 +194,7 @@ class StreamOptions(_Request):
     """Extension, vLLM's: every chunk carries the usage so far, of all choices."""
 
 
-class SamplingRequest(_Request):
+class SamplingRequest(Parameters):
     """What chat and text completions share."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
@@ -280,25 +326,110 @@ class SamplingRequest(_Request):
         raise NotImplementedError
 
 
-class Message(_Request):
+class CalledFunction(Parameters):
+    name: Text
+    arguments: Text
+    """A JSON object as text."""
+
+
+class ToolCall(Parameters):
+    # Clients that put a call together from the pieces of a stream leave its place in it.
+    ignored: ClassVar[frozenset[str]] = frozenset({"index"})
+
+    id: Text = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Parameters):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_IN_MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Text | None, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] = None
+    """Null where an assistant calls tools and says nothing."""
+
+    name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], FirstError()] | None = None
+    """Of the assistant."""
+
+    tool_call_id: Text | None = None
+    """Of a tool: the call that it answers."""
+
+    reasoning_content: Text | None = None
+    """Of the assistant; `reasoning` is the same."""
+
+    reasoning: Text | None = None
+    function_call: CalledFunction | None = None
+    """Older name of a single tool call; such a function answers with the role `function`."""
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        of_assistant = (self.tool_calls, self.function_call, self.reasoning_content, self.reasoning)
+        if self.role != "assistant" and any(of_assistant):
+            raise ValueError("only an assistant has tool_calls, function_call and reasoning_content")
+        if self.role != "tool" and self.tool_call_id:
+            raise ValueError("only a tool has a tool_call_id")
+        if self.content is None and not self.tool_calls and self.function_call is None:
+            raise ValueError("content is missing")
+        return self
 
     @model_validator(mode="after")
     def _no_cartridge_in_text(self) -> Self:
         """Tokasaurus serves cartridges that a system message names so: the model alone would read it as text."""
-        begun = _CARTRIDGE.search(self.content) if self.role in ("system", "developer") else None
-        if begun is not None and "</cartridge>" in self.content[begun.end() :]:
+        content = (self.content or "") if self.role in ("system", "developer") else ""
+        begun = _CARTRIDGE.search(content)
+        if begun is not None and "</cartridge>" in content[begun.end() :]:
             raise of_field("content", "names a cartridge by <cartridge>{…}</cartridge>: name it in `model`")
         return self
 
 
-class ChatRequest(SamplingRequest):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_CHAT
+class TemplateRequest(Parameters):
+    """What a chat template is given. Names and ids, reasoning, and variables of `chat_template_kwargs` that the model's
+    template does not use change nothing; `foundry.ignored` of the answer names them."""
 
     messages: Annotated[list[Message], FirstError(), Field(min_length=1, max_length=MAX_MESSAGES)]
+
+    tools: Annotated[list[dict[str, Any]], FirstError(), AfterValidator(_tools), Field(max_length=MAX_TOOLS)] | None = (
+        None
+    )
+    """What the model may call. Refused where the model's chat template has no place for tools."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template, such as `enable_thinking`."""
+
+    continue_final_message: bool | None = None
+    """vLLM's: the answer goes on with the last message."""
+
+    add_generation_prompt: bool | None = None
+    """vLLM's: false ends the prompt behind the last message; unset: true, but with `continue_final_message`."""
+
+    @model_validator(mode="after")
+    def _check_end(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidArgument(
+                "continue_final_message and add_generation_prompt exclude each other", field="continue_final_message"
+            )
+        return self
+
+
+class NamedFunction(Parameters):
+    name: Text
+
+
+class NamedTool(Parameters):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatRequest(TemplateRequest, SamplingRequest):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL | NEUTRAL_IN_CHAT
+    ignored: ClassVar[frozenset[str]] = IGNORED - {"parallel_tool_calls"}
+
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """`none`: as if there were no tools; unset: `auto`. `required`, or one of the tools: not supported yet."""
+
+    parallel_tool_calls: bool | None = None
+    """False: of several calls the first is answered."""
 
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """OpenAI's newer name of `max_tokens`; it wins."""
@@ -308,6 +439,26 @@ class ChatRequest(SamplingRequest):
 
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Also report so many alternatives; needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> Self:
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        names = [tool["function"]["name"] for tool in self.tools or []]
+        if not names:
+            raise InvalidArgument("tool_choice needs tools", field="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise InvalidArgument(
+                f"tool_choice is none of the tools: {', '.join(names)}"[:500], field="tool_choice.function.name"
+            )
+        raise InvalidArgument(
+            "tool_choice is not supported: only null, none and auto can be taken", field="tool_choice"
+        )
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """Those that the model is told of."""
+        return self.tools if self.tools and self.tool_choice != "none" else []
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound
 from foundry.store import CartridgeId
@@ -12,8 +14,17 @@ from services.gateway.access.names import full_reference
 from services.gateway.access.principal import Principal
 from services.gateway.balancer import ServedModel
 from services.gateway.errors import naming
-from services.gateway.openai.requests import SamplingRequest
 from services.gateway.state import Gateway
+
+
+class Naming(Protocol):
+    """A request that names what it asks."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def cartridges(self) -> Sequence[str] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +35,7 @@ class Target:
     cartridges: tuple[CartridgeId, ...]
 
     @classmethod
-    async def resolve(cls, gateway: Gateway, principal: Principal, asked: SamplingRequest) -> Target:
+    async def resolve(cls, gateway: Gateway, principal: Principal, asked: Naming) -> Target:
         """Raises ModelNotFound, CartridgeNotFound, Conflict, InvalidArgument, Unavailable."""
         model = gateway.rollouts.model()
         if asked.cartridges is not None:

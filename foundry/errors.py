@@ -99,6 +99,16 @@ class RunNotFound(NotFound):
     reason = "RUN_NOT_FOUND"
 
 
+class FileNotKept(NotFound):
+    """There is no such file, or not any more."""
+
+    reason = "FILE_NOT_FOUND"
+
+
+class BatchNotFound(NotFound):
+    reason = "BATCH_NOT_FOUND"
+
+
 class ApiKeyNotFound(NotFound):
     reason = "API_KEY_NOT_FOUND"
 

@@ -42,6 +42,7 @@ class Stack:
         directory: Path,
         *,
         persistent_valkey: bool = False,
+        chat_template: str = "",
         environment: Mapping[str, str] | None = None,
         **store: Any,
     ) -> None:
@@ -49,6 +50,8 @@ class Stack:
         self.directory = directory
         # vLLM's kernels for CPUs take no smaller heads.
         self.model = build_tiny_model(directory / "models" / "tiny", head_dim=32 if VLLM_PYTHON else 16)
+        if chat_template:
+            (self.model / "chat_template.jinja").write_text(chat_template)
         self.lm = FrozenLM.load(self.model)
         self.valkey = Valkey(directory, persistent=persistent_valkey)
         values = {
@@ -231,9 +234,9 @@ def openai_client(gateway: Process) -> Iterator[OpenAI]:
 
 
 @contextmanager
-def open_stack(directory: Path) -> Iterator[Stack]:
+def open_stack(directory: Path, *, chat_template: str = "") -> Iterator[Stack]:
     """A stack whose Valkey runs."""
-    stack = Stack(directory)
+    stack = Stack(directory, chat_template=chat_template)
     try:
         asyncio.run(stack.valkey.start())
         yield stack

@@ -1,8 +1,10 @@
 """The store: versioned cartridges, documents and runs, in object storage and Redis. No torch in here."""
 
+from foundry.store.batches import BatchFinal, BatchRecord, BatchState, BatchStore, Row
 from foundry.store.cartridges import CartridgeStore
 from foundry.store.datasets import DatasetStore, DatasetSummary
 from foundry.store.documents import DocumentInfo, DocumentStore
+from foundry.store.files import FileInfo, FileStore
 from foundry.store.grants import Grant, GrantStore
 from foundry.store.key_store import ApiKey, KeyStore
 from foundry.store.lineage import Ancestor, lineage
@@ -22,6 +24,10 @@ __all__ = [
     "ActiveRuns",
     "Ancestor",
     "ApiKey",
+    "BatchFinal",
+    "BatchRecord",
+    "BatchState",
+    "BatchStore",
     "CartridgeId",
     "CartridgeStore",
     "Checkpoints",
@@ -33,6 +39,8 @@ __all__ = [
     "DocumentInfo",
     "DocumentPrompts",
     "DocumentStore",
+    "FileInfo",
+    "FileStore",
     "Grant",
     "GrantStore",
     "KeyStore",
@@ -43,6 +51,7 @@ __all__ = [
     "Published",
     "Reference",
     "Resources",
+    "Row",
     "RunRecord",
     "RunRequest",
     "RunSpec",

@@ -19,11 +19,13 @@ from redis.asyncio import Redis
 from foundry.errors import CartridgeNotFound, InvalidArgument, StoreRefused, StoreUnavailable
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import metrics
+from foundry.store.batches import BatchStore
 from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.datasets import DatasetStore
 from foundry.store.delete_document import delete_document
 from foundry.store.documents import DocumentStore
 from foundry.store.fetch import Fetcher
+from foundry.store.files import FileStore
 from foundry.store.grants import GrantStore
 from foundry.store.key_store import KeyStore
 from foundry.store.manifest import Manifest, ManifestDraft
@@ -45,6 +47,7 @@ from foundry.store.tags import TagRecord
 from foundry.store.unreadable import skipped
 from foundry.store.upkeep import rebuild
 from foundry.store.upkeep.gc import Collector
+from foundry.store.upkeep.gc_batches import BatchCollector
 from foundry.store.upkeep.gc_records import RecordCollector
 from foundry.store.upkeep.marks import GcMarks, while_marked
 from foundry.store.upkeep.rebuild import Rebuilt
@@ -87,6 +90,9 @@ class CartridgeStore:
         # Of the tenant "", as are the data sets: `of` gives another's.
         self.documents = DocumentStore(self.objects, max_document_bytes=settings.max_document_bytes)
         self.datasets = DatasetStore(self.objects)
+        # Of the tenant "" too.
+        self.files = FileStore(self.objects)
+        self.batches = BatchStore(self.objects)
         self.api_keys = KeyStore(self.objects)
         self.grants = GrantStore(self.objects)
         self.runs = RunStore(self._connection, self.objects, settings)
@@ -402,8 +408,9 @@ class CartridgeStore:
         began = datetime.now(UTC)
         stores = (self.objects, self.runs, self.documents, self.datasets)
         records = RecordCollector(*stores, retention, began=began, dry_run=dry_run)
+        batches = BatchCollector(self.objects, began=began, old=retention.old(began), dry_run=dry_run)
         pointers = (self._connection, self._pointers, self._durable, self._marks)
-        return Collector(*pointers, records, retention, began=began, dry_run=dry_run).collect()
+        return Collector(*pointers, records, batches, retention, began=began, dry_run=dry_run).collect()
 
     def sign(self) -> AsyncIterator[Signed]:
         """Sign the records of object storage that no key of the store, or an older one, has signed; yields those that

@@ -38,7 +38,8 @@ from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
-from services.gateway.openai import chat, completions, models, tokenize
+from services.gateway.openai import batches, chat, completions, files, models, responses, tokenize
+from services.gateway.openai.batch_work import BatchWorker
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
@@ -47,7 +48,10 @@ from services.gateway.state import Gateway
 _ROUTERS = (
     chat.router,
     completions.router,
+    responses.router,
     tokenize.router,
+    files.router,
+    batches.router,
     models.router,
     # Before the cartridges' own, whose names may have any number of slashes.
     grants.router,
@@ -76,7 +80,11 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     app.add_middleware(
         BodyLimit,
         max_bytes=settings.max_request_bytes,
-        limits={"/v1/documents": document_bytes, "/v1/runs": document_bytes},
+        limits={
+            "/v1/documents": document_bytes,
+            "/v1/runs": document_bytes,
+            "/v1/files": settings.batches.max_file_bytes + 64 * 1024,
+        },
     )
     app.add_middleware(RequestLimits)
     if settings.allowed_origins:
@@ -148,9 +156,10 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
             metrics.MAX_IN_FLIGHT.set(settings.max_concurrent_requests)
             spelling = TokenSpelling(settings.tokenizer)
             converter = Converter(settings.conversions, max_text_bytes=settings.store.max_document_bytes)
-            app.state.gateway = Gateway(
+            app.state.gateway = gateway = Gateway(
                 settings, store, rollouts, base_name, teachers, spelling, converter, rates, quotas, jobs, authentication
             )
+            watching.append(asyncio.create_task(BatchWorker(gateway).run()))
             yield
         finally:
             await end(*watching)

@@ -55,6 +55,39 @@ class JobSettings(BaseModel):
     `subdomain` of the template's pods."""
 
 
+class BatchSettings(BaseModel):
+    """Files and batches of OpenAI's API (docs/openai.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    concurrency: int = Field(default=4, ge=1)
+    """Requests of batches that this gateway has in flight at one time, of all batches together."""
+
+    max_open: int = Field(default=16, ge=1)
+    """Batches of a tenant that are not over."""
+
+    max_requests: int = Field(default=50_000, ge=1, le=50_000)
+    """Most requests of a batch."""
+
+    max_files: int = Field(default=1000, ge=1)
+    """Files that a tenant may keep at one time."""
+
+    max_file_bytes: int = Field(default=32 * 1024**2, ge=1024, le=200 * 1024**2)
+    """Largest file that is uploaded; it is held in memory while a batch is answered."""
+
+    keep_seconds: int = Field(default=30 * 86400, ge=3600)
+    """How long files are kept that don't say it, and batches that are over."""
+
+    window_seconds: int = Field(default=86400, ge=1)
+    """How long a batch may take (`completion_window` 24h): what is not answered then is an error."""
+
+    poll_seconds: float = Field(default=10.0, gt=0)
+    """Time between two looks for batches that nobody works on. One that is created here begins at once."""
+
+    lease_seconds: float = Field(default=60.0, ge=1)
+    """After how long without a word from the gateway that works on a batch another takes it up."""
+
+
 class DefaultLimits(KeyLimits):
     """How much a key may take that has no limit of its own, or everybody together where there are no keys. None: any
     amount."""
@@ -216,6 +249,9 @@ class GatewaySettings(ServiceSettings):
 
     max_concurrent_downloads: int = Field(default=4, ge=1)
     """Cartridges that are sent as files at one time, each held in memory; more are refused with 429."""
+
+    batches: BatchSettings = BatchSettings()
+    """Files and batches."""
 
     limits: DefaultLimits = DefaultLimits()
     """What a key without limits of its own may take; without keys, everybody together (security.md)."""

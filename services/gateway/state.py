@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -44,6 +45,8 @@ class Gateway:
     authentication: Authentication | None = None
     num_in_flight: int = 0
     num_downloads: int = 0
+    # Set when there is a batch to be answered.
+    batch_created: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -9,6 +9,16 @@
                                                             there is no document
     datasets/[<tenant>/]<hex>/<family>-<n:06d>.json         {family, number, rows}: a shard of what runs train on
     datasets/[<tenant>/]<hex>/dataset.json                  {digest, families}, written last: all shards are there
+    files/<tenant or ->/<id>.bin                            a file's bytes
+    files/<tenant or ->/<id>.json                           {filename, purpose, num_bytes, digest, ...}, written last
+    batches/<tenant or ->/<id>/batch.json                   what was asked for, by whom, until when
+    batches/<tenant or ->/<id>/lease.json                   {holder, attempt, until_ms}: which gateway works on it
+    batches/<tenant or ->/<id>/begun.json                   {at, total}: its requests are readable
+    batches/<tenant or ->/<id>/cancel.json                  {at}: it is to be cancelled
+    batches/<tenant or ->/<id>/finalizing.json              {at}: all that will be answered is
+    batches/<tenant or ->/<id>/results/<attempt>-<n>-<completed>-<failed>.jsonl
+                                                            {line, completed, text} a line; gone when it is over
+    batches/<tenant or ->/<id>/result.json                  {status, at, ...}: the batch is over
     runs/<id>/run.json                                      {spec, name, created_ms}, the tenant if it has one, and the
                                                             traceparent of the request if that was traced
     runs/<id>/attempts/<n:06d>                              one for each time a worker took the run up
@@ -38,11 +48,13 @@ from foundry.store.names import NAME, RUN, check_name
 from foundry.tenants import TENANT, check_tenant
 
 API_KEYS = "api-keys"
+BATCHES = "batches"
 BLOBS = "blobs"
 CARTRIDGES = "cartridges"
 COUNTERS = "counters"
 DATASETS = "datasets"
 DOCUMENTS = "documents"
+FILES = "files"
 GRANTS = "grants"
 RUNS = "runs"
 MARKS = "condemned"
@@ -64,6 +76,15 @@ TEXT_FILE = re.compile(rf"(documents|datasets)/{_OF_TENANT}(\.txt|\.json|/[^/]+\
 GRANT = re.compile(rf"grants/(?P<name>{TENANT}/{TENANT})/(?P<tenant>{TENANT})\.json")
 SHARD = re.compile(rf"datasets/{_OF_TENANT}/(?P<family>[^/]+)-(?P<number>[0-9]{{6,16}})\.json")
 SUMMARY = re.compile(rf"datasets/{_OF_TENANT}/dataset\.json")
+# "-" stands for the tenant "".
+_OWNER = rf"(?P<owner>-|{TENANT})"
+FILE_ID, BATCH_ID = "file-[a-z2-7]{24}", "batch_[a-z2-7]{24}"
+FILE = re.compile(rf"files/{_OWNER}/(?P<id>{FILE_ID})\.json")
+FILE_PART = re.compile(rf"files/{_OWNER}/(?P<id>{FILE_ID})\.(json|bin)")
+BATCH_PART = re.compile(rf"batches/{_OWNER}/(?P<id>{BATCH_ID})/(?P<part>[a-z]+)(\.json|/[0-9-]+\.jsonl)")
+RESULTS = re.compile(
+    r".*/results/(?P<attempt>[0-9]{6,16})-(?P<number>[0-9]{6,16})-(?P<completed>[0-9]{1,9})-(?P<failed>[0-9]{1,9})\.jsonl"
+)
 RUN_RECORD = re.compile(rf"runs/(?P<run>{RUN})/run\.json")
 RUN_FILE = re.compile(
     rf"runs/(?P<run>{RUN})/((run|desired|result)\.json|events\.jsonl|attempts/[0-9]+|checkpoints/[0-9-]+\.[a-z]+)"
@@ -143,6 +164,41 @@ def grants(name: str) -> str:
 def grant(name: str, tenant: str) -> str:
     """Raises InvalidArgument unless both are spelt as such."""
     return f"{grants(check_name(name))}/{check_tenant(tenant)}.json"
+
+
+def files(tenant: str) -> str:
+    """The directory of a tenant's files."""
+    return f"{FILES}/{tenant or '-'}"
+
+
+def file(tenant: str, file_id: str, suffix: str) -> str:
+    """`suffix` is json for the record, bin for the bytes. Raises InvalidArgument unless `file_id` is spelt as one."""
+    return f"{files(tenant)}/{_spelt(FILE_ID, file_id, 'a file')}.{suffix}"
+
+
+def batches(tenant: str) -> str:
+    """The directory of a tenant's batches."""
+    return f"{BATCHES}/{tenant or '-'}"
+
+
+def batch(tenant: str, batch_id: str) -> str:
+    """The directory of all that is kept of a batch. Raises InvalidArgument unless `batch_id` is spelt as one."""
+    return f"{batches(tenant)}/{_spelt(BATCH_ID, batch_id, 'a batch')}"
+
+
+def batch_record(tenant: str, batch_id: str, record: str) -> str:
+    """`record` is `batch`, `begun`, `cancel`, `finalizing`, `lease` or `result`."""
+    return f"{batch(tenant, batch_id)}/{record}.json"
+
+
+def batch_results(tenant: str, batch_id: str, attempt: int, number: int, completed: int, failed: int) -> str:
+    return f"{batch(tenant, batch_id)}/results/{attempt:06d}-{number:06d}-{completed}-{failed}.jsonl"
+
+
+def _spelt(pattern: str, text: str, what: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise InvalidArgument(f"{text[:100]!r} is not the id of {what}", field="id")
+    return text
 
 
 def run(run_id: str) -> str:

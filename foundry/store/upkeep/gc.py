@@ -32,6 +32,7 @@ from foundry.store.objects.versions import Durable
 from foundry.store.redis.connection import Connection
 from foundry.store.redis.pointers import Pointers
 from foundry.store.unreadable import skipped
+from foundry.store.upkeep.gc_batches import BatchCollector
 from foundry.store.upkeep.gc_records import RecordCollector
 from foundry.store.upkeep.marks import DELETING_SECONDS, MARK_SECONDS, GcMarks
 from foundry.store.upkeep.retention import Collected, Retention
@@ -64,13 +65,14 @@ class Collector:
         durable: Durable,
         marks: GcMarks,
         records: RecordCollector,
+        batches: BatchCollector,
         retention: Retention,
         *,
         began: datetime,
         dry_run: bool,
     ) -> None:
         self._connection, self._pointers, self._durable = connection, pointers, durable
-        self._marks, self._records = marks, records
+        self._marks, self._records, self._batches = marks, records, batches
         self._retention, self._began, self._dry_run = retention, began, dry_run
         self._old = retention.old(began)
         # Digests of manifests that stay, the documents that they name with their tenants, and the keys of all
@@ -87,7 +89,8 @@ class Collector:
         no document, which takes all runs to be read too."""
         if not self._dry_run:
             await self._marks.forget_dead()
-        for part in (self._collect_hot, self._collect_versions, self._records.runs, self._collect_blobs):
+        kept = (self._records.runs, self._batches.files, self._batches.batches)
+        for part in (self._collect_hot, self._collect_versions, *kept, self._collect_blobs):
             async for collected in part():
                 yield collected
         async for collected in self._records.texts(self._documents):

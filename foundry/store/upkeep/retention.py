@@ -29,7 +29,7 @@ class Retention:
 class Collected:
     """One thing that went, or would go. `num_bytes` is 0 for bytes that another version still needs."""
 
-    kind: Literal["hot", "version", "blob", "run", "checkpoint", "document", "dataset"]
+    kind: Literal["hot", "version", "blob", "run", "checkpoint", "document", "dataset", "file", "batch"]
     key: str
     num_bytes: int
     why: str

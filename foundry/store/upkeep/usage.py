@@ -32,7 +32,7 @@ class Usage:
     redis_used_bytes: int
     # 0: no limit.
     redis_max_bytes: int
-    # Of each tenant's documents and durable versions, also those that another tenant has too.
+    # Of each tenant's documents, files and durable versions, also those that another tenant has too.
     tenant_bytes: Mapping[str, int]
     queued_runs: int
     held_runs: int
@@ -64,6 +64,9 @@ async def take_usage(connection: Connection, pointers: Pointers, durable: Durabl
     async for entry in objects.scan(layout.DOCUMENTS):
         if match := layout.TEXT.fullmatch(entry.key):
             tenant_bytes[match["tenant"] or ""] += entry.size
+    async for entry in objects.scan(layout.FILES):
+        if match := layout.FILE_PART.fullmatch(entry.key):
+            tenant_bytes[match["owner"].removeprefix("-")] += entry.size
     _, used_bytes, max_bytes, queued, held = await connection.run("usage/server")
     return Usage(
         names=len(names),

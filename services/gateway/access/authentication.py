@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from foundry.errors import InvalidArgument, Unauthenticated
 from foundry.identity import content_digest
 from foundry.store.key_store import KeyText
+from foundry.store.objects.layout import KEY_ID
 from services.gateway.access.grants import Grants
 from services.gateway.access.keys import Keys
 from services.gateway.access.oidc import Oidc
@@ -32,6 +34,17 @@ class Authentication:
         was sent."""
         principal = await self._shown(authorization)
         return replace(principal, granted=self._grants.of(principal.tenant))
+
+    def granted(self, tenant: str) -> frozenset[str]:
+        """Other tenants' cartridges that this one may query now."""
+        return self._grants.of(tenant)
+
+    async def is_gone(self, client: str) -> bool:
+        """Whether this is a key that has been revoked, or whose time is over. Of tokens nobody can know that."""
+        if not re.fullmatch(KEY_ID, client) or (self._admin is not None and client == self._admin.key_id):
+            return False
+        key = await self._keys.find(client)
+        return key is None or bool(key.ended(datetime.now(UTC)))
 
     async def _shown(self, authorization: str) -> Principal:
         scheme, _, text = authorization.partition(" ")

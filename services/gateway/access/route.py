@@ -18,7 +18,7 @@ from services.gateway.state import Gateway
 
 # For the documentation, which then asks for a key.
 BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="`fdy_…`, as `foundry keys create` makes it.")
-_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 
 
 class ScopedRoute(BoundedRoute):

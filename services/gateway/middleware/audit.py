@@ -14,7 +14,7 @@ from services.gateway.access.scopes import OPEN
 from services.gateway.middleware.answered import answered
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 _REFUSED = frozenset({401, 403, 429})
 # Whatever else a path holds was sent by mistake, and may be a secret.
 _NAMES_SOMETHING = re.compile(r"(?!.*fdy_)[A-Za-z0-9._:@/-]{1,200}")

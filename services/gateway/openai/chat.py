@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from foundry.errors import InvalidArgument
 from foundry.v1 import rollout_pb2
-from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.openai import answers
 from services.gateway.openai.calling import Calling
@@ -22,7 +22,7 @@ from services.gateway.openai.requests import ChatRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, finite
 from services.gateway.openapi import EVENTS, failures
-from services.gateway.state import GatewayDep
+from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
@@ -32,6 +32,11 @@ async def chat_completions(
     asked: ChatRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:
     """Answer a conversation. Behind a cartridge, which holds the system message, the messages are its turn."""
+    return await respond(await prepared(gateway, principal, asked), request)
+
+
+async def prepared(gateway: Gateway, principal: Principal, asked: ChatRequest) -> Renderer:
+    """Raises what resolving the target raises, and InvalidArgument."""
     target = await Target.resolve(gateway, principal, asked)
     tools = asked.shown_tools
     if tools and "tools" in target.model.renders and not target.model.tool_format:
@@ -41,7 +46,7 @@ async def chat_completions(
     prompt = rollout_pb2.GenerateRequest(conversation=conversation_of(asked, tools))
     generation = Generation(gateway, principal, target, asked, [prompt], "chatcmpl")
     generation.ignored = ignored_by(target.model, asked)
-    return await respond(_Chat(generation, gateway.spelling, asked), request)
+    return _Chat(generation, gateway.spelling, asked)
 
 
 class _Chat(Renderer):

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from foundry.errors import InvalidArgument
 from foundry.v1 import common_pb2, rollout_pb2
-from services.gateway.access.principal import PrincipalDep
+from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.openai.answers import Completion, TextChoice, TextLogprobs
 from services.gateway.openai.delivery import respond
@@ -19,7 +19,7 @@ from services.gateway.openai.requests import CompletionRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, by_text, finite, places_of
 from services.gateway.openapi import EVENTS, failures
-from services.gateway.state import GatewayDep
+from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 
@@ -29,6 +29,11 @@ async def completions(
     asked: CompletionRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep
 ) -> Response:
     """Continue each prompt. Choice i of prompt j has index j * n + i."""
+    return await respond(await prepared(gateway, principal, asked), request)
+
+
+async def prepared(gateway: Gateway, principal: Principal, asked: CompletionRequest) -> Renderer:
+    """Raises what resolving the target raises, and InvalidArgument."""
     target = await Target.resolve(gateway, principal, asked)
     prompts = [
         rollout_pb2.GenerateRequest(text=prompt)
@@ -38,7 +43,7 @@ async def completions(
     ]
     echoes = [_echo(gateway.spelling, prompt) for prompt in asked.prompt] if asked.echo else ()
     generation = Generation(gateway, principal, target, asked, prompts, "cmpl", echoes=echoes)
-    return await respond(_Text(generation, gateway.spelling), request)
+    return _Text(generation, gateway.spelling)
 
 
 def _echo(spelling: TokenSpelling, prompt: str | list[int]) -> str:

@@ -28,7 +28,7 @@ async def respond(renderer: Renderer, request: Request) -> Response:
     if generation.asked.stream:
         chunks = generation.chunks()
         first = await unless_disconnected(request, anext(chunks))
-        return _EventStream(_events(renderer, first, chunks), chunks, generation.headers())
+        return EventStream(_events(renderer, first, chunks), chunks, generation.headers())
     body = renderer.whole(await unless_disconnected(request, generation.gather()))
     return Response(body.model_dump_json(), media_type="application/json", headers=generation.headers())
 
@@ -55,7 +55,9 @@ def _event(data: str) -> bytes:
     return format_sse_event(data_str=data)
 
 
-class _EventStream(EventSourceResponse):
+class EventStream(EventSourceResponse):
+    """Events made of chunks, which end with it."""
+
     def __init__(self, events: AsyncGenerator[bytes, None], chunks: Chunks, headers: dict[str, str]) -> None:
         # The second header stops nginx from holding events back.
         super().__init__(events, headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})

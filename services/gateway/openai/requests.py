@@ -98,7 +98,7 @@ _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PROMPTS = "expected a string, a list of strings, a list of token ids or a list of such lists"
 
 
-class Parameters(Strict):
+class _Request(Strict):
     """Null stands for unset."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -184,7 +184,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 ModelReference = Annotated[Text, Field(max_length=MAX_REFERENCE_CHARACTERS)]
 
 
-class StreamOptions(Parameters):
+class StreamOptions(_Request):
     ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
 
     include_usage: bool | None = None
@@ -194,7 +194,7 @@ class StreamOptions(Parameters):
     """Extension, vLLM's: every chunk carries the usage so far, of all choices."""
 
 
-class SamplingRequest(Parameters):
+class SamplingRequest(_Request):
     """What chat and text completions share."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
@@ -326,13 +326,13 @@ class SamplingRequest(Parameters):
         raise NotImplementedError
 
 
-class CalledFunction(Parameters):
+class CalledFunction(_Request):
     name: Text
     arguments: Text
     """A JSON object as text."""
 
 
-class ToolCall(Parameters):
+class ToolCall(_Request):
     # Clients that put a call together from the pieces of a stream leave its place in it.
     ignored: ClassVar[frozenset[str]] = frozenset({"index"})
 
@@ -341,7 +341,7 @@ class ToolCall(Parameters):
     function: CalledFunction
 
 
-class Message(Parameters):
+class Message(_Request):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_IN_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -383,7 +383,7 @@ class Message(Parameters):
         return self
 
 
-class TemplateRequest(Parameters):
+class TemplateRequest(_Request):
     """What a chat template is given. Names and ids, reasoning, and variables of `chat_template_kwargs` that the model's
     template does not use change nothing; `foundry.ignored` of the answer names them."""
 
@@ -412,11 +412,11 @@ class TemplateRequest(Parameters):
         return self
 
 
-class NamedFunction(Parameters):
+class NamedFunction(_Request):
     name: Text
 
 
-class NamedTool(Parameters):
+class NamedTool(_Request):
     type: Literal["function"] = "function"
     function: NamedFunction
 

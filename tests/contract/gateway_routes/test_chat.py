@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +12,10 @@ import pytest
 from openai import OpenAI
 
 from foundry.model.template import ChatTemplate, Rendering
+from tests.contract.gateway_routes.site import Site
 from tests.process import Process
-from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
-from tests.tiny import CLOCK, TOOLS_CHATML
+from tests.services import Stack, openai_client
+from tests.tiny import CLOCK
 from tests.unit.test_template_history import HISTORY, TOOL
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is open?"}]
@@ -61,25 +61,16 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    directory: Path = tmp_path_factory.mktemp("chat")
-    with open_stack(directory) as stack:
-        (stack.model / "chat_template.jinja").write_text(TOOLS_CHATML)
-        rollout = stack.rollout("--model-name", "tiny", "--max-sequence-tokens", "512")
-        gateway = stack.gateway([rollout])
-        stack.publish("handbook", stack.cartridge(seed=1))
-        tokenizer = stack.lm.tokenizer
-        tokenizer.chat_template = TOOLS_CHATML
-        wait_serving(rollout)
-        wait_ready(gateway)
-        with openai_client(gateway) as client:
-            yield Served(stack, gateway, client, ChatTemplate(tokenizer, CLOCK))
+def served(site: Site) -> Iterator[Served]:
+    site.stack.publish("chatted", site.stack.cartridge(seed=1))
+    with openai_client(site.gateway) as client:
+        yield Served(site.stack, site.gateway, client, ChatTemplate(site.stack.lm.tokenizer, CLOCK))
 
 
 def test_history_reaches_the_template_as_transformers_renders_it(served: Served) -> None:
     expected = served.template.prompt(HISTORY)
     assert served.ids(REPLAYED) == expected
-    assert served.ids(REPLAYED, model="handbook") == served.template.turn(HISTORY)
+    assert served.ids(REPLAYED, model="chatted") == served.template.turn(HISTORY)
     legacy = [
         QUESTION[0],
         {"role": "assistant", "content": None, "function_call": {"name": "tide", "arguments": "{}"}},

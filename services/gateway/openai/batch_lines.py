@@ -17,7 +17,7 @@ _KEYS = {"custom_id", "method", "url", "body"}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """Where it stands in the file, in bytes."""
 
     custom_id: str
@@ -27,12 +27,12 @@ class Line:
 
 def read_lines(
     content: memoryview, *, endpoint: str, max_lines: int, max_line_bytes: int
-) -> tuple[list[Line], list[dict[str, Any]]]:
+) -> tuple[list[BatchLine], list[dict[str, Any]]]:
     """The requests of a file, and what is wrong with it: then nothing of it is begun.
 
     Errors are {code, line, message, param}, the first hundred. What the body says is checked when it is its turn.
     """
-    lines: list[Line] = []
+    lines: list[BatchLine] = []
     errors: list[dict[str, Any]] = []
     seen: set[str] = set()
     for number, (begin, end) in enumerate(_places(content), start=1):
@@ -49,29 +49,29 @@ def read_lines(
         if custom_id in seen:
             errors.append(_error("duplicate_custom_id", number, f"{custom_id!r} stands in two lines", "custom_id"))
         seen.add(custom_id)
-        lines.append(Line(custom_id, begin, end))
+        lines.append(BatchLine(custom_id, begin, end))
     if not lines and not errors:
         errors.append(_error("empty_file", None, "the file has no requests"))
     return lines, errors
 
 
-def body_of(content: memoryview, line: Line) -> dict[str, Any]:
+def body_of(content: memoryview, line: BatchLine) -> dict[str, Any]:
     body: dict[str, Any] = parse(bytes(content[line.begin : line.end]))["body"]
     return body
 
 
-def answered(line: Line, status: int, request_id: str, body: Mapping[str, Any]) -> str:
+def answered(line: BatchLine, status: int, request_id: str, body: Mapping[str, Any]) -> str:
     """A line of the output, or of the errors where the status says so."""
     response = {"status_code": status, "request_id": request_id, "body": body}
     return _written(line, response, None)
 
 
-def unanswered(line: Line, code: str, message: str) -> str:
+def unanswered(line: BatchLine, code: str, message: str) -> str:
     """A line of the errors, of a request that was not begun."""
     return _written(line, None, {"code": code, "message": message})
 
 
-def _written(line: Line, response: Mapping[str, Any] | None, error: Mapping[str, Any] | None) -> str:
+def _written(line: BatchLine, response: Mapping[str, Any] | None, error: Mapping[str, Any] | None) -> str:
     entry = {"id": f"batch_req_{uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": error}
     return json.dumps(entry, ensure_ascii=False)
 

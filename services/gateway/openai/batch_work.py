@@ -26,7 +26,7 @@ from foundry.validation import invalid_argument
 from services.gateway.access.principal import Principal
 from services.gateway.errors import error_body
 from services.gateway.openai import chat, completions
-from services.gateway.openai.batch_lines import Line, answered, body_of, read_lines, unanswered
+from services.gateway.openai.batch_lines import BatchLine, answered, body_of, read_lines, unanswered
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests import ChatRequest, CompletionRequest, SamplingRequest
 from services.gateway.state import Gateway
@@ -166,7 +166,7 @@ class _Attempt:
     async def _fail(self, *errors: dict[str, Any]) -> None:
         await self._batches.finish(self._batch_id, BatchFinal(status="failed", at=int(time.time()), errors=errors))
 
-    async def _answer(self, record: BatchRecord, content: memoryview, lines: list[Line], done: set[int]) -> None:
+    async def _answer(self, record: BatchRecord, content: memoryview, lines: list[BatchLine], done: set[int]) -> None:
         """All that is not answered, until it is to be cancelled."""
         todo = (number for number in range(len(lines)) if number not in done)
 
@@ -205,7 +205,7 @@ class _Attempt:
             self._num_pieces += 1
             del self._rows[: len(piece)]
 
-    async def _row(self, record: BatchRecord, content: memoryview, line: Line, number: int) -> Row:
+    async def _row(self, record: BatchRecord, content: memoryview, line: BatchLine, number: int) -> Row:
         """What is for now out of reach is asked for again."""
         backoff_seconds = 0.5
         while True:
@@ -220,7 +220,7 @@ class _Attempt:
             except FoundryError as error:
                 return Row(number, False, answered(line, error.http_status, "", error_body(error)))
 
-    async def _answered(self, record: BatchRecord, body: dict[str, Any], line: Line) -> str:
+    async def _answered(self, record: BatchRecord, body: dict[str, Any], line: BatchLine) -> str:
         kind, prepare = _ENDPOINTS[record.endpoint]
         try:
             asked = kind.model_validate(body)
@@ -240,7 +240,7 @@ class _Attempt:
             return Principal(client=client, tenant=record.tenant or None)
         return Principal(client=client, tenant=record.tenant, granted=authentication.granted(record.tenant))
 
-    async def _finish(self, record: BatchRecord, lines: list[Line]) -> None:
+    async def _finish(self, record: BatchRecord, lines: list[BatchLine]) -> None:
         await self._batches.finalize(self._batch_id)
         unbegun = dict(enumerate(lines))
         is_cancelled = await self._batches.is_cancelled(self._batch_id)

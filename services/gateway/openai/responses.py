@@ -204,9 +204,10 @@ class Answering:
         status: Literal["completed", "incomplete"] = "incomplete" if choice.finish_reason == "length" else "completed"
         response = self._response(status, [self._item(status, choice.text)])
         usage = self.generation.usage()
+        details = usage.prompt_tokens_details
         response.usage = {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
+            "input_tokens_details": {"cached_tokens": details.cached_tokens if details is not None else 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.total_tokens,

@@ -378,7 +378,8 @@ async def test_a_deleted_name_is_gone_and_its_numbers_are_not_used_again(owned: 
 
 async def test_a_name_and_a_tenant_may_be_spelt_alike(store: CartridgeStore) -> None:
     for name in ("a", "a/tags", "a/a", "tags"):
-        await store.acquire(name, "run-a", 1)
+        # Not by the store: `a/tags` is from before such names were refused.
+        await store._pointers.acquire(name, "run-a", 1)
         await store.publish(cartridge(0), draft(name), durable=True)
         await store.tag(name, "tags", 1)
     assert await store._durable.names() == ["a", "a/a", "a/tags", "tags"]

@@ -1,7 +1,7 @@
 """Languages that answers can be held to: JSON schemas, regular expressions, choices and grammars, by llguidance.
 
 All are written as one Lark grammar, which either engine reads. What a caller sends may be made to hurt: its size is
-bounded, and so is the work that llguidance puts into it, at the beginning and in every step.
+bounded, it is tried in another process first, and llguidance bounds its own work in every step.
 """
 
 from __future__ import annotations
@@ -14,29 +14,20 @@ from functools import cached_property
 
 import llguidance
 import llguidance.hf
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from transformers import PreTrainedTokenizerFast
 
 from foundry.errors import InvalidArgument
 from foundry.model.info import ModelInfo
 from foundry.v1 import rollout_pb2
+from services.rollout.grammar_trial import LIMITS, Trials
 
 FIELD = "sampling.grammar"
 MAX_BYTES = 64 * 1024
 MAX_CHOICES = 1024
 # Grammars kept for those who ask again.
 _KEPT = 32
-# Lexer states take 1 to 2 kB each; fuel is about 50,000 a millisecond at the beginning and 14,000 in a step.
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=10_000,
-    max_grammar_size=50_000,
-    # What it says of a fault would hold the whole grammar.
-    verbose_errors=False,
-)
 # Between the parts of a JSON value. Without a bound a model may write blanks to the end.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \n]{0,16}"}
 
@@ -89,9 +80,9 @@ class Grammars:
             if spec in self._kept:
                 self._kept.move_to_end(spec)
                 return self._kept[spec]
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(spec), log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise InvalidArgument(f"the grammar can't be compiled: {matcher.get_error()[:500]}", field=FIELD)
+        if fault := self._trials.fault(spec):
+            raise InvalidArgument(f"the grammar can't be compiled: {fault[:500]}", field=FIELD)
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(spec), log_level=0, limits=LIMITS)
         compiled = CompiledGrammar(spec, self._tokenizer.eos_token, matcher)
         with self._lock:
             self._kept[spec] = compiled
@@ -99,13 +90,20 @@ class Grammars:
                 self._kept.popitem(last=False)
         return compiled
 
+    # A second for a large vocabulary, so not before somebody needs it.
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        # A second for a large vocabulary, so not before somebody needs it.
-        tokenizer = self._info.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return llguidance.hf.from_tokenizer(self._fast_tokenizer(), n_vocab=self._info.spec.vocab_size)
+
+    @cached_property
+    def _trials(self) -> Trials:
+        text = self._fast_tokenizer().backend_tokenizer.to_str()
+        return Trials(text, self._info.spec.vocab_size, self._tokenizer.eos_token)
+
+    def _fast_tokenizer(self) -> PreTrainedTokenizerFast:
+        if not isinstance(self._info.tokenizer, PreTrainedTokenizerFast):
             raise InvalidArgument("grammars need a model with a fast tokenizer", field=FIELD)
-        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=self._info.spec.vocab_size)
+        return self._info.tokenizer
 
 
 def _lark(message: rollout_pb2.Grammar) -> str:

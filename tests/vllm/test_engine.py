@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,12 +16,15 @@ from vllm.envs import disable_envs_cache
 from foundry.errors import InvalidArgument
 from foundry.model.info import ModelInfo
 from foundry.model.lm import FrozenLM
+from foundry.v1 import rollout_pb2
 from services.rollout.engine import FinishReason, SequenceRequest, TokenOutput
 from services.rollout.engine.vllm import connector
 from services.rollout.engine.vllm.connector import CartridgeConnector
 from services.rollout.engine.vllm.engine import VllmEngine
+from services.rollout.grammar import Grammars
 from tests.tiny import Family, build_tiny_model
 from tests.unit.engine.bench import Bench, bits, ids_of, logprobs_of, make_kv, random_ids, request
+from tests.unit.engine.test_adjusted import ADJUSTED, defined, model_logits
 
 # vLLM's, in tokens, on CPUs.
 BLOCK = 128
@@ -331,3 +335,64 @@ def test_further_engine_arguments_reach_vllm(model: Path, start: Start) -> None:
 def test_another_device_is_refused(model: Path, start: Start, device: str) -> None:
     with pytest.raises(InvalidArgument, match=f"runs on cpu, not on {device}"):
         start(model, device=device)
+
+
+@pytest.mark.parametrize("sampling", ADJUSTED, ids=lambda sampling: "+".join(sampling))
+def test_logits_are_adjusted_as_the_built_in_engine_does(bench: Bench, sampling: dict[str, Any]) -> None:
+    """Behind a cartridge, whose placeholders are no tokens of the prompt."""
+    bench.load("c", make_kv(bench.lm, 5))
+    asked = request(6, "c", temperature=0.0, max_new_tokens=12, **sampling)
+    for _ in range(2):
+        ids = ids_of(outputs := bench.run({0: asked})[0])
+        logits = model_logits(bench, asked, ids)
+        for place, token in enumerate(ids):
+            expected = defined(logits[place], asked.sampling, asked.prompt_ids, ids[:place])
+            assert expected[token] >= expected.max() - 1e-3
+        bench.check(asked, outputs)
+
+
+def test_placeholders_are_not_penalised(bench: Bench) -> None:
+    """Token 0 stands before the prompt for every token of the cartridge."""
+    bench.load("c", make_kv(bench.lm, 200))
+    sampling: dict[str, Any] = {"repetition_penalty": 0.01, "logit_bias": ((0, 8.0),)}
+    asked = request(6, "c", temperature=0.0, max_new_tokens=4, **sampling)
+    ids = ids_of(bench.run({0: asked})[0])
+    logits = model_logits(bench, asked, ids)
+    assert defined(logits[0], asked.sampling, (*asked.prompt_ids, 0), [])[0] > 10 * logits.max()
+    for place, token in enumerate(ids):
+        expected = defined(logits[place], asked.sampling, asked.prompt_ids, ids[:place])
+        assert expected[token] >= expected.max() - 1e-3
+
+
+@pytest.mark.parametrize("digests", [(), ("c",), ("long", "c")])
+def test_prompts_are_scored(bench: Bench, digests: tuple[str, ...]) -> None:
+    bench.load("c", make_kv(bench.lm, 5))
+    bench.load("long", make_kv(bench.lm, 200))
+    asked = request(140, *digests, num_prompt_logprobs=3, max_new_tokens=2)
+    expected = torch.log_softmax(model_logits(bench, asked, [], every=True), dim=-1)[:-1]
+    chosen = expected.gather(1, torch.tensor(asked.prompt_ids[1:])[:, None])
+    # The second time its KV is there.
+    for sequence_id in range(2):
+        first, second = bench.run({sequence_id: asked})[sequence_id]
+        assert first.prompt_logprobs is not None
+        assert second.prompt_logprobs is None
+        torch.testing.assert_close(first.prompt_logprobs.logprobs_n, chosen[:, 0], atol=1e-4, rtol=0)
+        assert first.prompt_logprobs.ranks_n.tolist() == ((expected > chosen).sum(dim=-1) + 1).tolist()
+        assert first.prompt_logprobs.top_ids_nK.tolist() == expected.topk(3).indices.tolist()
+
+
+def test_answers_are_held_to_a_grammar_and_end_with_it(bench: Bench) -> None:
+    bench.load("c", make_kv(bench.lm, 5))
+    properties = {"a": {"enum": [1, "ü"]}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    grammars = Grammars(bench.lm.info)
+    for asked in (rollout_pb2.Grammar(json_schema=json.dumps(schema)), rollout_pb2.Grammar(regex="(ab){3}")):
+        compiled = grammars.compile(asked)
+        requests = {
+            seed: request(6, *digests, seed=seed, max_new_tokens=300, ignore_eos=False, grammar=compiled)
+            for seed, digests in enumerate([(), ("c",)])
+        }
+        for outputs in bench.run(requests).values():
+            assert outputs[-1].finish_reason is FinishReason.STOP
+            text = "".join(output.text for output in outputs)
+            assert text == "ababab" or json.loads(text)["a"] in (1, "ü")

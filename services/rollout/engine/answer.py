@@ -18,7 +18,8 @@ class AnswerProgress:
         self.grammar: GrammarState | None = None
         if sampling.grammar is not None:
             self.grammar = sampling.grammar.begin()
-            self.end_ids |= {sampling.grammar.end_id}
+            self._grammar_end = sampling.grammar.end_id
+            self.end_ids |= {self._grammar_end}
         self._num_left = sampling.max_new_tokens
         # Where the text of the last token begins, in characters.
         self.text_offset = 0
@@ -30,7 +31,9 @@ class AnswerProgress:
         if token_id in self.end_ids:
             text = self._text.flush()
             self.text_offset = self._text.num_characters
-            return text, FinishReason.STOP
+            # An engine that can't follow the grammar further has nothing else to say.
+            refused = self.grammar is not None and token_id == self._grammar_end and not self.grammar.accept(token_id)
+            return text, FinishReason.ERROR if refused else FinishReason.STOP
         text = self._text.push(token_id)
         self.text_offset = self._text.offset
         if self._num_before_stop:

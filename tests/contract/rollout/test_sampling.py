@@ -126,6 +126,8 @@ async def test_answers_are_sentences_of_the_language_and_end_with_it(
         rollout_pb2.Grammar(regex="("),
         rollout_pb2.Grammar(regex="(" * 20_000),
         rollout_pb2.Grammar(lark="("),
+        rollout_pb2.Grammar(regex="(((a{100}){100}){100}){100}"),
+        rollout_pb2.Grammar(json_schema='{"type": "integer", "multipleOf": 99999989}'),
         rollout_pb2.Grammar(choice=rollout_pb2.Choice()),
         rollout_pb2.Grammar(choice=rollout_pb2.Choice(texts=[""])),
     ],
@@ -135,3 +137,6 @@ async def test_a_grammar_that_cannot_be_is_refused(rollout: Rollout, grammar: ro
         await rollout.generate(rollout.request(sampling={"grammar": grammar, "ignore_eos": False}))
     assert caught.value.field == "sampling.grammar"
     assert len(str(caught.value)) < 1000
+    # The next one is not harmed.
+    sampling = {"grammar": rollout_pb2.Grammar(regex="ab"), "ignore_eos": False}
+    assert joined(await rollout.generate(rollout.request(sampling=sampling)))[2] == "ab"

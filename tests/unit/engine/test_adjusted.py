@@ -67,11 +67,13 @@ def test_tokens_are_drawn_of_the_adjusted_logits_and_told_with_the_models_logpro
     assert ids_of(bench.run({3: plain})[3]) != ids
 
 
-def model_logits(bench: Bench, asked: SequenceRequest, ids: list[int]) -> Tensor:
-    prefix = torch.cat([bench.kv[name] for name in asked.digests], dim=3)
+def model_logits(bench: Bench, asked: SequenceRequest, ids: list[int], *, every: bool = False) -> Tensor:
+    """Where each of the answer's tokens was drawn; or after each of the prompt's, and of the answer's."""
+    prefix = torch.cat([bench.kv[name] for name in asked.digests], dim=3) if asked.digests else None
     with torch.no_grad():
-        hidden = bench.lm.packed_hidden([[*asked.prompt_ids, *ids][:-1]], [prefix])
-        return bench.lm.logits(hidden)[len(asked.prompt_ids) - 1 :]
+        hidden = bench.lm.packed_hidden([[*asked.prompt_ids, *ids]], [prefix])
+        logits = bench.lm.logits(hidden)
+    return logits if every else logits[len(asked.prompt_ids) - 1 : -1]
 
 
 def test_min_p_leaves_out_what_is_less_likely_at_the_temperature(bench: Bench) -> None:
@@ -79,7 +81,7 @@ def test_min_p_leaves_out_what_is_less_likely_at_the_temperature(bench: Bench) -
         seed: request(random_ids(6), "c", seed=seed, temperature=1.5, min_p=0.3, max_new_tokens=1) for seed in range(20)
     }
     outputs = bench.run(asked)
-    logits = model_logits(bench, asked[0], [0])[0] / 1.5
+    logits = model_logits(bench, asked[0], [], every=True)[-1] / 1.5
     kept = (logits - logits.max()).exp() >= 0.3
     assert 1 < kept.sum() < len(kept)
     assert all(kept[each[0].token_id] for each in outputs.values())

@@ -14,6 +14,7 @@ from foundry.model.lm import FrozenLM
 from foundry.v1 import rollout_pb2
 from services.rollout.engine import FinishReason
 from services.rollout.grammar import Grammars
+from services.rollout.grammar_trial import Trials
 from tests.unit.engine.bench import Bench, ids_of, make_kv, random_ids, request
 
 NAMES = st.sampled_from(["a", "b c", 'q"', "é", "", "日本"])
@@ -88,6 +89,17 @@ def test_a_length_ends_an_answer_before_its_grammar_does(bench: Bench, grammars:
     grammar = grammars.compile(rollout_pb2.Grammar(regex="[a-z]{50}"))
     outputs = bench.run({0: request(4, max_new_tokens=3, ignore_eos=False, grammar=grammar)})[0]
     assert (len(outputs), outputs[-1].finish_reason) == (3, FinishReason.LENGTH)
+
+
+def test_a_grammar_that_is_too_much_in_the_middle_is_an_error_and_no_answer(
+    bench: Bench, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its trial would see this one; those that lie behind many others it may not reach.
+    monkeypatch.setattr(Trials, "fault", lambda self, spec: "")
+    grammar = grammars.compile(rollout_pb2.Grammar(lark='start: "x" /(((a{100}){100}){100}){100}/'))
+    outputs = bench.run({0: request(4, max_new_tokens=8, ignore_eos=False, grammar=grammar), 1: request(4)})
+    assert outputs[0][-1].finish_reason is FinishReason.ERROR
+    assert len(outputs[1]) == 8
 
 
 def test_what_is_compiled_is_kept(grammars: Grammars) -> None:

@@ -38,8 +38,9 @@ class Adjustment:
         self._penalise(logits_V)
 
     def _allowed(self, vocab_size: int) -> Tensor:
-        """Which tokens [V] the grammar takes. Its end stands for all of the sequence's ends."""
+        """Which tokens [V] the grammar takes."""
         assert self._grammar is not None
+        assert self._sampling.grammar is not None
         allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
         mask = self._grammar.mask()
         if mask is not None:
@@ -47,8 +48,8 @@ class Adjustment:
             bits_n = (bytes_n[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()[:vocab_size]
             allowed_V[: len(bits_n)] = bits_n
         if mask is None or not allowed_V.any():
-            # Something must be drawn: a token that the grammar refuses, which ends the answer.
-            allowed_V[0] = True
+            # Something must be drawn: an end, which the grammar then refuses.
+            allowed_V[self._sampling.grammar.end_id] = True
         return allowed_V
 
     def _penalise(self, logits_V: Tensor) -> None:

@@ -4,7 +4,7 @@ become."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vllm.config import KVTransferConfig
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.core_client import SyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -24,7 +24,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from foundry.errors import InvalidArgument, Unavailable
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelInfo
-from services.rollout.engine import EngineStats, SequenceRequest, TokenOutput
+from services.rollout.engine import EngineStats, PromptLogprobs, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.vllm.connector import ADDRESS, DIGESTS, NUM_TOKENS, SEQUENCE, CartridgeConnector
 from services.rollout.engine.vllm.handover import ENDED, Handover
@@ -53,6 +53,8 @@ class _Open:
     request: SequenceRequest
     num_cartridge_tokens: int
     progress: AnswerProgress
+    # As far as the first token has not come.
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class VllmEngine:
@@ -99,7 +101,9 @@ class VllmEngine:
         arguments: dict[str, Any] = {
             "model": str(directory),
             "served_model_name": model_name,
-            "skip_tokenizer_init": True,
+            # Grammars need one there; ids are turned into text here.
+            "skip_tokenizer_init": False,
+            "structured_outputs_config": {"backend": "guidance"},
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_context_tokens,
             "max_num_seqs": max_sequences,
@@ -193,6 +197,11 @@ class VllmEngine:
         num_cached = (output.num_cached_tokens or 0) - each.num_cartridge_tokens
         if num_cached < 0:
             raise RuntimeError(f"vLLM answered sequence {sequence_id} without the cartridges before it")
+        sampling = each.request.sampling
+        if output.prompt_logprobs and sampling.num_prompt_logprobs is not None:
+            # Before them stands what there is no logprob of: placeholders, and the prompt's first token.
+            told = output.prompt_logprobs[each.num_cartridge_tokens + 1 :]
+            each.prompt_logprobs = _scored(each.request.prompt_ids[1:], told, sampling.num_prompt_logprobs)
         for token_id, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
             text, finish_reason = each.progress.append(token_id)
             if finish_reason is not None:
@@ -210,7 +219,9 @@ class VllmEngine:
                 cached_tokens=num_cached,
                 # Of the clock that is `time.perf_counter()`'s here, in every process.
                 scheduled_at=output.metrics.scheduled_ts,
+                prompt_logprobs=each.prompt_logprobs,
             )
+            each.prompt_logprobs = None
             if finish_reason is not None:
                 return
         if output.finished:
@@ -223,6 +234,9 @@ class VllmEngine:
             DIGESTS: list(each.request.digests),
             NUM_TOKENS: each.num_cartridge_tokens,
         }
+        grammar = None
+        if sampling.grammar is not None:
+            grammar = StructuredOutputsParams(grammar=sampling.grammar.spec)
         return SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -230,9 +244,19 @@ class VllmEngine:
             top_k=sampling.top_k,
             # vLLM's are signed.
             seed=sampling.seed % 2**63,
-            stop_token_ids=[] if sampling.ignore_eos else sorted(self._info.eos_ids),
+            stop_token_ids=sorted(each.progress.end_ids),
             ignore_eos=True,
+            min_tokens=sampling.min_tokens,
+            min_p=sampling.min_p,
+            logit_bias=dict(sampling.logit_bias) or None,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            structured_outputs=grammar,
             logprobs=sampling.num_logprobs,
+            prompt_logprobs=sampling.num_prompt_logprobs,
+            # Else a scored prompt's cartridges were not loaded. What may be read is said by ids and salt.
+            skip_reading_prefix_cache=False,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": transfer},
@@ -258,18 +282,32 @@ def _prompt(sequence_id: int, request: SequenceRequest, num_placeholders: int, v
     """Placeholders and prompt. vLLM's prefix cache knows a block by its ids, those before it, and the salt: tenant and
     digests, which are never spelled alike.
 
-    A sequence that must not reuse a prompt's KV has its number in the last placeholders. So only the last block of its
-    cartridges is its own; the others stay shared, since what was written there is the same bytes for all.
+    A sequence that must not reuse a prompt's KV, or whose prompt is scored, has its number in the last placeholders. So
+    only the last block of its cartridges is its own; the others stay shared, since what was written there is the same
+    bytes for all.
     """
-    placeholders = [0] * num_placeholders
+    # A token that a repetition penalty must not find in the prompt is none of its own: no block is shared then.
+    penalised = request.sampling.repetition_penalty != 1
+    placeholders = [request.prompt_ids[0] if penalised else 0] * num_placeholders
     salt = ",".join((*filter(None, [request.tenant]), *request.digests))
-    if request.skip_prefix_cache:
-        if num_placeholders < _NUMBER_IDS:
+    if request.skip_prefix_cache or request.sampling.num_prompt_logprobs is not None:
+        if penalised or num_placeholders < _NUMBER_IDS:
             salt += f"#{sequence_id}"
         else:
             number = [sequence_id // vocab_size**power % vocab_size for power in range(_NUMBER_IDS)]
             placeholders[-_NUMBER_IDS:] = number
     return tokens_input([*placeholders, *request.prompt_ids], cache_salt=salt or None)
+
+
+def _scored(ids: Sequence[int], told: Sequence[Mapping[int, Logprob]], num: int) -> PromptLogprobs:
+    own = [logprobs[token_id] for token_id, logprobs in zip(ids, told, strict=True)]
+    top = [_top(logprobs, num) for logprobs in told]
+    return PromptLogprobs(
+        torch.tensor([each.logprob for each in own]),
+        torch.tensor([each.rank for each in own]),
+        torch.tensor([[token_id for token_id, _ in each] for each in top], dtype=torch.long).view(len(top), num),
+        torch.tensor([[logprob for _, logprob in each] for each in top]).view(len(top), num),
+    )
 
 
 def _top(logprobs: Mapping[int, Logprob], num: int) -> tuple[tuple[int, float], ...]:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foundry.cli.progress import STAGES, RunView
-from foundry.client import ChatAnswer, Foundry
+from foundry.client import CartridgeJson, ChatAnswer, EventJson, Foundry, RunJson
 from foundry.errors import FoundryError
 from foundry.local.demo_model import resolve_model
 from foundry.local.layout import num_cores
@@ -67,6 +67,15 @@ class Way:
     cold: ChatAnswer | None = None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run that succeeded, and its step events."""
+
+    run: RunJson
+    result: dict[str, Any]
+    steps: Sequence[EventJson]
+
+
 class Phases:
     """Seconds of each phase, in order."""
 
@@ -97,16 +106,18 @@ def main() -> int:
             client = cleanup.enter_context(Foundry(stack.url))
             console.print(f"The gateway listens at {stack.url}")
         with phases.phase("training", "3  Training a cartridge"):
-            run, steps = train(client, NAME, options)
+            trained = train(client, NAME, options)
+            run = trained.run
         with phases.phase("first_tokens", "4  Beside it, the document's first tokens"):
             num_tokens = run["spec"]["num_tokens"]
             start = {"init": "first_tokens", "num_tokens": num_tokens, "num_steps": 0, "general_share": 0}
-            first, _ = train(client, f"{NAME}-first", options, **start)
+            first = train(client, f"{NAME}-first", options, **start)
         with phases.phase("questions", "5  The same questions, five ways"):
-            reference, untrained = f"{NAME}@{run['result']['version']}", f"{NAME}@{steps[0]['version'] - 1}"
+            reference = f"{NAME}@{trained.result['version']}"
+            untrained = f"{NAME}@{trained.steps[0]['version'] - 1}"
             ways = ask(client, questions, untrained, reference, run_id=run["id"], max_tokens=options.max_tokens)
         cartridge = client.cartridges.get(reference)
-    result = summarize(phases, run, first, steps, cartridge, ways, questions)
+    result = summarize(phases, trained, first, cartridge, ways, questions)
     options.result.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     show(result, stack.home.objects)
     console.print(f"\nAll figures are in {options.result}")
@@ -135,10 +146,8 @@ def read_questions(limit: int) -> list[Question]:
     return [Question(row["prompt"], row["expected"]) for row in rows[:limit]]
 
 
-def train(
-    client: Foundry, name: str, options: argparse.Namespace, **more: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The finished run and its step events. Interrupted, the run is cancelled, so that it does not go on later."""
+def train(client: Foundry, name: str, options: argparse.Namespace, **more: Any) -> Trained:
+    """Interrupted, the run is cancelled, so that it does not go on later."""
     document = client.documents.create(DOCUMENT.read_bytes(), title=DOCUMENT.name)
     heldout = client.documents.create(HELDOUT.read_bytes(), title=HELDOUT.name)
     given = {
@@ -157,7 +166,7 @@ def train(
         heldout={"kind": "document", "digest": heldout["digest"]},
         **{key: value for key, value in given.items() if value is not None} | more,
     )
-    console.print(f"{run['id']}: {'; '.join(run['chosen'])}")
+    console.print(f"{run['id']}: {'; '.join(run['chosen'] or [])}")
     steps = []
     try:
         with RunView(name, console) as view:
@@ -169,9 +178,9 @@ def train(
         client.runs.cancel(run["id"])
         raise
     run = client.runs.get(run["id"])
-    if run["state"] != "succeeded":
+    if run["state"] != "succeeded" or run["result"] is None:
         raise FoundryError(f"the run {run['state']}: {run['error']}")
-    return run, steps
+    return Trained(run, run["result"], steps)
 
 
 def ask(
@@ -205,14 +214,13 @@ def ask(
 
 def summarize(
     phases: Phases,
-    run: dict[str, Any],
-    first: dict[str, Any],
-    steps: Sequence[dict[str, Any]],
-    cartridge: dict[str, Any],
+    trained: Trained,
+    first: Trained,
+    cartridge: CartridgeJson,
     ways: Sequence[Way],
     questions: Sequence[Question],
 ) -> dict[str, Any]:
-    result, manifest = run["result"], cartridge["version"]
+    run, result, steps, manifest = trained.run, trained.result, trained.steps, cartridge["version"]
     # Behind a cartridge only the turn is sent, so what else a prompt has is the prefix.
     turn_tokens = [answer.prompt_tokens for answer in ways[1].answers]
     return {
@@ -231,7 +239,7 @@ def summarize(
             for stage in (*STAGES, "total")
         },
         "heldout_kl": {
-            "first_tokens": first["result"]["heldout_kl_first"],
+            "first_tokens": first.result["heldout_kl_first"],
             "first": result["heldout_kl_first"],
             "last": result["heldout_kl_last"],
             "best": result["best"]["kl"],

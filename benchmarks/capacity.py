@@ -1,11 +1,11 @@
 """How many cartridges one GPU serves side by side, and how long a cold one takes: python -m benchmarks.capacity
 
 A rollout server with a model of Llama-3.2-3B's shape with random weights in bfloat16, a real Valkey and a directory on
-the local disk as object storage. 250 versions of a 2048-token cartridge (234.9 MB each) are published durably, one
-after the other. Each is asked for when its bytes have left Redis and, by `posix_fadvise`, the page cache: from the
-request to the first token it is read from the disk, verified, and copied to the device. Asked for once more it is
-resident. In the same run a plain read of such a file says what the disk gives. Then 256 sequences decode at once behind
-all 250, and behind one of them.
+the local disk as object storage. 250 versions of a 2048-token cartridge (234.9 MB each) are published, one after the
+other. The first 40 go to the disk, and each is asked for when its bytes have left Redis and, by `posix_fadvise`, the
+page cache: from the request to the first token it is read from the disk, verified, and copied to the device. Asked for
+once more it is resident. In the same run a plain read of such a file says what the disk gives. The others come from
+Redis. Then 256 sequences decode at once behind all 250, and behind one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -36,7 +37,7 @@ from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from tests.process import Process
 from tests.valkey import Valkey
 
-NUM_CARTRIDGES, NUM_TOKENS = 250, 2048
+NUM_CARTRIDGES, NUM_COLD, NUM_TOKENS = 250, 40, 2048
 NUM_SEQUENCES, PROMPT_TOKENS, ANSWER_TOKENS = 256, 128, 512
 NAME, RUN = "capacity", "bench"
 # Of the disk's files only the last ones stay, so that they fit wherever there is room for a few.
@@ -55,11 +56,11 @@ class Versions:
         self._memory = memory
         self._files: list[Path] = []
 
-    async def publish(self, index: int) -> CartridgeId:
+    async def publish(self, index: int, *, durable: bool) -> CartridgeId:
         self._memory[-1] = index
         data: Any = self._memory.view(torch.uint8).numpy()
         draft = ManifestDraft(name=NAME, run=RUN, attempt=1, step=index)
-        return (await self._store.publish(CartridgeBytes(self.header, memoryview(data)), draft, durable=True)).id
+        return (await self._store.publish(CartridgeBytes(self.header, memoryview(data)), draft, durable=durable)).id
 
     def file(self, version: CartridgeId) -> Path:
         """Where the version's bytes are, out of the page cache; older files are removed."""
@@ -129,7 +130,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     milliseconds = sorted(1e3 * each for each in seconds)
     return {
         "median_ms": round(statistics.median(milliseconds), 1),
-        "p95_ms": round(milliseconds[int(0.95 * (len(milliseconds) - 1))], 1),
+        "p95_ms": round(milliseconds[math.ceil(0.95 * len(milliseconds)) - 1], 1),
         "largest_ms": round(milliseconds[-1], 1),
     }
 
@@ -180,21 +181,30 @@ async def bench(directory: Path, model: Path, arguments: argparse.Namespace) -> 
 
 
 async def measure(client: Client, published: Versions, arguments: argparse.Namespace) -> dict[str, Any]:
-    versions = [await published.publish(0)]
-    cold, resident, read = [], [], []
+    versions = [await published.publish(0, durable=True)]
+    cold, resident, read, hot = [], [], [], []
     memory = allocate(2 * published.header.num_bytes)
-    for index in range(1, arguments.cartridges + 1):
+    for index in range(1, arguments.cold + 1):
         # Only the newest version's bytes stay in Redis: the one before it is on the disk alone.
-        versions.append(await published.publish(index))
+        versions.append(await published.publish(index, durable=True))
         path = published.file(versions[-2])
         cold.append(await client.first_token_seconds(versions[-2]))
         resident.append(await client.first_token_seconds(versions[-2]))
-        if index % 10 == 0:
+        if index % 4 == 0:
             read.append(read_seconds(path, memory))
-    result = {"cold": spread(cold[1:]), "resident": spread(resident[1:]), "plain_read": spread(read)}
+    # The last one has not been asked for.
+    del versions[-1]
+    print(json.dumps(spread(cold[1:])), flush=True)
+    for index in range(arguments.cold + 1, arguments.cartridges + 1):
+        versions.append(await published.publish(index, durable=False))
+        hot.append(await client.first_token_seconds(versions[-1]))
+        if index % 50 == 0:
+            print(f"{index} cartridges", flush=True)
+    seconds = {"cold": cold[1:], "from_redis": hot, "resident": resident[1:], "plain_read": read}
+    result: dict[str, Any] = {name: spread(each) for name, each in seconds.items()}
     print(json.dumps(result), flush=True)
     result["resident_cartridges"] = {"number": await client.num_resident()}
-    for label, some in (("all", versions[:-1]), ("one", versions[:1])) * 2:
+    for label, some in (("all", versions), ("one", versions[:1])) * 2:
         # The second time: the first one's prompts may have compiled something.
         result[f"{NUM_SEQUENCES} sequences behind {label}"] = await client.decode(
             some, NUM_SEQUENCES, arguments.answer_tokens
@@ -207,6 +217,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the program")
     parser.add_argument("--cartridges", type=int, default=NUM_CARTRIDGES)
+    parser.add_argument("--cold", type=int, default=NUM_COLD, help="of these: read from the disk")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS, help="of each cartridge")
     parser.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS)
     parser.add_argument("--model-directory", type=Path, default=Path("/dev/shm"), help="for the model's files")

@@ -2,6 +2,7 @@
 
     hermes      <tool_call>{"name": …, "arguments": {…}}</tool_call>, any number, text around them (Qwen, Hermes)
     llama3_json {"name": …, "parameters": {…}}, several with ; between them, and nothing else (Llama 3)
+    json        {"name": …, "arguments": {…}}, or a list of them: what answers are that a grammar holds to it
 
 What can't be read as a call is text, exactly as the model wrote it: nothing that it said is lost.
 """
@@ -127,7 +128,16 @@ class _Llama3Json(ToolReader):
         self._held = ""
 
 
-_READERS: dict[str, type[ToolReader]] = {"hermes": _Hermes, "llama3_json": _Llama3Json}
+class _Json(ToolReader):
+    def _read(self, *, last: bool) -> None:
+        if last:
+            for call in (calls := _all_calls(self._held.strip())):
+                self._call(call)
+            self._say("" if calls else self._held)
+            self._held = ""
+
+
+_READERS: dict[str, type[ToolReader]] = {"hermes": _Hermes, "llama3_json": _Llama3Json, "json": _Json}
 FORMATS = tuple(_READERS)
 
 
@@ -159,6 +169,16 @@ def _sequence(text: str) -> list[CalledTool]:
             return []
         text, begin = rest[1:].lstrip(), 0
     return []
+
+
+def _all_calls(text: str) -> list[CalledTool]:
+    """What a call, or a list of calls, says; none if it is anything else."""
+    value = _decoded(text, 0)
+    if value is None or value[1] < len(text):
+        return []
+    read = [_call_of(each, "arguments") for each in (value[0] if isinstance(value[0], list) else [value[0]])]
+    calls = [call for call in read if call is not None]
+    return calls if len(calls) == len(read) else []
 
 
 def _parsed(text: str, *keys: str) -> CalledTool | None:

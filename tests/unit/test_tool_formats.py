@@ -32,6 +32,9 @@ CASES = [
             f"<tool_call>{'[' * 5000}</tool_call>",
         )
     ),
+    ("json", '{"name": "wind", "arguments": {}}', "", [WIND]),
+    ("json", ' [{"name": "wind", "arguments": {}}, {"name": "wind", "arguments": {}}]', "", [WIND, WIND]),
+    *(("json", other, other, []) for other in ("", "x", "[]", '[{"name": "wind", "arguments": {}}', '["a"]', "{}")),
     ("llama3_json", "The tide is high.", "The tide is high.", []),
     ("llama3_json", " \n", " \n", []),
     ("llama3_json", LLAMA_TIDE, "", [TIDE]),

@@ -39,7 +39,8 @@ async def prepared(gateway: Gateway, principal: Principal, asked: ChatRequest) -
     """Raises what resolving the target raises, and InvalidArgument."""
     target = await Target.resolve(gateway, principal, asked)
     tools = asked.shown_tools
-    if tools and "tools" in target.model.renders and not target.model.tool_format:
+    can_be_read = target.model.tool_format or asked.forces_calls
+    if tools and "tools" in target.model.renders and not can_be_read:
         raise InvalidArgument(
             "the model's chat template writes calls of tools in a format that can't be read from answers", field="tools"
         )
@@ -56,7 +57,8 @@ class _Chat(Renderer):
 
     def __init__(self, generation: Generation, spelling: TokenSpelling, asked: ChatRequest) -> None:
         super().__init__(generation, spelling)
-        self._tool_format = generation.target.model.tool_format if asked.shown_tools else ""
+        own = generation.target.model.tool_format if asked.shown_tools else ""
+        self._tool_format = "json" if asked.forces_calls else own
         self.withholds = bool(self._tool_format)
         self._one_call = asked.parallel_tool_calls is False
         # Of choices that may call tools.

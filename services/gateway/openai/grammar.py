@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foundry.errors import InvalidArgument
@@ -35,6 +35,36 @@ def asked_grammar(
     if len(found) > 1:
         raise InvalidArgument(f"{found[0][0]} and {found[1][0]} can't be set both", field=found[1][0])
     return found[0] if found else None
+
+
+def calls_schema(tools: Sequence[Mapping[str, Any]], name: str | None, *, one_call: bool) -> dict[str, Any]:
+    """The JSON schema of a call of the tool of this name, or of a list of calls of any.
+
+    Raises InvalidArgument if tools define one name (`$defs`) in two ways.
+    """
+    definitions: dict[str, Any] = {}
+    calls = [_call_schema(tool["function"], definitions) for tool in tools if name in (None, tool["function"]["name"])]
+    schema = calls[0] if name is not None else {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if name is None and one_call:
+        schema["maxItems"] = 1
+    # As llguidance has it: else a model that is lost may write white space without end.
+    schema["x-guidance"] = {"whitespace_flexible": False}
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _call_schema(function: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    parameters = dict(function.get("parameters") or {"type": "object"})
+    # What it refers to as `#/$defs/…` is then at the root.
+    for key, value in parameters.pop("$defs", {}).items():
+        if definitions.setdefault(key, value) != value:
+            raise InvalidArgument(f"two tools define {key!r} in their $defs, each otherwise", field="tools")
+    parameters.setdefault("type", "object")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _of_format(asked: Mapping[str, Any]) -> rollout_pb2.Grammar | None:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, mod
 from foundry.errors import InvalidArgument
 from foundry.v1 import rollout_pb2
 from foundry.validation import FirstError, Strict, of_field
-from services.gateway.openai.grammar import GUIDED, asked_grammar
+from services.gateway.openai.grammar import GUIDED, asked_grammar, calls_schema
 
 # Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
 IGNORED = frozenset(
@@ -426,7 +426,8 @@ class ChatRequest(TemplateRequest, SamplingRequest):
     ignored: ClassVar[frozenset[str]] = IGNORED - {"parallel_tool_calls"}
 
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    """`none`: as if there were no tools; unset: `auto`. `required`, or one of the tools: not supported yet."""
+    """`none`: as if there were no tools; unset: `auto`. `required`: the answer is calls, held to that by a grammar, and
+    a named tool: one of it."""
 
     parallel_tool_calls: bool | None = None
     """False: of several calls the first is answered."""
@@ -451,9 +452,24 @@ class ChatRequest(TemplateRequest, SamplingRequest):
             raise InvalidArgument(
                 f"tool_choice is none of the tools: {', '.join(names)}"[:500], field="tool_choice.function.name"
             )
-        raise InvalidArgument(
-            "tool_choice is not supported: only null, none and auto can be taken", field="tool_choice"
-        )
+        return self
+
+    @cached_property
+    def grammar(self) -> tuple[str, rollout_pb2.Grammar] | None:
+        """As of any request; where calls are asked for, their language."""
+        asked = super().grammar
+        if not self.forces_calls:
+            return asked
+        if asked is not None:
+            raise InvalidArgument(f"{asked[0]} and a tool_choice can't be set both", field=asked[0])
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        schema = calls_schema(self.tools or [], name, one_call=self.parallel_tool_calls is False)
+        return "tools", rollout_pb2.Grammar(json_schema=json.dumps(schema))
+
+    @property
+    def forces_calls(self) -> bool:
+        """Whether the answer is nothing but calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:

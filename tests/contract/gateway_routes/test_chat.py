@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,43 @@ def test_what_can_not_be_counted(served: Served, path: str, body: Any, status: i
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "tide"}}])
+def test_calls_that_are_asked_for_come(served: Served, choice: Any) -> None:
+    """A model of random weights calls a tool as its schema says, since it can say nothing else."""
+    harbour = {"type": "string", "enum": ["Bergen", "Vardø"]}
+    tide = {
+        **TOOL["function"],
+        "parameters": {"$defs": {"H": harbour}, "properties": {"harbour": {"$ref": "#/$defs/H"}}},
+    }
+    tide["parameters"] |= {"type": "object", "required": ["harbour"], "additionalProperties": False}
+    wind = {"name": "wind", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": QUESTION,
+        "temperature": 0,
+        "max_tokens": 80,
+        "tool_choice": choice,
+        "tools": [{"type": "function", "function": each} for each in (tide, wind)],
+        "parallel_tool_calls": False,
+    }
+    (whole,) = served.client.chat.completions.create(**asked).choices
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    (call,) = whole.message.tool_calls or []
+    assert call.function.name in (("tide", "wind") if choice == "required" else ("tide",))
+    arguments = json.loads(call.function.arguments)
+    assert arguments == {} if call.function.name == "wind" else arguments["harbour"] in harbour["enum"]
+    chunks = [chunk.choices[0] for chunk in served.client.chat.completions.create(**asked, stream=True)]
+    (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert streamed.function.name == call.function.name
+    assert (streamed.index, streamed.function.arguments) == (0, call.function.arguments)
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
+    # The call can be replayed, with its result.
+    replayed = [*QUESTION, whole.message.model_dump(exclude_none=True)]
+    replayed.append({"role": "tool", "tool_call_id": call.id, "content": "06:12"})
+    assert len(served.ids(replayed)) > len(served.ids(QUESTION))
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
@@ -171,6 +209,10 @@ def test_what_can_not_be_counted(served: Served, path: str, body: Any, status: i
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice.function.name",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
         ),
         ({"extra_body": {"chat_template_kwargs": {"bos_token": "x"}}}, "chat_template_kwargs.bos_token"),
         ({"extra_body": {"continue_final_message": True, "add_generation_prompt": True}}, "continue_final_message"),

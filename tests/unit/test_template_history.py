@@ -25,7 +25,7 @@ LLAMA_TOOLS = (
     "{{- m.content | trim }}{%- endif %}"
     "{{- '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{%- endif %}"
 )
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "tide",

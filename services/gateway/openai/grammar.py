@@ -59,6 +59,9 @@ def _call_schema(function: Mapping[str, Any], definitions: dict[str, Any]) -> di
         if definitions.setdefault(key, value) != value:
             raise InvalidArgument(f"two tools define {key!r} in their $defs, each otherwise", field="tools")
     parameters.setdefault("type", "object")
+    if "properties" in parameters:
+        # No schema says so that is made from a function's signature, and none means that more may be made up.
+        parameters.setdefault("additionalProperties", False)
     return {
         "type": "object",
         "properties": {"name": {"const": function["name"]}, "arguments": parameters},

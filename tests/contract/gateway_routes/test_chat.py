@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -160,8 +160,8 @@ def test_what_can_not_be_counted(served: Served, path: str, body: Any, status: i
 def test_calls_that_are_asked_for_come(served: Served, choice: Any) -> None:
     """A model of random weights calls a tool as its schema says, since it can say nothing else."""
     harbour = {"type": "string", "enum": ["Bergen", "Vardø"]}
-    tide = {
-        **TOOL["function"],
+    tide: dict[str, Any] = {
+        **cast(dict[str, Any], TOOL["function"]),
         "parameters": {"$defs": {"H": harbour}, "properties": {"harbour": {"$ref": "#/$defs/H"}}},
     }
     tide["parameters"] |= {"type": "object", "required": ["harbour"], "additionalProperties": False}

@@ -14,7 +14,7 @@ from threading import Event
 import httpx
 
 from services.gateway.bodies import MAX_PARTS, MAX_VALUES
-from services.gateway.openai.requests import MAX_MESSAGES
+from services.gateway.openai.requests.template import MAX_MESSAGES
 from tests.process import Process
 
 _BYTES = 3 * 2**20 - 200

@@ -38,8 +38,10 @@ from services.gateway.middleware.request_context import TRACING, RequestContext
 from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
-from services.gateway.openai import batches, chat, completions, files, models, responses, tokenize
-from services.gateway.openai.batch_work import BatchWorker
+from services.gateway.openai import chat, completions, models, responses, tokenize
+from services.gateway.openai.batches import files
+from services.gateway.openai.batches import routes as batches
+from services.gateway.openai.batches.work import BatchWorker
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings

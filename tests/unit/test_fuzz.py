@@ -27,7 +27,8 @@ from foundry.store import Manifest, RunRequest, RunSpec
 from foundry.store.sealed import seal
 from foundry.v1 import common_pb2, rollout_pb2
 from services.gateway.bodies import parse
-from services.gateway.openai.requests import ChatRequest, CompletionRequest
+from services.gateway.openai.requests.chat import ChatRequest
+from services.gateway.openai.requests.completion import CompletionRequest
 from services.rollout.admission import Admissions
 from tests.store_data import DOCUMENT, cartridge, draft
 from tests.tiny import CLOCK, build_tiny_model

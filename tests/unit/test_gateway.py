@@ -43,7 +43,8 @@ from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.openai import chat
 from services.gateway.openai.fan_in import FanIn
 from services.gateway.openai.generation import Generation
-from services.gateway.openai.requests import ChatRequest, CompletionRequest
+from services.gateway.openai.requests.chat import ChatRequest
+from services.gateway.openai.requests.completion import CompletionRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, by_text, finite, places_of
 from tests.tiny import build_tokenizer

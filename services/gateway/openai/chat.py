@@ -18,7 +18,7 @@ from services.gateway.openai.conversation import conversation_of, ignored_by
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
-from services.gateway.openai.requests import ChatRequest
+from services.gateway.openai.requests.chat import ChatRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, finite
 from services.gateway.openapi import EVENTS, failures

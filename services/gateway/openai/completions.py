@@ -15,7 +15,7 @@ from services.gateway.openai.answers import Completion, TextChoice, TextLogprobs
 from services.gateway.openai.delivery import respond
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.rendering import Renderer
-from services.gateway.openai.requests import CompletionRequest
+from services.gateway.openai.requests.completion import CompletionRequest
 from services.gateway.openai.target import Target
 from services.gateway.openai.tokens import TokenSpelling, by_text, finite, places_of
 from services.gateway.openapi import EVENTS, failures

@@ -8,7 +8,8 @@ from typing import Any
 
 from foundry.v1 import common_pb2
 from services.gateway.balancer import ServedModel
-from services.gateway.openai.requests import Message, TemplateRequest
+from services.gateway.openai.requests.messages import Message
+from services.gateway.openai.requests.template import TemplateRequest
 
 # The newer name of the one, the older of the other; chat templates know these.
 _ROLES = {"developer": "system", "function": "tool"}

@@ -18,7 +18,7 @@ from services.gateway import metrics
 from services.gateway.access.principal import Principal
 from services.gateway.openai.answers import CartridgeInfo, FoundryInfo, PromptTokensDetails, UsageInfo
 from services.gateway.openai.fan_in import Deliver, FanIn
-from services.gateway.openai.requests import SamplingRequest
+from services.gateway.openai.requests.sampling import SamplingRequest
 from services.gateway.openai.target import Target
 from services.gateway.state import Gateway
 

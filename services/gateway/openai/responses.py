@@ -20,7 +20,9 @@ from services.gateway.openai import chat
 from services.gateway.openai.answers import FoundryInfo
 from services.gateway.openai.delivery import Chunks, EventStream, unless_disconnected
 from services.gateway.openai.generation import Choice, Generation
-from services.gateway.openai.requests import IGNORED, ChatRequest, ModelReference, Text, _Request
+from services.gateway.openai.requests.chat import ChatRequest
+from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text
+from services.gateway.openai.requests.sampling import IGNORED
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
@@ -53,7 +55,7 @@ def _message(item: Any, place: int) -> dict[str, Any]:
     return {"role": item["role"], "content": content}
 
 
-class ResponseRequest(_Request):
+class ResponseRequest(Parameters):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "background": (False,),
         "context_management": (),

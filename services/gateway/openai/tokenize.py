@@ -16,7 +16,8 @@ from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.openai.conversation import conversation_of
 from services.gateway.openai.generation import parameter
-from services.gateway.openai.requests import ModelReference, TemplateRequest, Text, _Request, is_ids
+from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text, is_ids
+from services.gateway.openai.requests.template import TemplateRequest
 from services.gateway.openai.target import Target
 from services.gateway.state import Gateway, GatewayDep
 
@@ -24,7 +25,7 @@ router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 T = TypeVar("T")
 
 
-class _Counting(_Request):
+class _Counting(Parameters):
     model: ModelReference = ""
     """As in completions; unset: the base model. Behind a cartridge the turn alone is counted."""
 

@@ -21,7 +21,7 @@ from openai.types import Batch
 from foundry.errors import BatchNotFound, Fenced, FileNotKept
 from foundry.store import ApiKey, BatchFinal, BatchStore, CartridgeStore, FileStore, Objects, Row
 from foundry.store.upkeep.gc_batches import BatchCollector
-from services.gateway.openai.batch_lines import read_lines
+from services.gateway.openai.batches.lines import read_lines
 from tests.contract.gateway_routes.site import ADMIN_KEY, Site
 from tests.process import Process
 from tests.services import Stack, openai_client, wait_ready, wait_until

@@ -11,8 +11,8 @@ from foundry.errors import InvalidArgument, ResourceExhausted
 from foundry.store import BatchState, BatchStore
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
-from services.gateway.openai.files import of as files_of
-from services.gateway.openai.requests import Text, _Request
+from services.gateway.openai.batches.files import of as files_of
+from services.gateway.openai.requests.parameters import Parameters, Text
 from services.gateway.resources.listing import Listing
 from services.gateway.state import Gateway, GatewayDep
 
@@ -23,7 +23,7 @@ BatchStatus = Literal[
 ]
 
 
-class BatchRequest(_Request):
+class BatchRequest(Parameters):
     input_file_id: Text
     endpoint: Endpoint
     completion_window: Literal["24h"]

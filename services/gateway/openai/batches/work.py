@@ -26,9 +26,11 @@ from foundry.validation import invalid_argument
 from services.gateway.access.principal import Principal
 from services.gateway.errors import error_body
 from services.gateway.openai import chat, completions
-from services.gateway.openai.batch_lines import BatchLine, answered, body_of, read_lines, unanswered
+from services.gateway.openai.batches.lines import BatchLine, answered, body_of, read_lines, unanswered
 from services.gateway.openai.rendering import Renderer
-from services.gateway.openai.requests import ChatRequest, CompletionRequest, SamplingRequest
+from services.gateway.openai.requests.chat import ChatRequest
+from services.gateway.openai.requests.completion import CompletionRequest
+from services.gateway.openai.requests.sampling import SamplingRequest
 from services.gateway.state import Gateway
 
 log = structlog.get_logger(__name__)

@@ -115,13 +115,12 @@ test-vllm: install $(VLLM)/.installed  ## the vLLM engine against plain forwards
 	FOUNDRY_TEST_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_NO_USAGE_STATS=1 $(BIN)/python -m pytest tests/e2e/test_versions.py \
 	    tests/e2e/test_trainer_killed.py tests/e2e/test_outages.py tests/e2e/test_swap_stall.py tests/contract/gateway_routes
 
-# Other people's clients, some with hundreds of dependencies: an environment of its own. The extra names them, and
-# constraints-clients.txt pins what constraints.txt doesn't.
+# Other people's clients, some with hundreds of dependencies and bounds of their own: an environment and pins of its own.
 CLIENTS := .venv-clients
-$(CLIENTS)/.installed: pyproject.toml constraints.txt constraints-clients.txt
+$(CLIENTS)/.installed: pyproject.toml constraints-clients.txt
 	@echo "Installing into $(CLIENTS) (minutes) ..."
 	@$(PYTHON) -m venv $(CLIENTS)
-	@PIP_CONSTRAINT='constraints.txt constraints-clients.txt' $(CLIENTS)/bin/python -m pip install --quiet \
+	@PIP_CONSTRAINT=constraints-clients.txt $(CLIENTS)/bin/python -m pip install --quiet \
 	    --disable-pip-version-check --editable '.[local,clients]' hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@
 

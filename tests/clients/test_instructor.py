@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import instructor
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.clients.conftest import BASE, CARTRIDGE, Site
-
-# It takes no rich of 15, which is what constraints.txt has: install it beside to run this.
-instructor = pytest.importorskip("instructor")
 
 
 class Tide(BaseModel):

@@ -139,6 +139,9 @@ bench-oversized: install  ## what prompts that can't fit cost those who are bein
 bench-fairness: install  ## what one client that asks for very much costs the others (5 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.fairness
 
+bench-gateway: install  ## what the gateway adds to a first token, holds for 500 streams, and answers when overloaded (4 minutes)
+	$(BIN)/python -m benchmarks.gateway
+
 # make images REPOSITORY=registry.example/foundry TAG=1.2.3 ACCELERATOR=cuda BUILD='--build-arg NAME=VALUE'
 # ENGINE=vllm builds the rollout with vLLM, tagged TAG-vllm; make image-rollout ENGINE=vllm builds it alone, beside the others.
 REPOSITORY ?= cartridge-foundry
@@ -186,4 +189,4 @@ clean:  ## remove what was built, the environment included; cartridges and the m
 	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-result.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis test-clients test-trackers clean
+.PHONY: help install proto docs drift demo system kernels test coverage test-vllm kills abuse faults properties fuzz bench-sync bench-bodies bench-oversized bench-fairness bench-gateway images image-demo-model e2e-compose e2e-kube e2e-network lint types check schemathesis test-clients test-trackers clean

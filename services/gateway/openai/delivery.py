@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -27,19 +28,17 @@ async def respond(renderer: Renderer, request: Request) -> Response:
     generation = renderer.generation
     if generation.asked.stream:
         chunks = generation.chunks()
-        first = await unless_disconnected(request, anext(chunks))
+        first = await unless_disconnected(request.receive, anext(chunks))
         return EventStream(_events(renderer, first, chunks), chunks, generation.headers())
-    body = renderer.whole(await unless_disconnected(request, generation.gather()))
+    body = renderer.whole(await unless_disconnected(request.receive, generation.gather()))
     return Response(body.model_dump_json(), media_type="application/json", headers=generation.headers())
 
 
 async def _events(renderer: Renderer, first: tuple[int, Chunk], chunks: Chunks) -> AsyncGenerator[bytes, None]:
     try:
-        for delta in renderer.deltas(*first):
-            yield _event(delta.model_dump_json())
+        yield _deltas(renderer, *first)
         async for index, chunk in chunks:
-            for delta in renderer.deltas(index, chunk):
-                yield _event(delta.model_dump_json())
+            yield _deltas(renderer, index, chunk)
     except FoundryError as error:
         metrics.ERRORS.labels(error.reason).inc()
         # No [DONE]: what was cut short must not look whole.
@@ -49,6 +48,11 @@ async def _events(renderer: Renderer, first: tuple[int, Chunk], chunks: Chunks) 
     if options is not None and options.include_usage:
         yield _event(renderer.last().model_dump_json())
     yield _event("[DONE]")
+
+
+def _deltas(renderer: Renderer, index: int, chunk: Chunk) -> bytes:
+    """Sent at once: each sending goes through all middleware and HTTP."""
+    return b"".join(_event(delta.model_dump_json()) for delta in renderer.deltas(index, chunk))
 
 
 def _event(data: str) -> bytes:
@@ -65,15 +69,17 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # Nobody is there to be told.
+            with suppress(Cancelled):
+                await unless_disconnected(receive, self.stream_response(send))
         finally:
             # A client that leaves while we wait to send would otherwise let the rollout server go on until collection.
             await self._chunks.aclose()
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client goes away; then raises Cancelled."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -83,6 +89,6 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         await end(task, gone)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -143,9 +143,9 @@ async def responses(asked: ResponseRequest, request: Request, gateway: GatewayDe
     try:
         if asked.stream:
             chunks = generation.chunks()
-            first = await unless_disconnected(request, anext(chunks))
+            first = await unless_disconnected(request.receive, anext(chunks))
             return EventStream(response.events(first, chunks), chunks, generation.headers())
-        whole = await unless_disconnected(request, response.gather())
+        whole = await unless_disconnected(request.receive, response.gather())
     except FoundryError as error:
         raise _renamed(error) from None
     return Response(whole.model_dump_json(), media_type="application/json", headers=generation.headers())

@@ -32,7 +32,7 @@ WORDS = {
     "service": set(SERVICES),
     "engine": {"0", "torch", "vllm"},
     "model_name": {"tiny"},
-    "finished_reason": {"stop", "length", "abort"},
+    "finished_reason": {"stop", "length", "error", "abort"},
     "tier": {"device", "host", "disk", "store", "hot", "durable"},
     "result": {"loaded", "resident", "dropped", "failed", "hit", "miss", "absent"},
     "state": {"idle", "running", "paused", "waiting", "queued", "held"},

@@ -93,7 +93,7 @@ def test_no_gap_while_a_large_cartridge_is_loaded(stack: Stack) -> None:
             cartridges=[named(next(news))],
             sampling=rollout_pb2.Sampling(max_new_tokens=1),
         )
-        with pytest.raises(InvalidArgument, match="the context is"), typed_errors("rollout"):
+        with pytest.raises(InvalidArgument, match="maximum context length is"), typed_errors("rollout"):
             await stub.Generate(request, timeout=60).read()
         ended = time.perf_counter()
         await decoding

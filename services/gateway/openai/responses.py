@@ -23,6 +23,7 @@ from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.requests.chat import ChatRequest
 from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text
 from services.gateway.openai.requests.sampling import IGNORED
+from services.gateway.openapi import EVENTS, failures
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
@@ -135,7 +136,7 @@ class ResponseObject(BaseModel):
     foundry: FoundryInfo | None = None
 
 
-@router.post("/v1/responses", response_model=ResponseObject)
+@router.post("/v1/responses", response_model=ResponseObject, responses=EVENTS | failures(404, 409, 504))
 async def responses(asked: ResponseRequest, request: Request, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Answer a conversation of text. `store` is ignored and `previous_response_id` refused: nothing is kept."""
     response = await prepared(gateway, principal, asked)

@@ -19,6 +19,7 @@ from services.gateway.openai.generation import parameter
 from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text, is_ids
 from services.gateway.openai.requests.template import TemplateRequest
 from services.gateway.openai.target import Target
+from services.gateway.openapi import failures
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
@@ -88,7 +89,7 @@ _BODY: dict[str, Any] = {
 }
 
 
-@router.post("/tokenize", openapi_extra=_BODY)
+@router.post("/tokenize", openapi_extra=_BODY, responses=failures(404, 409, 504))
 async def tokenize(
     body: Annotated[dict[str, Any], Body()], gateway: GatewayDep, principal: PrincipalDep
 ) -> TokenizeAnswer:
@@ -113,7 +114,7 @@ async def tokenize(
     )
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=failures(404, 409, 504))
 async def detokenize(asked: DetokenizeRequest, gateway: GatewayDep, principal: PrincipalDep) -> DetokenizeAnswer:
     """The text of ids, control tokens too."""
     target = await _target(gateway, principal, asked)

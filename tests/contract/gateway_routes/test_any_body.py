@@ -20,8 +20,12 @@ from tests.contract.gateway_routes.site import DOCUMENT, Site, specification
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=200),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=20), inner, max_size=4),
     max_leaves=10,
 )
 # What the routes with a body take, so that most of a body gets past the first check.
@@ -37,10 +41,26 @@ TAKEN: dict[str, dict[str, Any]] = {
         "stop": "x",
     },
     "/v1/completions": {"model": "tiny", "prompt": "Hello.", "max_tokens": 2, "n": 1, "seed": 3, "top_k": 5},
+    "/v1/responses": {"model": "tiny", "input": "Hello.", "max_output_tokens": 2, "stream": False, "temperature": 0},
+    "/tokenize": {"model": "tiny", "messages": [{"role": "user", "content": "Hello."}], "return_token_strs": True},
+    "/detokenize": {"model": "tiny", "tokens": [5, 6]},
     "/v1/documents": {"text": DOCUMENT, "title": "The treaty"},
     "/v1/runs": specification(text=DOCUMENT),
     "/v1/cartridges/{name:path}/tags/{tag}": {"version": 1},
     "/v1/cartridges/{name:path}/rollback": {"to": "1"},
+}
+# What stands in a path.
+NAMES = {
+    "name": "any",
+    "reference": "any",
+    "version": 7,
+    "tag": "best",
+    "tenant": "acme",
+    "model": "tiny",
+    "digest": "x",
+    "run_id": "run-a",
+    "file_id": "file-a",
+    "batch_id": "batch_a",
 }
 
 
@@ -80,9 +100,7 @@ def test_any_json_is_answered_as_the_page_says(
 ) -> None:
     method, path = route.split()
     shown = path.replace(":path", "")
-    concrete = shown.format(
-        name="any", reference="any", version=7, tag="best", tenant="acme", model="tiny", digest="x", run_id="run-a"
-    )
+    concrete = shown.format_map(NAMES)
     answer = client.request(method, concrete, json=data.draw(bodies(path)))
     assert str(answer.status_code) in declared[shown][method.lower()]["responses"], answer.text
     assert answer.status_code < 500, answer.text

@@ -15,6 +15,7 @@ from foundry.errors import InvalidArgument, ResourceExhausted
 from foundry.store import FileInfo, FileStore
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
+from services.gateway.openapi import failures
 from services.gateway.resources.listing import Listing
 from services.gateway.state import Gateway, GatewayDep
 
@@ -78,7 +79,7 @@ class FileDeleted(BaseModel):
     deleted: Literal[True] = True
 
 
-@router.post("/v1/files", openapi_extra=_BODY)
+@router.post("/v1/files", openapi_extra=_BODY, responses=failures(413, 415, 507))
 async def upload_file(request: Request, gateway: GatewayDep, principal: PrincipalDep) -> FileObject:
     """Keep a file of requests for a batch (`purpose` batch), by default for 30 days."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
@@ -120,12 +121,12 @@ async def files(
     )
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", responses=failures(404))
 async def file(file_id: str, gateway: GatewayDep, principal: PrincipalDep) -> FileObject:
     return FileObject.of(await of(principal, gateway).info(file_id))
 
 
-@router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
+@router.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=failures(404))
 async def file_content(file_id: str, gateway: GatewayDep, principal: PrincipalDep) -> StreamingResponse:
     """The file's bytes."""
     content = await of(principal, gateway).content(file_id)
@@ -133,7 +134,7 @@ async def file_content(file_id: str, gateway: GatewayDep, principal: PrincipalDe
     return StreamingResponse(_pieces(content), media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", responses=failures(404, 409))
 async def delete_file(file_id: str, gateway: GatewayDep, principal: PrincipalDep) -> FileDeleted:
     """A batch that is not over and reads it fails."""
     await of(principal, gateway).delete(file_id)

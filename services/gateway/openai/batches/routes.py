@@ -13,6 +13,7 @@ from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.openai.batches.files import of as files_of
 from services.gateway.openai.requests.parameters import Parameters, Text
+from services.gateway.openapi import failures
 from services.gateway.resources.listing import Listing
 from services.gateway.state import Gateway, GatewayDep
 
@@ -102,7 +103,7 @@ class BatchList(Listing):
     data: list[BatchObject]
 
 
-@router.post("/v1/batches")
+@router.post("/v1/batches", responses=failures(404, 409))
 async def create_batch(asked: BatchRequest, gateway: GatewayDep, principal: PrincipalDep) -> BatchObject:
     """Answer the requests of a file, one a line, within a day."""
     info = await files_of(principal, gateway).info(asked.input_file_id)
@@ -135,13 +136,13 @@ async def batches(
     return BatchList(data=data, has_more=page.next_after is not None, last_id=page.next_after)
 
 
-@router.get("/v1/batches/{batch_id}")
+@router.get("/v1/batches/{batch_id}", responses=failures(404))
 async def batch(batch_id: str, gateway: GatewayDep, principal: PrincipalDep) -> BatchObject:
     """Its files are there when it is over: the answers, and the errors of requests that had none."""
     return BatchObject.of(await of(principal, gateway).get(batch_id))
 
 
-@router.post("/v1/batches/{batch_id}/cancel")
+@router.post("/v1/batches/{batch_id}/cancel", responses=failures(404, 409))
 async def cancel_batch(batch_id: str, gateway: GatewayDep, principal: PrincipalDep) -> BatchObject:
     """Begin no more requests. What is answered already is in the output file."""
     store = of(principal, gateway)

@@ -23,6 +23,7 @@ from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.v1 import common_pb2, rollout_pb2
 from services.rollout.admission import Admission, Admissions
+from services.rollout.engine import Grammar
 from tests.contract.rollout.server import (
     MAX_SEQUENCES,
     MAX_WAITING,
@@ -167,15 +168,15 @@ async def test_short_calls_do_not_wait_for_a_long_one(rollout: Rollout, monkeypa
     arrived, go_on = threading.Event(), threading.Event()
     check = Admissions.check
 
-    def held(self: Admissions, request: rollout_pb2.GenerateRequest) -> Admission:
+    def held(self: Admissions, request: rollout_pb2.GenerateRequest, grammar: Grammar | None = None) -> Admission:
         if request.text:
             arrived.set()
             assert go_on.wait(TIMEOUT_SECONDS)
-        return check(self, request)
+        return check(self, request, grammar)
 
     monkeypatch.setattr(Admissions, "check", held)
     waiting = asyncio.create_task(rollout.generate(rollout.request(text=LONG)))
-    await asyncio.to_thread(arrived.wait)
+    assert await asyncio.to_thread(arrived.wait, TIMEOUT_SECONDS)
     await rollout.generate(rollout.request())
     go_on.set()
     with pytest.raises(ContextLengthExceeded):

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from foundry.token_text import overlap
+
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -85,7 +87,7 @@ class _Hermes(ToolReader):
                 break
         else:
             # The end may be the beginning of the mark.
-            num_kept = 0 if last else _overlap(self._held, _OPEN)
+            num_kept = 0 if last else overlap(self._held, _OPEN)
             end = len(self._held) - num_kept
             self._say(self._held[:end])
             self._held = self._held[end:]
@@ -199,10 +201,3 @@ def _call_of(value: Any, *keys: str) -> CalledTool | None:
         return None
     arguments = next((value[key] for key in keys if key in value), None)
     return CalledTool(name, json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of a text that may be the beginning of the mark."""
-    return next(
-        size for size in range(min(len(text), len(mark) - 1), -1, -1) if mark.startswith(text[len(text) - size :])
-    )

@@ -91,6 +91,8 @@ class ChatTemplate:
         self._control = self._control_tokens()
         self._spelled = spelled(self._control)
         self.bound = TokenBound(tokenizer)
+        # Before every turn, whose tokens don't depend on the document.
+        self._probe_context = self._render([_system(_PROBES[0])], _NO_PROMPT)
         self.closing = self._closing()
         self.turn([{"role": "user", "content": "?"}])
 
@@ -126,7 +128,7 @@ class ChatTemplate:
         token.
         """
         self._check(messages, how)
-        context = self._render([_system(_PROBES[0])], _NO_PROMPT)
+        context = self._probe_context
         if how.variables and context != self._render([_system(_PROBES[0])], Rendering((), how.variables, False)):
             raise InvalidArgument(
                 "chat_template_kwargs would change the system turn, which is the cartridge's: leave them out",
@@ -156,9 +158,7 @@ class ChatTemplate:
         self._check(messages, how)
         if not behind_context:
             return self._fewest(messages, how)
-        document = [_system(_PROBES[0])]
-        context = self._render(document, _NO_PROMPT)
-        return self._fewest([*document, *messages], how) - len(context)
+        return self._fewest([_system(_PROBES[0]), *messages], how) - len(self._probe_context)
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text that stands in an answer, without template."""
@@ -181,7 +181,7 @@ class ChatTemplate:
         return plain[: len(plain) - len(turn)]
 
     def _closing(self) -> list[int]:
-        first, second = (self._render([_system(probe)], _NO_PROMPT) for probe in _PROBES)
+        first, second = self._probe_context, self._render([_system(_PROBES[1])], _NO_PROMPT)
         shared = 0
         while shared < min(len(first), len(second)) and first[-1 - shared] == second[-1 - shared]:
             shared += 1

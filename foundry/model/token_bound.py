@@ -12,8 +12,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
+
+from foundry.token_text import BYTE_OF
 
 _LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
 _BYTES = frozenset(range(256))
@@ -91,16 +93,9 @@ def _known_bytes(model: Any, *, byte_level: bool) -> frozenset[int]:
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return frozenset()
     if byte_level:
-        return frozenset(byte for byte, token in _byte_level().items() if model.token_to_id(token) is not None)
+        return frozenset(byte for token, byte in BYTE_OF.items() if model.token_to_id(token) is not None)
     falls_back = model.byte_fallback and all(model.token_to_id(f"<0x{byte:02X}>") is not None for byte in _BYTES)
     return _BYTES if falls_back else frozenset()
-
-
-def _byte_level() -> dict[int, str]:
-    """GPT-2's characters for bytes: printable Latin-1 for itself, the others in order from U+0100 on."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    others = iter(sorted(each for each in alphabet if ord(each) > 255))
-    return {byte: chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)}
 
 
 def _num_bytes(text: str) -> int:

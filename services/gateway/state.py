@@ -45,6 +45,8 @@ class Gateway:
     authentication: Authentication | None = None
     num_in_flight: int = 0
     num_downloads: int = 0
+    # Files of batches are held in memory while they are put.
+    uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     # Set when there is a batch to be answered.
     batch_created: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -73,8 +74,9 @@ def _ask(process: subprocess.Popen[str], message: object) -> str | None:
     """The answer; None if the process ended instead."""
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps(message) + "\n")
-    process.stdin.flush()
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
     line = process.stdout.readline()
     return str(json.loads(line)) if line else None
 

@@ -53,7 +53,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServicer):
         # not be taken: those have a thread of their own.
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self._checking_long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission-long")
-        # So may a grammar, and whoever has none shall not wait for it.
+        # A grammar takes seconds too, and whoever has none shall not wait for it.
         self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         # Of its own: a text to be counted may be far longer than a prompt, and nobody's answer waits for it.
         self._counting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")

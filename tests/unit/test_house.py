@@ -27,7 +27,7 @@ FLOORS = (
     },
     {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted", "foundry.tenants"},
     {"foundry.tool_formats"},
-    {"foundry.errors"},
+    {"foundry.errors", "foundry.token_text"},
     {"foundry.v1"},
 )
 SERVICES = ("gateway", "rollout", "teacher", "trainer")

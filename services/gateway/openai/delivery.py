@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from foundry.errors import Cancelled, FoundryError
@@ -72,6 +73,9 @@ class EventStream(EventSourceResponse):
             # Nobody is there to be told.
             with suppress(Cancelled):
                 await unless_disconnected(receive, self.stream_response(send))
+        except OSError as error:
+            # What Starlette makes of a connection that is closed while we send.
+            raise ClientDisconnect from error
         finally:
             # A client that leaves while we wait to send would otherwise let the rollout server go on until collection.
             await self._chunks.aclose()

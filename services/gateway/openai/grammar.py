@@ -8,6 +8,7 @@ from typing import Any
 
 from foundry.errors import InvalidArgument
 from foundry.v1 import rollout_pb2
+from services.gateway.openai.requests.parameters import check_text
 
 # vLLM's kinds, and their names as parameters of their own, which it had before.
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
@@ -113,8 +114,6 @@ def _of_kind(kind: str, value: Any, name: str) -> rollout_pb2.Grammar:
 
 def _text(value: str, name: str) -> str:
     try:
-        value.encode()
+        return check_text(value)
     except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair, which is no character and travels nowhere.
         raise InvalidArgument(f"{name} is no text: {error.reason}", field=name) from error
-    return value

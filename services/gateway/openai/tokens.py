@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from foundry.token_text import BYTE_OF
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -19,7 +21,7 @@ class TokenSpelling:
         self._tokenizer = None if tokenizer_file is None else Tokenizer.from_file(str(tokenizer_file))
         # 'ByteLevel' stands in the description of the decoder exactly where token strings are GPT-2's bytes.
         byte_level = self._tokenizer is not None and "ByteLevel" in repr(self._tokenizer.decoder)
-        self._byte_of = _byte_level_alphabet() if byte_level else {}
+        self._byte_of = BYTE_OF if byte_level else {}
         self.spell = lru_cache(maxsize=65_536)(self._spell)
 
     def _spell(self, token_id: int) -> tuple[str, list[int] | None]:
@@ -63,14 +65,6 @@ def places_of(tokens: Iterable[list[int] | None]) -> list[int]:
         places.append(num_begun - 1 if begins and not begins[0] and num_begun else num_begun)
         num_begun += sum(begins)
     return places
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's map of bytes to printable characters, reversed
-    (https://github.com/openai/gpt-2/blob/master/src/encoder.py, bytes_to_unicode)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
 
 
 def finite(logprob: float) -> float:

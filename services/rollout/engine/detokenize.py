@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from foundry.token_text import overlap
+
 # What a decoder writes for bytes that are not, or not yet, a character.
 _REPLACEMENT = "\ufffd"
 
@@ -74,11 +76,6 @@ class TextStream:
             self.stopped = True
             self._held = ""
             return text[: min(found)]
-        num_held = max((_overlap(text, stop) for stop in self.stop), default=0)
+        num_held = max((overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:length])), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,8 @@ from foundry.errors import InvalidArgument, ResourceExhausted
 from foundry.store import FileInfo, FileStore
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
+from services.gateway.errors import UnsupportedMediaType
+from services.gateway.media_type import MediaType
 from services.gateway.openapi import failures
 from services.gateway.resources.listing import Listing
 from services.gateway.state import Gateway, GatewayDep
@@ -22,8 +23,6 @@ from services.gateway.state import Gateway, GatewayDep
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
 _STRIDE_BYTES = 256 * 1024
 _MIN_KEEP_SECONDS, _MAX_KEEP_SECONDS = 3600, 2_592_000
-# Each is held in memory while it is put.
-_PUTTING = asyncio.Semaphore(4)
 _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -82,8 +81,8 @@ class FileDeleted(BaseModel):
 @router.post("/v1/files", openapi_extra=_BODY, responses=failures(413, 415, 507))
 async def upload_file(request: Request, gateway: GatewayDep, principal: PrincipalDep) -> FileObject:
     """Keep a file of requests for a batch (`purpose` batch), by default for 30 days."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise InvalidArgument("send a file as multipart/form-data, with the fields file and purpose")
+    if MediaType.of(request.headers.get("content-type", "")).name != "multipart/form-data":
+        raise UnsupportedMediaType("send a file as multipart/form-data, with the fields file and purpose")
     async with request.form(max_files=1, max_fields=8, max_part_size=_STRIDE_BYTES) as form:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
@@ -94,7 +93,7 @@ async def upload_file(request: Request, gateway: GatewayDep, principal: Principa
         store = of(principal, gateway)
         if len(await store.list()) >= gateway.settings.batches.max_files:
             raise ResourceExhausted(f"{gateway.settings.batches.max_files} files are kept: delete some")
-        async with _PUTTING:
+        async with gateway.uploading:
             content = await file.read()
             with gateway.quotas.storing(principal, len(content)):
                 filename = (file.filename or "")[:256].encode(errors="replace").decode()
@@ -134,7 +133,7 @@ async def file_content(file_id: str, gateway: GatewayDep, principal: PrincipalDe
     return StreamingResponse(_pieces(content), media_type="application/octet-stream", headers=headers)
 
 
-@router.delete("/v1/files/{file_id}", responses=failures(404, 409))
+@router.delete("/v1/files/{file_id}", responses=failures(404))
 async def delete_file(file_id: str, gateway: GatewayDep, principal: PrincipalDep) -> FileDeleted:
     """A batch that is not over and reads it fails."""
     await of(principal, gateway).delete(file_id)

@@ -103,7 +103,7 @@ class BatchList(Listing):
     data: list[BatchObject]
 
 
-@router.post("/v1/batches", responses=failures(404, 409))
+@router.post("/v1/batches", responses=failures(404))
 async def create_batch(asked: BatchRequest, gateway: GatewayDep, principal: PrincipalDep) -> BatchObject:
     """Answer the requests of a file, one a line, within a day."""
     info = await files_of(principal, gateway).info(asked.input_file_id)
@@ -142,7 +142,7 @@ async def batch(batch_id: str, gateway: GatewayDep, principal: PrincipalDep) -> 
     return BatchObject.of(await of(principal, gateway).get(batch_id))
 
 
-@router.post("/v1/batches/{batch_id}/cancel", responses=failures(404, 409))
+@router.post("/v1/batches/{batch_id}/cancel", responses=failures(404))
 async def cancel_batch(batch_id: str, gateway: GatewayDep, principal: PrincipalDep) -> BatchObject:
     """Begin no more requests. What is answered already is in the output file."""
     store = of(principal, gateway)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
@@ -115,7 +116,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
 def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        token, admin_key = settings.token_of("gateway"), settings.admin_key
+        token = settings.token_of("gateway")
         store = await CartridgeStore.open(settings.store)
         rollouts = RolloutBalancer(
             Pods("rollout", settings.rollout_addresses, settings.tls, token=token),
@@ -137,13 +138,8 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
         ]
         authentication = None
         if settings.api_keys:
-            keys, grants, oidc = Keys(store.api_keys), Grants(store.grants), None
-            watching += [asyncio.create_task(each.watch(settings.api_keys_refresh_seconds)) for each in (keys, grants)]
-            if settings.oidc is not None:
-                issuer = Issuer(settings.oidc.issuer, settings.oidc.jwks_url)
-                watching.append(asyncio.create_task(issuer.watch()))
-                oidc = Oidc(settings.oidc, issuer)
-            authentication = Authentication(keys, admin_key, grants, oidc)
+            authentication, watches = _authentication(settings, store)
+            watching += map(asyncio.create_task, watches)
         try:
             await rollouts.start()
             base_name = BaseName(store, rollouts)
@@ -177,3 +173,16 @@ def _lifespan(settings: GatewaySettings, audit: AuditLog) -> Callable[[FastAPI],
             await asyncio.to_thread(flush_traces)
 
     return lifespan
+
+
+def _authentication(
+    settings: GatewaySettings, store: CartridgeStore
+) -> tuple[Authentication, list[Coroutine[Any, Any, None]]]:
+    """With what keeps its keys, grants and issuer's keys fresh."""
+    keys, grants, oidc = Keys(store.api_keys), Grants(store.grants), None
+    watches = [each.watch(settings.api_keys_refresh_seconds) for each in (keys, grants)]
+    if settings.oidc is not None:
+        issuer = Issuer(settings.oidc.issuer, settings.oidc.jwks_url)
+        watches.append(issuer.watch())
+        oidc = Oidc(settings.oidc, issuer)
+    return Authentication(keys, settings.admin_key, grants, oidc), watches

@@ -2,76 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from openai import OpenAI
-from openai.types.chat import ChatCompletion
 
-from foundry.model.cartridge import Cartridge
-from foundry.model.template import ChatTemplate
-from foundry.store import Manifest
-from tests.services import Stack, open_stack, openai_client, wait_ready, wait_serving
-from tests.tiny import CLOCK
-
-MESSAGES: list[Any] = [{"role": "user", "content": "What does the document say about the treaty?"}]
-BASE = "tiny"
-
-
-@dataclass
-class Served:
-    stack: Stack
-    client: OpenAI
-    cartridges: list[Cartridge]
-    manifests: list[Manifest]
-    tenant: Manifest
-    template: ChatTemplate
-
-    @property
-    def spelling(self) -> Any:
-        return self.stack.lm.tokenizer
-
-    def text(self, ids: list[int]) -> str:
-        decoded = self.spelling.decode(ids, skip_special_tokens=True)
-        assert isinstance(decoded, str)
-        return decoded
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One stack with versions 1 and 2 of `handbook`, of which 1 is tagged `good`, and `acme/manual`."""
-    directory: Path = tmp_path_factory.mktemp("gateway")
-    with open_stack(directory) as stack:
-        rollout = stack.rollout("--model-name", BASE)
-        tokenizer = str(stack.model / "tokenizer.json")
-        gateway = stack.gateway([rollout], "--tokenizer", tokenizer, "--max-choices", "8")
-        cartridges = [stack.cartridge(seed=1), stack.cartridge(seed=2, num_tokens=7)]
-        manifests = stack.publish("handbook", *cartridges)
-        (tenant,) = stack.publish("acme/manual", stack.cartridge(seed=3))
-        stack.with_store(lambda store: store.tag("handbook", "good", 1))
-        wait_serving(rollout)
-        wait_ready(gateway)
-        with openai_client(gateway) as client:
-            yield Served(stack, client, cartridges, manifests, tenant, ChatTemplate(stack.lm.tokenizer, CLOCK))
-
-
-def chat(served: Served, model: str = BASE, **options: Any) -> ChatCompletion:
-    answer = served.client.chat.completions.create(
-        **{"model": model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0, **options}
-    )
-    assert isinstance(answer, ChatCompletion)
-    return answer
-
-
-def extension(answer: Any) -> dict[str, Any]:
-    found = answer.model_extra["foundry"]
-    assert isinstance(found, dict)
-    return found
+from tests.contract.openai_api.served import BASE, MESSAGES, Served, chat, extension
 
 
 def test_the_base_model_answers_as_the_offline_model(served: Served) -> None:
@@ -210,18 +147,6 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_alone(
         assert ids == whole.model_extra["token_ids"]
 
 
-def test_a_completion_stream_ends_with_the_reason_alone(served: Served) -> None:
-    options: dict[str, Any] = {"model": BASE, "prompt": "The treaty", "max_tokens": 8, "temperature": 0, "logprobs": 1}
-    whole = served.client.completions.create(**options).choices[0]
-    *contents, last = [chunk.choices[0] for chunk in served.client.completions.create(stream=True, **options)]
-    assert (last.text, last.logprobs, last.finish_reason) == ("", None, whole.finish_reason)
-    assert "".join(choice.text for choice in contents) == whole.text
-    assert {choice.finish_reason for choice in contents} == {None}
-    assert whole.logprobs is not None
-    streamed = [token for choice in contents if choice.logprobs for token in choice.logprobs.tokens or []]
-    assert streamed == whole.logprobs.tokens
-
-
 @pytest.mark.parametrize("last", [True, False])
 def test_usage_comes_with_every_chunk_when_asked_for(served: Served, last: bool) -> None:
     options: dict[str, Any] = {"continuous_usage_stats": True, "include_usage": last}
@@ -283,14 +208,6 @@ def test_a_chat_takes_what_is_left_of_the_context(served: Served, behind: bool) 
     assert answer.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize(("num_prompt_tokens", "expected"), [(100, 16), (500, 12), (511, 1)])
-def test_a_completion_is_as_short_as_openais(served: Served, num_prompt_tokens: int, expected: int) -> None:
-    options: dict[str, Any] = {"prompt": [40] * num_prompt_tokens, "extra_body": {"ignore_eos": True}}
-    answer = served.client.completions.create(model=BASE, **options)
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == expected
-
-
 def test_what_exceeds_the_context_is_refused_by_name_with_openais_code(served: Served) -> None:
     long = "The harbour is open again. " * 100
     messages = [{"role": "user", "content": long}]
@@ -343,101 +260,6 @@ def test_no_logprobs_unless_asked_and_no_alternatives_unless_asked(served: Serve
     assert logprobs is not None
     assert logprobs.content is not None
     assert all(token.top_logprobs == [] and token.logprob <= 0 for token in logprobs.content)
-
-
-def test_completions_take_every_spelling_of_a_prompt(served: Served) -> None:
-    text = "The treaty was signed"
-    ids = served.spelling.encode(text, add_special_tokens=False)
-    expected = served.text(served.stack.greedy(ids, [], 8))
-    for prompt, num_prompts in ((text, 1), ([text, text], 2), (ids, 1), ([ids, ids], 2)):
-        answer = served.client.completions.create(model=BASE, prompt=prompt, max_tokens=8, temperature=0)
-        assert [choice.text for choice in answer.choices] == [expected] * num_prompts
-        assert [choice.index for choice in answer.choices] == list(range(num_prompts))
-        assert answer.object == "text_completion"
-        assert answer.usage is not None
-        assert answer.usage.prompt_tokens == num_prompts * len(ids)
-
-
-def test_completions_behind_a_cartridge_with_several_prompts_and_choices(served: Served) -> None:
-    prompts = ["The treaty", "The harbour is"]
-    options: dict[str, Any] = {"model": "handbook@1", "max_tokens": 10, "temperature": 1.0, "seed": 3}
-    answer = served.client.completions.create(prompt=prompts, n=2, **options)
-    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    for index, choice in enumerate(answer.choices):
-        alone = served.client.completions.create(prompt=prompts[index // 2], **options | {"seed": 3 + index % 2})
-        assert choice.text == alone.choices[0].text
-    texts = ["", "", "", ""]
-    for chunk in served.client.completions.create(prompt=prompts, n=2, stream=True, **options):
-        for part in chunk.choices:
-            texts[part.index] += part.text
-    assert texts == [choice.text for choice in answer.choices]
-    ids = served.spelling.encode(prompts[0], add_special_tokens=False)
-    greedy = served.client.completions.create(**options | {"prompt": prompts[0], "temperature": 0})
-    assert greedy.choices[0].text == served.text(served.stack.greedy(ids, [served.cartridges[0]], 10))
-
-
-def test_a_stream_whose_prompts_end_out_of_order(served: Served) -> None:
-    prompts = [[40] * 500, [40] * 3]
-    stream = served.client.completions.create(model="handbook", prompt=prompts, stream=True, max_tokens=1)
-    infos = {chunk.choices[0].index: extension(chunk) for chunk in stream if chunk.model_extra}
-    assert set(infos) == {0, 1}
-    assert all([used["version"] for used in info["cartridges"]] == [2] for info in infos.values())
-
-
-def test_completion_logprobs_have_the_legacy_shape(served: Served) -> None:
-    answer = served.client.completions.create(model=BASE, prompt="The treaty", max_tokens=6, temperature=0, logprobs=2)
-    logprobs = answer.choices[0].logprobs
-    assert logprobs is not None
-    assert logprobs.tokens is not None
-    assert logprobs.token_logprobs is not None
-    assert logprobs.top_logprobs is not None
-    assert logprobs.text_offset is not None
-    assert answer.usage is not None
-    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 6
-    for token, value, tops in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
-        assert tops[token] == value == max(tops.values())
-    assert logprobs.text_offset == sorted(logprobs.text_offset)
-    assert logprobs.text_offset[0] == 0
-
-
-def test_no_alternative_is_lost_to_another_that_is_no_character_either(served: Served) -> None:
-    # Of 384 tokens 128 are a part of a character.
-    many: dict[str, Any] = {"max_tokens": 40, "temperature": 1, "seed": 3, "logprobs": 20}
-    (choice,) = served.client.completions.create(model=BASE, prompt="The treaty", **many).choices
-    assert choice.logprobs is not None
-    assert choice.logprobs.tokens is not None
-    assert choice.logprobs.top_logprobs is not None
-    assert {len(tops) for tops in choice.logprobs.top_logprobs} <= {20, 21}
-    assert all(token in tops for token, tops in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True))
-    assert any(token.startswith("bytes:") for tops in choice.logprobs.top_logprobs for token in tops)
-
-
-def test_text_offsets_are_the_tokens_own_whatever_is_held_back(served: Served) -> None:
-    options: dict[str, Any] = {"model": BASE, "prompt": "The treaty", "max_tokens": 80, "temperature": 1, "seed": 3}
-    options |= {"logprobs": 1, "extra_body": {"ignore_eos": True}}
-    (plain,) = served.client.completions.create(**options).choices
-    # Nearly every token might begin one of them.
-    stop = [f"{character}\0" for character in sorted(set(plain.text))[-16:]]
-    (whole,) = served.client.completions.create(stop=stop, **options).choices
-    assert whole.text == plain.text
-    assert whole.logprobs == plain.logprobs
-    assert whole.logprobs is not None
-    tokens, offsets = whole.logprobs.tokens or [], whole.logprobs.text_offset or []
-    streamed: list[int] = []
-    for chunk in served.client.completions.create(stop=stop, stream=True, **options):
-        logprobs = chunk.choices[0].logprobs
-        streamed += (logprobs.text_offset or []) if logprobs is not None else []
-    assert streamed == offsets
-    # Spelled alike where a token is no part of a character, nor one that steers.
-    own = [(token, at) for token, at in zip(tokens, offsets, strict=True) if not token.startswith(("bytes:", "<|"))]
-    assert len(own) > 40
-    assert all(whole.text[at : at + len(token)] == token for token, at in own)
-    # Of an answer that a stop string ends too: it would have gone on like this.
-    cut = plain.text[40:43]
-    (stopped,) = served.client.completions.create(stop=cut, **options).choices
-    assert stopped.text == plain.text[: plain.text.index(cut)]
-    assert stopped.logprobs is not None
-    assert stopped.logprobs.text_offset == offsets[: len(stopped.logprobs.text_offset or [])]
 
 
 def test_models_are_the_base_model_and_every_cartridge(served: Served) -> None:
@@ -546,16 +368,3 @@ def test_answers_and_lists_of_parts_can_be_sent_back(served: Served) -> None:
     assert chat(served, messages=following).choices[0].message.content == (
         chat(served, messages=plain).choices[0].message.content
     )
-
-
-@pytest.mark.parametrize("prompt", ["", [], [[]], [-1], ["a", 1], [2**40], 5])
-def test_impossible_prompts_are_refused(served: Served, prompt: Any) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        served.client.completions.create(model=BASE, prompt=prompt)
-    assert raised.value.param == "prompt"
-
-
-def test_ids_outside_the_vocabulary_are_refused(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        served.client.completions.create(model=BASE, prompt=[5, 10_000])
-    assert raised.value.param == "prompt"

@@ -124,11 +124,11 @@ class RunQueue:
         state: RunState = RunState.RUNNING,
         waiting_for: str = "",
     ) -> Desired:
-        """Extend the lease, say how it stands (running, paused or waiting) and learn what is wanted.
+        """Extend the lease, say how it stands (running or waiting) and learn what is wanted.
 
         Raises Fenced if the run is over or another attempt holds it: stop at once.
         """
-        if state.over or state is RunState.QUEUED:
+        if state not in (RunState.RUNNING, RunState.WAITING):
             raise InvalidArgument(f"a worker can't be {state}", field="state")
         reply = await self._held(
             "runs/heartbeat", run_id, attempt, to_ms(lease_seconds), state, waiting_for, self._events_length

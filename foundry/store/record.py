@@ -73,7 +73,7 @@ class RunRecord(Checked):
     """Whose documents and data sets it uses; not shown where it is nobody's."""
 
     state: RunState
-    """`paused` by a person's wish, `waiting` for a service to come back."""
+    """`paused` by a person's wish, held by no worker; `waiting` for a service to come back."""
 
     attempt: int
     """How often a worker took it up: the fencing token."""

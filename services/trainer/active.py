@@ -19,9 +19,7 @@ class ActiveRun:
 
     @property
     def state(self) -> RunState:
-        if self.attempt.retry.waiting_for:
-            return RunState.WAITING
-        return RunState.PAUSED if self.control.paused else RunState.RUNNING
+        return RunState.WAITING if self.attempt.retry.waiting_for else RunState.RUNNING
 
     @property
     def result(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from foundry.store import RunState
 
 RUN_STATE = Gauge(
     "foundry_trainer_run_state",
-    "1 at what the worker does: idle (it has no run), running, paused, waiting.",
+    "1 at what the worker does: idle (it has no run), running, waiting.",
     ["state"],
 )
 RUNS = Counter(
@@ -102,7 +102,7 @@ def count_failure(call: str, error: FoundryError) -> None:
 
 def observe_state(state: Callable[[], str]) -> None:
     """Report the state that `state` says when /metrics is scraped."""
-    for each in (IDLE, RunState.RUNNING, RunState.PAUSED, RunState.WAITING):
+    for each in (IDLE, RunState.RUNNING, RunState.WAITING):
         RUN_STATE.labels(each).set_function(partial(_is, state, each))
 
 

@@ -262,8 +262,9 @@ async def test_pause_and_resume_reach_the_worker(runs: RunStore) -> None:
     run_id = await runs.create(run_spec())
     await claim(runs)
     await runs.request_pause(run_id)
-    assert await runs.heartbeat(run_id, 1, 60, state=RunState.PAUSED) is Desired.PAUSE
-    assert (await runs.get(run_id)).state is RunState.PAUSED
+    assert await runs.heartbeat(run_id, 1, 60) is Desired.PAUSE
+    # It is not paused before it is put aside.
+    assert (await runs.get(run_id)).state is RunState.RUNNING
     await runs.request_resume(run_id)
     assert await runs.heartbeat(run_id, 1, 60) is Desired.CONTINUE
 
@@ -272,8 +273,10 @@ async def test_a_run_that_is_given_back_paused_waits_for_resume(runs: RunStore) 
     run_id = await runs.create(run_spec())
     await claim(runs)
     await runs.request_pause(run_id)
-    await runs.heartbeat(run_id, 1, 60, state=RunState.PAUSED)
     await runs.requeue(run_id, 1)
+    # One that was under way meanwhile does not take it again.
+    with pytest.raises(Fenced):
+        await runs.heartbeat(run_id, 1, 60)
     record = await runs.get(run_id)
     assert (record.state, record.worker) == (RunState.PAUSED, "")
     assert (await runs.active()).waiting == (await runs.active()).held == frozenset()
@@ -400,7 +403,7 @@ async def test_events_that_cannot_be_kept_are_refused(runs: RunStore, event: dic
     assert caught.value.field == "event"
 
 
-@pytest.mark.parametrize("state", [RunState.QUEUED, RunState.SUCCEEDED])
+@pytest.mark.parametrize("state", [RunState.QUEUED, RunState.PAUSED, RunState.SUCCEEDED])
 async def test_workers_say_only_how_they_work(runs: RunStore, state: RunState) -> None:
     run_id = await runs.create(run_spec())
     await claim(runs)

@@ -103,29 +103,13 @@ def wait_for_step(stack: Stack, run_id: str, step: int) -> None:
     stack.with_store(wait)
 
 
-def pause(stack: Stack, run_id: str) -> int:
-    """The step that it stands at."""
-
-    async def wait(store: CartridgeStore) -> int:
-        await store.runs.request_pause(run_id)
-        step = 0
-        async for _, event in store.runs.events(run_id):
-            if event["type"] == "step":
-                step = event["step"]
-            elif event["type"] == "state" and event["state"] == RunState.PAUSED:
-                break
-        return step
-
-    return stack.with_store(wait)
-
-
 def state(stack: Stack, run_id: str) -> RunState:
     return stack.with_store(lambda store: store.runs.get(run_id)).state
 
 
-def steps(stack: Stack, run_id: str) -> list[dict[str, Any]]:
+def steps(stack: Stack, run_id: str, *, follow: bool = True) -> list[dict[str, Any]]:
     async def read(store: CartridgeStore) -> list[dict[str, Any]]:
-        return [event async for event in step_events(store, run_id)]
+        return [event async for event in step_events(store, run_id, follow=follow)]
 
     return stack.with_store(read)
 
@@ -179,14 +163,15 @@ def test_a_failed_run_fails_every_pod_alike(stack: Stack, servers: tuple[Process
 
 
 def test_ranks_wait_for_one_another_as_long_as_they_live(stack: Stack, servers: tuple[Process, Process]) -> None:
-    run_id = create(stack, "paused", num_steps=100_000)
+    run_id = create(stack, "waiting", num_steps=100_000)
     pods = Pods(stack, servers, run_id, "--rank-timeout-seconds", str(RANK_TIMEOUT_SECONDS), num_pods=2)
     wait_for_step(stack, run_id, 1)
-    step = pause(stack, run_id)
+    rollout, _ = servers
+    rollout.freeze()
     time.sleep(1.2 * RANK_TIMEOUT_SECONDS)
-    stack.with_store(lambda store: store.runs.request_resume(run_id))
-    # The step in hand is ended in a pause.
-    wait_for_step(stack, run_id, step + 2)
+    step = steps(stack, run_id, follow=False)[-1]["step"]
+    rollout.thaw()
+    wait_for_step(stack, run_id, step + 1)
     follower = pods.pid(1)
     os.kill(follower, signal.SIGSTOP)
     assert pods.launchers[0].wait() == RANK_LOST

@@ -61,9 +61,9 @@ async def create_run(store: CartridgeStore, name: str, **changes: Any) -> str:
     return await store.runs.create(RunSpec(name=name, **(settings | changes)))
 
 
-async def step_events(store: CartridgeStore, run_id: str) -> AsyncIterator[dict[str, Any]]:
-    """Steps as they are reported; fails unless the run succeeds."""
-    async for _, event in store.runs.events(run_id):
+async def step_events(store: CartridgeStore, run_id: str, *, follow: bool = True) -> AsyncIterator[dict[str, Any]]:
+    """Steps as they are reported, or those that were; fails unless the run succeeds."""
+    async for _, event in store.runs.events(run_id, follow=follow):
         if event["type"] == "step":
             yield event
         elif event["type"] == "finished":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import math
 import threading
 from pathlib import Path
@@ -300,8 +302,8 @@ async def test_batches_that_never_fit(lm: FrozenLM, directory: Path) -> None:
             await rollout.batch([rollout.request()] * 15 + [rollout.request(sampling={"n": 2})])
         assert caught.value.field == "requests"
     # A completion of a batch is one message.
-    wide = FrozenLM(lm.model, lm.tokenizer, lm.spec.fingerprint)
-    object.__setattr__(wide.spec, "max_tokens", 2**20)
+    wide = copy.copy(lm)
+    wide.info = dataclasses.replace(lm.info, spec=dataclasses.replace(lm.spec, max_tokens=2**20))
     async with serving(wide, directory, max_sequence_tokens=2**15, max_sequences=1) as rollout:
         with pytest.raises(InvalidArgument, match="a message holds") as caught:
             await rollout.batch([rollout.request(sampling={"max_new_tokens": 20_000, "logprobs": 20})])

@@ -46,9 +46,8 @@ end
 
 -- Out of the queue, until it is resumed.
 local function pause(id, length)
-  local told = call('HGET', run_key(id), 'state') == 'paused'
   call('HSET', run_key(id), 'state', 'paused', 'worker', '', 'waiting_for', '')
-  if not told then tell_state(id, 'paused', length) end
+  tell_state(id, 'paused', length)
 end
 
 -- Forget a run. What is left for a day keeps a worker that slept through all this from taking up the name: no attempt of
@@ -67,6 +66,6 @@ end
 local function fence(id, attempt)
   local held = call('HMGET', run_key(id), 'attempt', 'state')
   if not held[1] or not held[2] then return {'missing'} end
-  if held[1] ~= attempt or over[held[2]] or held[2] == 'queued' then return {'fenced', held[1], held[2]} end
+  if held[1] ~= attempt or over[held[2]] or held[2] == 'queued' or held[2] == 'paused' then return {'fenced', held[1], held[2]} end
   return nil
 end

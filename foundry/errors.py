@@ -51,6 +51,12 @@ class DocumentUnreadable(InvalidArgument):
     reason = "DOCUMENT_UNREADABLE"
 
 
+class CartridgeUnreadable(InvalidArgument):
+    """A file is no cartridge, is damaged, or holds what no cartridge has."""
+
+    reason = "CARTRIDGE_UNREADABLE"
+
+
 class CartridgeTooLong(InvalidArgument):
     """More cartridge tokens were asked for than the document has."""
 

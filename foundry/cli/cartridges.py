@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from foundry.cli.exchange import export_cartridge, import_cartridge
 from foundry.cli.gateway import connect
 from foundry.cli.terminal import App, Json, Limit, Yes, confirm, note, print_json, print_table, printable
 from foundry.errors import InvalidArgument
 
-app = App("List, show, tag, promote, roll back, grant and remove cartridges.")
+app = App("List, show, tag, promote, roll back, grant, remove, export and import cartridges.")
+app.command("export")(export_cartridge)
+app.command("import")(import_cartridge)
 Name = Annotated[str, typer.Argument(help="name or tenant/name.")]
 
 

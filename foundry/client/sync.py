@@ -25,6 +25,7 @@ from foundry.client.types import (
 )
 from foundry.client.wire import Json
 from foundry.errors import Cancelled, DeadlineExceeded, Unavailable
+from foundry.identity import CartridgeBytes
 
 
 class Foundry:
@@ -205,6 +206,27 @@ class Cartridges:
     def grants(self, name: str, *, limit: int | None = None) -> list[GrantJson]:
         """By tenant; all, or the first `limit`."""
         return cast("list[GrantJson]", self._http.listing(f"{paths.cartridge(name)}/grants", limit))
+
+    def download(self, name: str, version: int) -> bytes:
+        """A version as a safetensors file. Raises DigestMismatch if it was damaged on the way."""
+        with self._http.stream("GET", f"{paths.version(name, version)}/file") as response:
+            content = response.read()
+            CartridgeBytes.from_file(content).verify(response.headers["x-foundry-digest"])
+        return content
+
+    def upload(self, name: str, content: bytes, *, origin: str = "a file", document: str | None = None) -> VersionJson:
+        """Make a safetensors file, as `download` returns it, the newest version of a name; its manifest.
+
+        `origin` says where it comes from, `document` is the digest of what it stands in for. Raises
+        CartridgeUnreadable, FingerprintMismatch if it is for another model, Conflict while a run holds the name.
+        """
+        headers = {
+            "content-type": "application/vnd.safetensors",
+            "x-foundry-digest": CartridgeBytes.from_file(content).digest(),
+        }
+        params = {"origin": origin} | ({"document": document} if document else {})
+        path = f"{paths.cartridge(name)}/versions"
+        return cast("VersionJson", self._http.json("POST", path, content=content, headers=headers, params=params))
 
     # Last, because after it `list` means this method.
     def list(self, *, limit: int | None = None) -> list[CartridgeJson]:

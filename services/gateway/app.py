@@ -44,7 +44,7 @@ from services.gateway.openai.batches import files
 from services.gateway.openai.batches import routes as batches
 from services.gateway.openai.batches.work import BatchWorker
 from services.gateway.openai.tokens import TokenSpelling
-from services.gateway.resources import cartridges, documents, grants, health, runs
+from services.gateway.resources import cartridge_files, cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
 
@@ -58,6 +58,7 @@ _ROUTERS = (
     models.router,
     # Before the cartridges' own, whose names may have any number of slashes.
     grants.router,
+    cartridge_files.router,
     cartridges.router,
     documents.router,
     runs.router,
@@ -84,9 +85,10 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         BodyLimit,
         max_bytes=settings.max_request_bytes,
         limits={
-            "/v1/documents": document_bytes,
-            "/v1/runs": document_bytes,
-            "/v1/files": settings.batches.max_file_bytes + 64 * 1024,
+            r"/v1/documents": document_bytes,
+            r"/v1/runs": document_bytes,
+            r"/v1/files": settings.batches.max_file_bytes + 64 * 1024,
+            r"/v1/cartridges/.+/versions": settings.max_cartridge_bytes,
         },
     )
     app.add_middleware(RequestLimits)

@@ -247,8 +247,11 @@ class GatewaySettings(ServiceSettings):
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
 
-    max_concurrent_downloads: int = Field(default=4, ge=1)
-    """Cartridges that are sent as files at one time, each held in memory; more are refused with 429."""
+    max_cartridge_bytes: int = Field(default=2 * 1024**3, ge=1024)
+    """Largest file of a cartridge that is uploaded. It must come within `max_upload_seconds` too."""
+
+    max_concurrent_transfers: int = Field(default=4, ge=1)
+    """Cartridges that are sent or taken as files at one time, each held in memory; more are refused with 429."""
 
     batches: BatchSettings = BatchSettings()
     """Files and batches."""

@@ -44,7 +44,7 @@ class Gateway:
     # None: everybody may do everything.
     authentication: Authentication | None = None
     num_in_flight: int = 0
-    num_downloads: int = 0
+    num_transfers: int = 0
     # Files of batches are held in memory while they are put.
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     # Set when there is a batch to be answered.
@@ -64,15 +64,15 @@ class Gateway:
             metrics.IN_FLIGHT.set(self.num_in_flight)
 
     @contextmanager
-    def downloading(self) -> Iterator[None]:
-        """One cartridge held in memory while it is sent. Raises ResourceExhausted if there are too many."""
-        if self.num_downloads >= self.settings.max_concurrent_downloads:
-            raise ResourceExhausted(f"{self.num_downloads} cartridges are being sent", retry_after_seconds=1.0)
-        self.num_downloads += 1
+    def transferring(self) -> Iterator[None]:
+        """One cartridge held in memory while it is sent or taken. Raises ResourceExhausted if there are too many."""
+        if self.num_transfers >= self.settings.max_concurrent_transfers:
+            raise ResourceExhausted(f"{self.num_transfers} cartridges are on their way", retry_after_seconds=1.0)
+        self.num_transfers += 1
         try:
             yield
         finally:
-            self.num_downloads -= 1
+            self.num_transfers -= 1
 
     async def check_rollouts(self) -> None:
         """Raises Unavailable if no rollout server answers now, FingerprintMismatch if they serve different models."""

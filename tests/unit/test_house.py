@@ -18,7 +18,7 @@ FLOORS = (
     {"foundry.__main__"},
     {"foundry.cli"},
     {"foundry.local", "foundry.evaluation"},
-    {"foundry.client", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
+    {"foundry.client", "foundry.formats", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {

@@ -27,6 +27,7 @@ NEEDED: Mapping[str, Scope] = {
     "GET /v1/cartridges/{name:path}": "query",
     "DELETE /v1/cartridges/{name:path}": "admin",
     "GET /v1/cartridges/{name:path}/versions": "query",
+    "POST /v1/cartridges/{name:path}/versions": "train",
     "DELETE /v1/cartridges/{name:path}/versions/{version}": "admin",
     "GET /v1/cartridges/{name:path}/compare": "query",
     # The bytes are more than answers: who has them needs no gateway.

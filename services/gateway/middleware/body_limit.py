@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -9,18 +11,20 @@ from services.gateway.errors import Refused, RequestTooLarge, response_of
 
 
 class BodyLimit:
-    """`limits` maps a path to its bytes; every other path takes `max_bytes`. Nothing beyond a limit is buffered."""
+    """`limits` maps patterns of paths to their bytes; every other path takes `max_bytes`. Nothing beyond a limit is
+    buffered."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, limits: dict[str, int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._limits = limits
+        self._limits = [(re.compile(pattern), limit) for pattern, limit in limits.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limits.get(scope["path"].rstrip("/"), self._max_bytes)
+        path = scope["path"].rstrip("/")
+        limit = next((limit for pattern, limit in self._limits if pattern.fullmatch(path)), self._max_bytes)
         too_large = RequestTooLarge(f"the request body is larger than {limit} bytes")
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:

@@ -10,9 +10,8 @@ import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from fastapi import Path as InPath
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from foundry.errors import CartridgeNotFound
@@ -20,7 +19,6 @@ from foundry.store import Manifest, Reference, check_name, lineage
 from foundry.store.paging import cut
 from foundry.validation import Checked
 from services.gateway.access.names import full_name, full_reference, visible
-from services.gateway.access.permit import Permit
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
 from services.gateway.errors import naming
@@ -40,10 +38,6 @@ class TagRequest(Checked):
 class RollbackRequest(Checked):
     to: str
     """Which version: its number, a tag or a digest; the name may stand before it."""
-
-
-class SafetensorsResponse(StreamingResponse):
-    media_type = "application/vnd.safetensors"
 
 
 class MeasuredVersion(BaseModel):
@@ -100,12 +94,12 @@ async def versions(
         raise CartridgeNotFound(f"there is no cartridge {name}", field="name")
     durable = await gateway.store.durable_versions(name)
     numbers, next_after = cut(list(manifests), after, limit)
-    data = [_version(manifests[number]) | {"durable": manifests[number].version in durable} for number in numbers]
+    data = [version_card(manifests[number]) | {"durable": manifests[number].version in durable} for number in numbers]
     return CartridgeList(data=data, has_more=next_after is not None, last_id=next_after)
 
 
 @router.delete("/v1/cartridges/{name:path}/versions/{version}", status_code=204, responses=failures(404, 409))
-async def delete_version(name: Name, version: int, gateway: GatewayDep, principal: PrincipalDep) -> Response:
+async def deleteversion_card(name: Name, version: int, gateway: GatewayDep, principal: PrincipalDep) -> Response:
     """Refused with 409 for a version that `latest` or a tag means."""
     missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="name")
     await gateway.store.delete(full_name(principal, name, missing=missing), version)
@@ -143,27 +137,6 @@ async def delete_tag(name: Name, tag: str, gateway: GatewayDep, principal: Princ
     return Response(status_code=204)
 
 
-@router.get(
-    "/v1/cartridges/{name:path}/versions/{version}/file", response_class=SafetensorsResponse, responses=failures(404)
-)
-async def version_file(
-    name: Name, version: int, request: Request, gateway: GatewayDep, principal: PrincipalDep
-) -> Response:
-    """The version as a safetensors file, whose bytes were checked against its digest (`x-foundry-digest`, `etag`)."""
-    missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
-    manifest = await gateway.store.manifest(full_name(principal, name, missing=missing), version)
-    permit: Permit = request.state.permit
-    permit.held.enter_context(gateway.downloading())
-    stored = await gateway.store.fetch(manifest.digest)
-    headers = {
-        "content-length": str(len(stored.header.file_prologue()) + stored.header.num_bytes),
-        "content-disposition": f'attachment; filename="{manifest.name.replace("/", "-")}-{version}.safetensors"',
-        "etag": f'"{manifest.digest}"',
-        "x-foundry-digest": manifest.digest,
-    }
-    return SafetensorsResponse((bytes(part) for part in stored.file_parts()), headers=headers)
-
-
 @router.get("/v1/cartridges/{name:path}/compare", responses=failures(404))
 async def compare(
     name: Name,
@@ -194,7 +167,7 @@ async def rollback(name: Name, asked: RollbackRequest, gateway: GatewayDep, prin
     whole = full_name(principal, name, missing=missing)
     selector = asked.to.removeprefix(f"{name}@").removeprefix(f"{whole}@")
     with naming("to"):
-        return _version(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
+        return version_card(await gateway.store.rollback(whole, Reference.parse(f"{whole}@{selector}", field="to")))
 
 
 @router.get("/v1/cartridges/{name:path}", responses=failures(404))
@@ -247,7 +220,7 @@ async def _found(gateway: Gateway, reference: Reference) -> tuple[Manifest, Json
     manifest, tags = await asyncio.gather(
         gateway.store.manifest(found.name, found.version), gateway.store.tags(found.name)
     )
-    return manifest, {"object": "cartridge", "name": found.name, "tags": tags, "version": _version(manifest)}
+    return manifest, {"object": "cartridge", "name": found.name, "tags": tags, "version": version_card(manifest)}
 
 
 def _no_tag(name: str, tag: str) -> CartridgeNotFound:
@@ -258,5 +231,5 @@ def _tag(name: str, tag: str, version: int, **more: Any) -> Json:
     return {"object": "cartridge.tag", "name": name, "tag": tag, "version": version, **more}
 
 
-def _version(manifest: Manifest) -> Json:
+def version_card(manifest: Manifest) -> Json:
     return {"object": "cartridge.version", **manifest.model_dump()}

@@ -38,7 +38,7 @@ def test_a_version_that_is_not_there_is_no_file(site: Site, name: str, version: 
 
 
 def test_only_so_many_cartridges_are_held_to_be_sent(site: Site) -> None:
-    gateway = site.stack.gateway([site.rollout], "--max-concurrent-downloads", "1")
+    gateway = site.stack.gateway([site.rollout], "--max-concurrent-transfers", "1")
     wait_ready(gateway)
     site.stack.publish("held", site.stack.cartridge(9, num_tokens=20_000))
     here = Site(site.stack, site.rollout, gateway, site.client)

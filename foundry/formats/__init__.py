@@ -1,0 +1,1 @@
+"""Cartridges as files, in our format and in those of others."""

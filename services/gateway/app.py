@@ -47,12 +47,14 @@ from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridge_files, cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
+from services.gateway.tokasaurus import routes as tokasaurus
 
 _ROUTERS = (
     chat.router,
     completions.router,
     responses.router,
     tokenize.router,
+    tokasaurus.router,
     files.router,
     batches.router,
     models.router,

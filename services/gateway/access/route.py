@@ -12,13 +12,12 @@ from fastapi.security import HTTPBearer
 from foundry.errors import PermissionDenied
 from services.gateway.access.permit import Permit
 from services.gateway.access.principal import Principal
-from services.gateway.access.scopes import needed
+from services.gateway.access.scopes import COMPLETIONS, needed
 from services.gateway.bodies import BoundedRoute
 from services.gateway.state import Gateway
 
 # For the documentation, which then asks for a key.
 BEARER = HTTPBearer(auto_error=False, scheme_name="API key", description="`fdy_…`, as `foundry keys create` makes it.")
-_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 
 
 class ScopedRoute(BoundedRoute):
@@ -26,7 +25,7 @@ class ScopedRoute(BoundedRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
-        scope, completion = needed(self.methods, self.path), self.path in _COMPLETIONS
+        scope, completion = needed(self.methods, self.path), self.path in COMPLETIONS
 
         async def scoped(request: Request) -> Response:
             gateway: Gateway = request.app.state.gateway

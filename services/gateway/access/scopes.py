@@ -6,10 +6,21 @@ from collections.abc import Iterable, Mapping
 
 from foundry.store.api_keys import Scope
 
+# Those that decode: limits and the audit log count them.
+COMPLETIONS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/cartridge/chat/completions",
+        "/v1/cartridge/completions",
+        "/custom/cartridge/chat/completions",
+        "/custom/cartridge/completions",
+        "/custom/cartridge/synchronous-batch-completions",
+    }
+)
 NEEDED: Mapping[str, Scope] = {
-    "POST /v1/chat/completions": "query",
-    "POST /v1/completions": "query",
-    "POST /v1/responses": "query",
+    **{f"POST {path}": "query" for path in COMPLETIONS},
     "POST /tokenize": "query",
     "POST /detokenize": "query",
     "GET /v1/files": "query",

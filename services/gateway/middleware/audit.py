@@ -10,11 +10,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import get_contextvars
 
 from services.gateway.access.audit import AuditLog
-from services.gateway.access.scopes import OPEN
+from services.gateway.access.scopes import COMPLETIONS, OPEN
 from services.gateway.middleware.answered import answered
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-_COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 _REFUSED = frozenset({401, 403, 429})
 # Whatever else a path holds was sent by mistake, and may be a secret.
 _NAMES_SOMETHING = re.compile(r"(?!.*fdy_)[A-Za-z0-9._:@/-]{1,200}")
@@ -45,7 +44,7 @@ class Audit:
         # Those that are open change nothing, also where they are asked by POST.
         if path is None or path in OPEN or scope["method"] in _READS:
             return False
-        return self._completions or path not in _COMPLETIONS
+        return self._completions or path not in COMPLETIONS
 
 
 def _entry(scope: Scope, status: int) -> dict[str, Any]:

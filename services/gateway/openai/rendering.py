@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -25,6 +25,8 @@ class Renderer(ABC):
     opens: ClassVar[bool]
     # Whether text of one part may come with the next.
     withholds = False
+    # What a whole answer's `system_fingerprint` is instead, where a client has more written there.
+    pack: Callable[[Sequence[Choice]], str] | None = None
 
     def __init__(self, generation: Generation, spelling: TokenSpelling) -> None:
         self.generation = generation
@@ -43,7 +45,8 @@ class Renderer(ABC):
 
     def whole(self, choices: Sequence[Choice]) -> BaseModel:
         rendered = [self.choice(choice, self._shared(index, choice)) for index, choice in enumerate(choices)]
-        return self._body(self.body, rendered, usage=self.generation.usage(), foundry=self.generation.info())
+        body = self._body(self.body, rendered, usage=self.generation.usage(), foundry=self.generation.info())
+        return body if self.pack is None else body.model_copy(update={"system_fingerprint": self.pack(choices)})
 
     def deltas(self, index: int, chunk: Chunk) -> Iterator[BaseModel]:
         """As OpenAI sends them: content, and then, apart from it, why it ends."""
@@ -90,7 +93,7 @@ class Renderer(ABC):
         return {
             "index": index,
             "logprobs": self.logprobs(part)
-            if asked.num_logprobs is not None and (part.ids or part.prompt_logprobs.ids)
+            if asked.num_logprobs is not None and asked.spells_logprobs and (part.ids or part.prompt_logprobs.ids)
             else None,
             "finish_reason": part.finish_reason,
             "token_ids": part.ids if asked.return_token_ids and part.ids else None,

@@ -18,7 +18,9 @@ from services.gateway.resources.listing import Listing
 from services.gateway.state import Gateway, GatewayDep
 
 router = APIRouter(tags=["OpenAI"], route_class=ScopedRoute)
-Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+Endpoint = Literal[
+    "/v1/chat/completions", "/v1/completions", "/v1/cartridge/chat/completions", "/v1/cartridge/completions"
+]
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]

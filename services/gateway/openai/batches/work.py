@@ -32,6 +32,8 @@ from services.gateway.openai.requests.chat import ChatRequest
 from services.gateway.openai.requests.completion import CompletionRequest
 from services.gateway.openai.requests.sampling import SamplingRequest
 from services.gateway.state import Gateway
+from services.gateway.tokasaurus.requests import TokasaurusChat, TokasaurusCompletion
+from services.gateway.tokasaurus.routes import prepared_chat, prepared_completion
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +47,8 @@ Prepare = Callable[[Gateway, Principal, Any], Awaitable[Renderer]]
 _ENDPOINTS: dict[str, tuple[type[SamplingRequest], Prepare]] = {
     "/v1/chat/completions": (ChatRequest, chat.prepared),
     "/v1/completions": (CompletionRequest, completions.prepared),
+    "/v1/cartridge/chat/completions": (TokasaurusChat, prepared_chat),
+    "/v1/cartridge/completions": (TokasaurusCompletion, prepared_completion),
 }
 
 

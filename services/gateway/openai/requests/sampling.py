@@ -188,6 +188,11 @@ class SamplingRequest(Parameters):
         return self
 
     @property
+    def spells_logprobs(self) -> bool:
+        """Whether logprobs stand in the answer as OpenAI has them."""
+        return True
+
+    @property
     def num_prompt_logprobs(self) -> int | None:
         """Alternatives per prompt token; None if the prompt need not be scored."""
         return self.prompt_logprobs

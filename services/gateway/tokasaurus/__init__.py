@@ -1,0 +1,1 @@
+"""Tokasaurus' HTTP surface for cartridges, for its clients (https://github.com/ScalingIntelligence/tokasaurus)."""

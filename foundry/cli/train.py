@@ -52,7 +52,8 @@ def _train(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='Prompts instead of its own questions: JSON lines {"prompt": ...}.')
+        Path | None,
+        typer.Option(help='Prompts instead of its own questions: JSON lines {"prompt": ...}, or parquet, veRL\'s too.'),
     ] = None,
     heldout: Annotated[
         Path | None, typer.Option(help="Prompts that are never trained on, in the same format, to measure with.")

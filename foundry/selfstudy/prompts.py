@@ -22,13 +22,20 @@ class Line:
     row: Mapping[str, Any]
 
     @property
+    def document(self) -> Any:
+        """Which document it is about, if it says so; veRL's rows have it beside their prompt or in `extra_info`."""
+        extra = self.row.get("extra_info")
+        return self.row.get("document", extra.get("document") if isinstance(extra, Mapping) else None)
+
+    @property
     def prompt(self) -> str:
         """The words of all its messages."""
         return "\n".join(message["content"] for message in self.messages)
 
 
 def read_prompts(text: str, *, field: str) -> list[list[dict[str, str]]]:
-    """The conversation of each line: {"prompt": "…" or [{role, content}, …]}; other keys are ignored.
+    """The conversation of each line: {"prompt": "…" or [{role, content}, …]}, or {"messages": […]} as chats are kept,
+    whose last answer is left out; other keys are ignored.
 
     Raises InvalidArgument that names the line, and `field` as what was wrong.
     """
@@ -54,10 +61,16 @@ def read_lines(text: str, *, field: str, most: int = MAX_PROMPTS) -> list[Line]:
     return lines
 
 
+def _is_answer(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
 def _messages(row: Any, where: str, field: str) -> list[dict[str, str]]:
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+    prompt = row.get("prompt", row.get("messages")) if isinstance(row, Mapping) else None
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and len(prompt) > 1 and "prompt" not in row and _is_answer(prompt[-1]):
+        prompt = prompt[:-1]
     well_formed = isinstance(prompt, list) and all(
         isinstance(message, Mapping) and message.get("role") in ROLES and isinstance(message.get("content"), str)
         for message in prompt

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from foundry.model.template import ChatTemplate
 from foundry.rpc.answers import Answer, Prompt
 from foundry.selfstudy.general import GENERAL_PROMPTS
 from foundry.selfstudy.passages import num_tokens, pieces
-from foundry.selfstudy.prompts import read_prompts
+from foundry.selfstudy.prompts import read_lines, read_prompts
 from foundry.selfstudy.questions import SEEDS, Questioner
 from foundry.selfstudy.wording import jumbled, normalised
 from foundry.store import RunSpec
@@ -121,9 +122,26 @@ def test_prompts_file() -> None:
     rows = [
         {"prompt": "What is open?", "expected": ["harbour"]},
         {"prompt": [{"role": "user", "content": "What is open?"}]},
+        {"messages": [{"role": "user", "content": "What is open?"}]},
+        {"messages": [{"role": "user", "content": "What is open?"}, {"role": "assistant", "content": "The harbour."}]},
+        # A chat's answer is left out, a prompt's is part of it.
+        {"prompt": [{"role": "user", "content": "What is open?"}], "messages": "ignored"},
     ]
     text = "\n".join(json.dumps(row) for row in rows) + "\n\n"
-    assert read_prompts(text, field="prompts") == [[{"role": "user", "content": "What is open?"}]] * 2
+    assert read_prompts(text, field="prompts") == [[{"role": "user", "content": "What is open?"}]] * 5
+    begun = [{"role": "user", "content": "What is open?"}, {"role": "assistant", "content": "The"}]
+    assert read_prompts(json.dumps({"prompt": begun}), field="prompts") == [begun]
+
+
+def test_a_line_says_which_document_it_is_about() -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "document": "d"},
+        {"prompt": "a", "extra_info": {"document": "d", "index": 3}},
+        {"prompt": "a", "extra_info": "none"},
+        {"prompt": "a"},
+    ]
+    lines = read_lines("\n".join(map(json.dumps, rows)), field="prompts")
+    assert [line.document for line in lines] == ["d", "d", None, None]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +153,8 @@ def test_prompts_file() -> None:
         ('{"prompt": [{"role": "user"}]}', 'line 1 has no "prompt"'),
         ('{"prompt": [{"role": "evil", "content": "a"}]}', r'line 1 has no "prompt" .*"system\|user\|assistant"'),
         ("[1]", 'line 1 has no "prompt"'),
+        ('{"messages": [{"role": "assistant"}]}', 'line 1 has no "prompt"'),
+        ('{"messages": 1}', 'line 1 has no "prompt"'),
     ],
 )
 def test_bad_prompts_files_name_the_line(text: str, message: str) -> None:

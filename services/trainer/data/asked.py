@@ -132,7 +132,7 @@ class Prompts:
         """Of several documents a line must say which it is about."""
         if len(self._contexts) == 1:
             return self._contexts[0]
-        about = line.row.get("document")
+        about = line.document
         for context in self._contexts:
             if context.document == about:
                 return context

@@ -15,7 +15,8 @@ from services.gateway.tokasaurus.requests import TokasaurusRequest
 
 def packing(renderer: Renderer, asked: TokasaurusRequest) -> Renderer:
     """The renderer, whose whole answers have it."""
-    num_logprobs = asked.num_logprobs if asked.logprobs_in_fingerprint else None
+    # The chosen ones also where `logprobs` is not set, as there.
+    num_logprobs = (asked.num_logprobs or 0) if asked.logprobs_in_fingerprint else None
     renderer.pack = partial(_packed, num_logprobs=num_logprobs)
     return renderer
 

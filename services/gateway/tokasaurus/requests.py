@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -12,11 +11,13 @@ from foundry.untrusted import parse_json
 from foundry.validation import FirstError, of_field
 from services.gateway.openai.requests.chat import ChatRequest
 from services.gateway.openai.requests.completion import CompletionRequest
+from services.gateway.openai.requests.messages import as_text
 from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text
 from services.gateway.openai.requests.sampling import SamplingRequest
 
 MAX_REQUESTS = 256
-_TAG = re.compile(r"<cartridge>\s*(\{.*?\})\s*</cartridge>", re.DOTALL)
+MAX_CARTRIDGES = 16
+_BEGIN, _END = "<cartridge>", "</cartridge>"
 _TEMPERATURE = 0.7
 
 
@@ -33,6 +34,9 @@ class NamedCartridge(Parameters):
 def _ids(value: Any) -> Any:
     if not isinstance(value, list):
         return value
+    # Each takes longer to check than to send.
+    if len(value) > MAX_CARTRIDGES:
+        raise ValueError(f"{len(value)} cartridges, at most {MAX_CARTRIDGES} can be taken")
     try:
         return [NamedCartridge.model_validate(each).id for each in value] or None
     except ValidationError as error:
@@ -51,6 +55,12 @@ class TokasaurusRequest(SamplingRequest):
 
     logprobs_in_fingerprint: bool | None = None
     """Logprobs and alternatives are packed into `system_fingerprint`, and nowhere else."""
+
+    @model_validator(mode="after")
+    def _check_fingerprint(self) -> Self:
+        if self.logprobs_in_fingerprint and self.stream:
+            raise InvalidArgument("a stream has no place for it", field="logprobs_in_fingerprint")
+        return self
 
     @property
     def spells_logprobs(self) -> bool:
@@ -83,13 +93,10 @@ class TokasaurusChat(TokasaurusRequest, ChatRequest):
             return values
         left, named = [], []
         for place, message in enumerate(messages):
-            found = _tags(message, place)
+            content, found = _read(message, place)
             named += found
-            content = _TAG.sub("", message["content"]).strip() if found else ""
-            if content:
-                left.append(message | {"content": content})
-            elif not found:
-                left.append(message)
+            if content or not found:
+                left.append(message | {"content": content} if found else message)
         if named:
             if values.get("cartridges"):
                 raise of_field("cartridges", "are named in a system message too: name them in one place")
@@ -101,14 +108,34 @@ class BatchOfChats(Parameters):
     requests: Annotated[list[TokasaurusChat], FirstError(), Field(min_length=1, max_length=MAX_REQUESTS)]
 
 
-def _tags(message: Any, place: int) -> list[Any]:
-    """What a system message names."""
+def _read(message: Any, place: int) -> tuple[str, list[Any]]:
+    """What a system message says besides, and what it names."""
     if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
-        return []
-    content = message.get("content")
-    if not isinstance(content, str):
-        return []
+        return "", []
     try:
-        return [parse_json(tag) for tag in _TAG.findall(content)]
+        content, tags = _without_tags(as_text(message.get("content")))
+    except ValueError:
+        # Content of another kind than text, which the message is refused for.
+        return "", []
+    if len(tags) > MAX_CARTRIDGES:
+        raise of_field(f"messages.{place}.content", f"names {len(tags)} cartridges, at most {MAX_CARTRIDGES}")
+    try:
+        return content, [parse_json(tag) for tag in tags]
     except InvalidArgument as error:
         raise of_field(f"messages.{place}.content", f"names a cartridge by what is no JSON: {error.message}") from error
+
+
+def _without_tags(content: Any) -> tuple[str, list[str]]:
+    """Looks at each character a few times whatever the text: a pattern would look from each begun tag to the end."""
+    if not isinstance(content, str):
+        return "", []
+    before, *begun = content.split(_BEGIN)
+    left, tags = [before], []
+    for piece in begun:
+        inside, end, behind = piece.partition(_END)
+        if end and inside.lstrip().startswith("{"):
+            tags.append(inside.strip())
+            left.append(behind)
+        else:
+            left.append(_BEGIN + piece)
+    return "".join(left).strip(), tags

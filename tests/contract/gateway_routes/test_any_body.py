@@ -49,6 +49,14 @@ TAKEN: dict[str, dict[str, Any]] = {
     "/v1/cartridges/{name:path}/tags/{tag}": {"version": 1},
     "/v1/cartridges/{name:path}/rollback": {"to": "1"},
 }
+_CHAT = TAKEN["/v1/chat/completions"] | {
+    "cartridges": [{"id": "any", "source": "local", "force_redownload": False}],
+    "logprobs_in_fingerprint": True,
+}
+_TEXT = TAKEN["/v1/completions"] | {"cartridges": None, "logprobs_in_fingerprint": True}
+for _prefix in ("/custom/cartridge", "/v1/cartridge"):
+    TAKEN |= {f"{_prefix}/chat/completions": _CHAT, f"{_prefix}/completions": _TEXT}
+TAKEN["/custom/cartridge/synchronous-batch-completions"] = {"requests": [_CHAT]}
 # What stands in a path.
 NAMES = {
     "name": "any",

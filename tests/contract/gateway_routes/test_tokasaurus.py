@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
+import time
 from typing import Any
 
 import httpx
@@ -16,6 +18,7 @@ from tests.contract.gateway_routes.site import Guarded, Site
 CHAT, COMPLETIONS = "/custom/cartridge/chat/completions", "/custom/cartridge/completions"
 BATCH = "/custom/cartridge/synchronous-batch-completions"
 QUESTION = [{"role": "user", "content": "Where?"}]
+TAG = '<cartridge>{"id": "toka-1"}</cartridge>'
 GREEDY = {"max_tokens": 8, "temperature": 0}
 
 
@@ -84,6 +87,33 @@ def test_a_system_message_may_name_cartridges(client: Client, around: str) -> No
     assert tagged.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"]
 
 
+def test_a_tag_may_stand_in_a_part(client: Client) -> None:
+    parts = [{"type": "text", "text": TAG}]
+    assert text(client.chat(messages=[{"role": "system", "content": parts}, *QUESTION])) == text(client.chat("toka-1"))
+    # The user's own text is no configuration.
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": TAG}]}
+    assert client.chat(**asked)["foundry"]["cartridges"] == []
+
+
+def test_tags_without_an_end_take_no_time(client: Client) -> None:
+    began = time.monotonic()
+    content = "<cartridge>{" * 80_000 + "}" + " " * 1000
+    answer = client.post(CHAT, messages=[{"role": "system", "content": content}, *QUESTION], **GREEDY)
+    assert answer.status_code in (400, 413), answer.text
+    assert time.monotonic() - began < 10
+
+
+def test_chosen_logprobs_are_packed_where_logprobs_are_not_asked_for(client: Client) -> None:
+    answer = client.chat("toka-1", logprobs_in_fingerprint=True, n=2)
+    spelt = client.chat("toka-1", logprobs=True)["choices"][0]["logprobs"]["content"]
+    packed = json.loads(answer["system_fingerprint"])
+    assert len(packed["completion_ids"]) == len(packed["packed_chosen_logprobs"]) == 2
+    for chosen in packed["packed_chosen_logprobs"]:
+        found = np.frombuffer(base64.b64decode(chosen), np.float32)
+        assert np.allclose(found, [each["logprob"] for each in spelt], atol=1e-6)
+    assert packed["packed_topk_indices"] is packed["packed_topk_logprobs"] is None
+
+
 def test_the_fingerprint_has_ids_and_logprobs(site: Site, client: Client) -> None:
     asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
     packed, spelt = client.chat("toka-1", **asked, logprobs_in_fingerprint=True), client.chat("toka-1", **asked)
@@ -132,11 +162,28 @@ def test_several_conversations_at_once(site: Site, client: Client) -> None:
         wrong = site.http("POST", BATCH, json={"requests": requests}, headers=headers)
         return wrong.status_code, wrong.json()["error"]["param"]
 
-    assert refused(asked("toka-1"), asked("nobody"))[0] == 404
+    assert refused(asked("toka-1"), asked("nobody")) == (404, "requests.1.cartridges.0")
     assert refused(asked("toka-1"), asked(max_tokens=-1)) == (400, "requests.1.max_tokens")
-    assert refused(asked("toka-1", stream=True)) == (400, "requests.stream")
+    assert refused(asked("toka-1", stream=True)) == (400, "requests.0.stream")
+    # What only the rollout server can tell.
+    assert refused(asked("toka-1"), asked(max_tokens=100_000)) == (400, "requests.1.max_tokens")
+    # 128 choices are the most of one request, whatever it is made of.
+    assert refused(*[asked(n=64)] * 3) == (400, "requests")
     assert refused() == (400, "requests")
-    assert refused(asked("toka-1"), headers={"accept": "application/octet-stream"}) == (400, "accept")
+    pickles = ("application/octet-stream", "application/x-pickle;q=1, application/octet-stream", "Application/Pickle")
+    for accept in pickles:
+        assert refused(asked("toka-1"), headers={"accept": accept}) == (400, "accept")
+    either = client._site.http(
+        "POST", BATCH, json={"requests": [asked("toka-1")]}, headers={"accept": f"{pickles[0]}, Application/JSON;q=0.5"}
+    )
+    assert either.headers["content-type"] == "application/json"
+    assert [text(each) for each in either.json()["completions"]] == found[:1]
+
+
+def test_a_pickle_is_not_read(client: Client) -> None:
+    headers = {"content-type": "application/octet-stream"}
+    answer = client._site.http("POST", BATCH, content=pickle.dumps({"requests": []}), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID_ARGUMENT")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +206,9 @@ def test_several_conversations_at_once(site: Site, client: Client) -> None:
             {"apply_chat_template_overrides": {"a": 1}, "chat_template_kwargs": {"a": 1}},
             "apply_chat_template_overrides",
         ),
+        ({"messages": [{"role": "system", "content": TAG * 17}, *QUESTION]}, "messages.0.content"),
+        ({"cartridges": [{"id": "toka-1"}] * 17}, "cartridges"),
+        ({"logprobs": True, "logprobs_in_fingerprint": True, "stream": True}, "logprobs_in_fingerprint"),
         ({"unknown": 1}, "unknown"),
     ],
 )

@@ -14,7 +14,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {"annotations": ([],), "audio": (), "refus
 _CARTRIDGE = re.compile(r"<cartridge>\s*\{")
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """Content as text: OpenAI's list of parts is joined by newlines, as vLLM does."""
     if not isinstance(value, list):
         return value
@@ -43,7 +43,7 @@ class Message(Parameters):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[Text | None, BeforeValidator(_text, json_schema_input_type=str | list[dict[str, str]])] = None
+    content: Annotated[Text | None, BeforeValidator(as_text, json_schema_input_type=str | list[dict[str, str]])] = None
     """Null where an assistant calls tools and says nothing."""
 
     name: Text | None = None

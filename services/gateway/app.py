@@ -31,6 +31,9 @@ from services.gateway.access.route import BEARER
 from services.gateway.access.stored import StoredBytes
 from services.gateway.balancer import RolloutBalancer
 from services.gateway.base_name import BaseName
+from services.gateway.batches import files
+from services.gateway.batches import routes as batches
+from services.gateway.batches.work import BatchWorker
 from services.gateway.conversion.converter import Converter
 from services.gateway.middleware.audit import Audit
 from services.gateway.middleware.body_limit import BodyLimit
@@ -40,9 +43,6 @@ from services.gateway.middleware.request_limits import RequestLimits
 from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
 from services.gateway.openai import chat, completions, models, responses, tokenize
-from services.gateway.openai.batches import files
-from services.gateway.openai.batches import routes as batches
-from services.gateway.openai.batches.work import BatchWorker
 from services.gateway.openai.tokens import TokenSpelling
 from services.gateway.resources import cartridge_files, cartridges, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings

@@ -21,7 +21,7 @@ from openai.types import Batch
 from foundry.errors import BatchNotFound, Fenced, FileNotKept
 from foundry.store import ApiKey, BatchFinal, BatchStore, CartridgeStore, FileStore, Objects, Row
 from foundry.store.upkeep.gc_batches import BatchCollector
-from services.gateway.openai.batches.lines import read_lines
+from services.gateway.batches.lines import read_lines
 from tests.contract.gateway_routes.site import ADMIN_KEY, Site
 from tests.process import Process
 from tests.services import Stack, openai_client, wait_ready, wait_until
@@ -160,6 +160,31 @@ def test_a_batch_of_completions(client: OpenAI, gateway: Process) -> None:
     batch = finished(client, gateway, submit(client, [line], endpoint="/v1/completions"))
     (answer,) = entries(client, batch.output_file_id).values()
     assert answer["response"]["body"]["choices"][0]["text"] == client.completions.create(**asked).choices[0].text  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "told"),
+    [
+        ("/v1/cartridge/chat/completions", {}, {"messages": [{"role": "user", "content": "What is open in a?"}]}),
+        ("/v1/cartridge/completions", {"messages": None, "prompt": "The"}, {"prompt": "The"}),
+    ],
+)
+def test_a_batch_of_tokasaurus_requests(
+    client: OpenAI, gateway: Process, endpoint: str, body: dict[str, Any], told: dict[str, Any]
+) -> None:
+    asked = request("a", endpoint, model="todo", cartridges=[{"id": "answering"}], **body)
+    asked["body"] = {name: value for name, value in asked["body"].items() if value is not None}
+    batch = finished(client, gateway, submit(client, [asked], endpoint))
+    assert batch.status == "completed"
+    found = entries(client, batch.output_file_id)["a"]["response"]["body"]
+    alone = httpx.post(
+        f"http://{gateway.address}{endpoint.replace('cartridge/', '')}",
+        json={"model": "answering", "max_tokens": 8, "temperature": 0} | told,
+        trust_env=False,
+        timeout=60,
+    ).json()
+    assert found["choices"] == alone["choices"]
+    assert json.loads(found["system_fingerprint"])["completion_ids"]
 
 
 def test_what_is_wrong_with_a_file_fails_the_batch(client: OpenAI, gateway: Process) -> None:

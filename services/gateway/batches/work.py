@@ -24,9 +24,9 @@ from foundry.store import BatchFinal, BatchRecord, BatchStore, Row
 from foundry.tasks import end
 from foundry.validation import invalid_argument
 from services.gateway.access.principal import Principal
+from services.gateway.batches.lines import BatchLine, answered, body_of, read_lines, unanswered
 from services.gateway.errors import error_body
 from services.gateway.openai import chat, completions
-from services.gateway.openai.batches.lines import BatchLine, answered, body_of, read_lines, unanswered
 from services.gateway.openai.rendering import Renderer
 from services.gateway.openai.requests.chat import ChatRequest
 from services.gateway.openai.requests.completion import CompletionRequest

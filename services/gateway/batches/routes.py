@@ -11,7 +11,7 @@ from foundry.errors import InvalidArgument, ResourceExhausted
 from foundry.store import BatchState, BatchStore
 from services.gateway.access.principal import Principal, PrincipalDep
 from services.gateway.access.route import ScopedRoute
-from services.gateway.openai.batches.files import of as files_of
+from services.gateway.batches.files import of as files_of
 from services.gateway.openai.requests.parameters import Parameters, Text
 from services.gateway.openapi import failures
 from services.gateway.resources.listing import Listing

@@ -247,7 +247,7 @@ class GatewaySettings(ServiceSettings):
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
 
-    max_cartridge_bytes: int = Field(default=2 * 1024**3, ge=1024)
+    max_upload_bytes: int = Field(default=2 * 1024**3, ge=1024)
     """Largest file of a cartridge that is uploaded. It must come within `max_upload_seconds` too."""
 
     max_concurrent_transfers: int = Field(default=4, ge=1)

@@ -215,27 +215,30 @@ async def test_a_blob_whose_manifest_came_meanwhile_stays(
 
 async def test_publishers_of_the_same_bytes_and_a_collector_at_once(collecting: CartridgeStore) -> None:
     """Blobs are left, marked and put again all the time; no version is ever shown without its bytes."""
-    publishing = True
+    publishing, num_blobs = True, 0
 
     async def publish_and_delete(name: str, run: str) -> None:
-        for step in range(12):
+        for step in range(300):
+            # Until the collector has come between them, and for a while.
+            if step >= 12 and num_blobs:
+                break
             await collecting.acquire(name, run, 1)
             await collecting.publish(cartridge(step % 2), draft(name, run=run, step=step), durable=True)
             await collecting.release(name, run, 1)
             if step % 3 == 2:
                 await collecting.delete(name)
 
-    async def collect() -> int:
-        num_blobs = 0
+    async def collect() -> None:
+        nonlocal num_blobs
         while publishing:
             num_blobs += len([each async for each in collecting.gc(keep_last=1) if each.kind == "blob"])
-        return num_blobs
 
     await collecting.release("report", "run-a", 1)
     collector = asyncio.create_task(collect())
     await asyncio.gather(*(publish_and_delete(f"name-{index}", f"run-{index}") for index in range(3)))
     publishing = False
-    assert await collector > 0
+    await collector
+    assert num_blobs > 0
     assert [each for each in [each async for each in collecting.verify()] if each.state in ("missing", "corrupt")] == []
 
 

@@ -31,8 +31,9 @@ from services.gateway.state import GatewayDep
 router = APIRouter(tags=["cartridges"], route_class=ScopedRoute)
 
 _MEDIA_TYPE = "application/vnd.safetensors"
+_FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 _BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+    "requestBody": {"required": True, "content": {_MEDIA_TYPE: _FILE, "application/octet-stream": _FILE}}
 }
 Origin = Annotated[
     str, Query(max_length=200, pattern=r"^[ -~]*$", description="Where it comes from, for its manifest.")

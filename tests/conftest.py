@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Its plugin would import it when all tests are over, and Python 3.11 can't parse while leftovers are collected.
 import hypothesis  # noqa: F401
 import pytest
+import structlog
 
 from foundry.store import CartridgeStore, RunStore, StoreSettings
 from tests.seaweed import Seaweed
@@ -27,6 +31,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("storages")
     if marker is not None and "storage" in metafunc.fixturenames:
         metafunc.parametrize("storage", marker.args, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """A command that is run in this process sets up its logs, which the next test must not inherit."""
+    configured, handlers, level = structlog.get_config(), logging.root.handlers[:], logging.root.level
+    hook, thread_hook = sys.excepthook, threading.excepthook
+    yield
+    structlog.configure(**configured)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    sys.excepthook, threading.excepthook = hook, thread_hook
 
 
 @pytest.fixture

@@ -7,12 +7,16 @@ import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from foundry.local.ports import address_of, reserve
 from foundry.local.process import child_options
 from tests.forked import Forked
+
+# Of a service whose work is over: one that waits for what the test took away is not waited for.
+_END_SECONDS = 5.0
 
 
 def spawn(
@@ -95,7 +99,18 @@ class Process:
         self._process = None
         return status
 
+    def terminate(self) -> None:
+        """SIGTERM, to one that is frozen too."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
+        """Ends it as it ends by itself, so that what it ran is counted, or kills it if that takes long."""
+        self.terminate()
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_END_SECONDS)
         self.kill()
         self._held_for_metrics.close()
         if self._held is not None:

@@ -1,4 +1,4 @@
-"""The vLLM engine on a GPU: python -m benchmarks.gpu_vllm --tokenizer DIRECTORY
+"""The vLLM engine on a GPU: python -m benchmarks.gpu_vllm
 
 A model of Llama-3.2-3B's shape with random weights, in bfloat16. First the numbers: greedy answers behind a cartridge
 against a float32 forward, teacher-forced. Then the speed of the engine (seeds, logprobs and text for every token, as
@@ -25,35 +25,22 @@ from typing import Any
 import torch
 import vllm
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.shapes import LLAMA_3B
+from benchmarks.step import build_model
 from foundry.buffers import allocate
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
 from foundry.model.lm import FrozenLM
 from services.rollout.engine import SamplingParams, SequenceRequest, TokenOutput
 from services.rollout.engine.vllm.engine import VllmEngine
+from tests.tiny import build_tokenizer
 
 NUM_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 2048, 128, 512
 FINGERPRINT = "blake3:" + "0" * 64
-
-
-def write_model(directory: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=128256,
-        **LLAMA_3B,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(directory)
 
 
 def request(
@@ -126,11 +113,13 @@ def summary(case: str, found: Sequence[tuple[list[float], list[float]]]) -> dict
     }
 
 
-def correctness(engine: VllmEngine, exact: FrozenLM) -> list[dict[str, Any]]:
-    """Greedy answers behind two versions of two sizes, each twice (the second time out of vLLM's prefix cache); as if
+def correctness(
+    engine: VllmEngine, exact: FrozenLM, lengths: Sequence[int] = (NUM_TOKENS, 333)
+) -> list[dict[str, Any]]:
+    """Greedy answers behind two versions of each length, each twice (the second time out of vLLM's prefix cache); as if
     another version had decoded them; and, for what bfloat16 costs by itself, with the same text as a plain prompt."""
     rows = []
-    for num_tokens in (NUM_TOKENS, 333):
+    for num_tokens in lengths:
         seeds = {f"{num_tokens}@{version}": 100 * num_tokens + version for version in (1, 2)}
         cartridges = {name: document_cartridge(exact, seed, num_tokens) for name, seed in seeds.items()}
         for name, cartridge in cartridges.items():
@@ -176,9 +165,16 @@ def rate(step: Callable[[], Mapping[str, int] | None], batch: int) -> dict[str, 
     }
 
 
-def speed(engine: VllmEngine, batch: int, use: Sequence[tuple[str, ...]], ids: Iterator[int]) -> dict[str, float]:
-    """The engine's, with all that services ask for."""
-    engine.admit({next(ids): request(1000 + index, *use[index]) for index in range(batch)})
+def speed(
+    engine: VllmEngine,
+    batch: int,
+    use: Sequence[tuple[str, ...]],
+    ids: Iterator[int],
+    document: tuple[int, ...] = (),
+) -> dict[str, float]:
+    """The engine's, with all that services ask for. `document` stands before every prompt, and is cached."""
+    requests = (request(1000 + index, *use[index]) for index in range(batch))
+    engine.admit({next(ids): replace(each, prompt_ids=(*document, *each.prompt_ids)) for each in requests})
 
     def step() -> Mapping[str, int] | None:
         stats = engine.stats()
@@ -299,22 +295,13 @@ def swap(engine: VllmEngine, cartridges: list[Cartridge], ids: Iterator[int]) ->
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=Path("/tmp/gpu-vllm-model"))
-    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "gpu_vllm.json")
-    parser.add_argument("--eager", action="store_true")
-    arguments = parser.parse_args()
-    if not (arguments.model / "config.json").exists():
-        write_model(arguments.model)
-        torch.cuda.empty_cache()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
-    model: Any = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    exact = FrozenLM(model.to("cuda"), tokenizer, FINGERPRINT)
+def load(directory: Path, *, cuda_graphs: bool = True) -> tuple[FrozenLM, VllmEngine, float]:
+    """The model in float32, the engine, and the seconds that it took to start."""
+    model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    exact = FrozenLM(model.to("cuda"), build_tokenizer(), FINGERPRINT)
     began = time.perf_counter()
     engine = VllmEngine(
-        arguments.model,
+        directory,
         exact.info,
         model_name="llama",
         device="cuda",
@@ -324,13 +311,26 @@ def main() -> None:
         prefill_tokens_per_step=8192,
         gpu_memory_utilization=0.8,
         kv_bytes=44 * 1024**3,
-        cuda_graphs=not arguments.eager,
+        cuda_graphs=cuda_graphs,
     )
+    return exact, engine, time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("/tmp/gpu-vllm-model"))
+    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "gpu_vllm.json")
+    parser.add_argument("--eager", action="store_true")
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").exists():
+        build_model(arguments.model, "cuda", LLAMA_3B, 8192)
+        torch.cuda.empty_cache()
+    exact, engine, start_seconds = load(arguments.model, cuda_graphs=not arguments.eager)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "vllm": vllm.__version__,
-        "engine_start_seconds": time.perf_counter() - began,
+        "engine_start_seconds": start_seconds,
     }
     ids = count(100)
     result["correct"] = correctness(engine, exact)

@@ -53,11 +53,13 @@ def build_model(directory: Path, device: str, shape: dict[str, Any], num_positio
 
 
 def text_of(num_tokens: int, seed: int) -> str:
-    """Words of about so many tokens."""
+    """Words of so many tokens."""
     draw, tokenizer = random.Random(seed), build_tokenizer()
+    tokens = {word: len(tokenizer.encode(" " + word)) for word in _WORDS}
     words: list[str] = []
-    while (missing := num_tokens - len(tokenizer.encode(" ".join(words)))) > 0:
-        words += draw.choices(_WORDS, k=max(1, missing // 8))
+    while num_tokens > 0:
+        words.append(draw.choice(_WORDS))
+        num_tokens -= tokens[words[-1]]
     return " ".join(words)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ from services.trainer.sources.on_policy import OnPolicy
 from services.trainer.start import plan_start
 from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
+
+log = structlog.get_logger(__name__)
 
 
 class Preparation:
@@ -87,7 +91,7 @@ class Preparation:
             kv = await start()
             training = self._training_step(TrainableCartridge(lm, kv, num_frozen=spec.num_frozen))
             if lm.device.type == "cuda":
-                await asyncio.to_thread(training.warm_up)
+                await self._compile(training)
             curriculum = await writing
         finally:
             await end(writing)
@@ -112,6 +116,11 @@ class Preparation:
             ),
             control=control,
         )
+
+    async def _compile(self, training: TrainingStep) -> None:
+        began = time.perf_counter()
+        await asyncio.to_thread(training.warm_up, stale=self._spec.max_staleness > 0)
+        log.info("compiled", seconds=round(time.perf_counter() - began, 1))
 
     async def close(self) -> None:
         await self._rollouts.close()

@@ -48,9 +48,9 @@ def make_step(lm: FrozenLM, threshold: float = 1e-4) -> TrainingStep:
 
 def test_a_warm_up_leaves_nothing_behind(lm: FrozenLM) -> None:
     warmed, cold = make_step(lm), make_step(lm)
-    for objective in (Objective("topk", k=5), warmed.objective):
+    for objective, stale in ((Objective("topk", k=5), False), (warmed.objective, True), (warmed.objective, False)):
         warmed.objective = objective
-        warmed.warm_up()
+        warmed.warm_up(stale=stale)
     assert warmed.cartridge.master_L2GRD.grad is None
     samples = make_samples(LENGTHS)
     signals = make_signals(lm, samples)

@@ -24,9 +24,12 @@ from foundry.model.attention.whole import attend_whole, reads_whole
 from foundry.model.transfer import to_device
 
 BLOCK = 128
-# In blocks, how long the packed tokens may be where code is compiled for every length: a full micro-batch of training,
-# halves of it and three quarters of these. So of a full one nothing is filling, of any other at most a third.
-_FIXED_BLOCKS = sorted({max(2, math.ceil(36 * part * 2.0**power)) for part in (1, 0.75) for power in range(-4, 6)})
+# In blocks, how long the packed tokens may be where few lengths are wanted: a full micro-batch of training, halves of
+# it and three quarters of these. So of a full one nothing is filling, of any other at most a third.
+_FILLED_BLOCKS = sorted({max(2, math.ceil(36 * part * 2.0**power)) for part in (1, 0.75) for power in range(-4, 6)})
+# Where code is compiled for every length, which takes 10 s: what is left over at the end of a step is filled up to half
+# a micro-batch rather than compiled for.
+_COMPILED_BLOCKS = [blocks for blocks in _FILLED_BLOCKS if blocks >= 18]
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class FlexAttention(LayeredPlan):
         self._apart = not self.fixed_lengths and len({*map(id, prefixes)}) == 1 and reads_whole(prefixes[0])
         num_filled = max(2 * BLOCK, _whole(sum(lengths)))
         if self.fixed_lengths or self._apart:
-            num_filled = next((BLOCK * each for each in _FIXED_BLOCKS if BLOCK * each >= num_filled), num_filled)
+            lengths_in_blocks = _COMPILED_BLOCKS if self.fixed_lengths else _FILLED_BLOCKS
+            num_filled = next((BLOCK * each for each in lengths_in_blocks if BLOCK * each >= num_filled), num_filled)
         num_fill = num_filled - sum(lengths)
         # Taken apart once: the gradient of indexing is a whole prefix of zeros for every layer.
         self._prefixes = [prefix.unbind(0) for prefix in distinct.values()]

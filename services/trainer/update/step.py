@@ -22,8 +22,9 @@ from services.trainer.update.gradient import Batch, Signal, backward
 from services.trainer.update.importance import Importance
 from services.trainer.update.proof import Proof, prove
 
-# A quarter of a micro-batch each: a full one, and one of three quarters, as long answers leave it.
-_WARM_UP_SAMPLES, _WARM_UP_TOKENS = 7, CUDA_MICRO_BATCH_TOKENS // 4
+# Samples of a quarter of a micro-batch each: a full one, one of three quarters, as long answers leave it, and a half
+# one, which stands for all that is less (`foundry.model.attention.flex`).
+_WARM_UP_SAMPLES, _WARM_UP_TOKENS = (4, 3, 2), CUDA_MICRO_BATCH_TOKENS // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,9 @@ class TrainingStep:
             importance=importance,
         )
 
-    def warm_up(self) -> None:
-        """Compute what a full step computes and throw it away: on CUDA all of it is compiled at its first use."""
+    def warm_up(self, *, stale: bool = False) -> None:
+        """Compute what full steps compute and throw it away: on CUDA all of it is compiled at its first use. `stale`:
+        what older versions have answered too."""
         lm = self.lm
         room = lm.spec.max_tokens - self.cartridge.header.num_tokens - 1
         num_answer = max(1, min(_WARM_UP_TOKENS - 1, room))
@@ -114,9 +116,14 @@ class TrainingStep:
         if not self.objective.needs_hidden:
             num_top = (num_answer, self.objective.k)
             signal = TopK(torch.zeros(num_top).long(), torch.zeros(num_top), torch.zeros(num_answer))
-        num = _WARM_UP_SAMPLES
-        batch = Batch([sample] * num, [signal] * num, self.objective, num * num_answer, self._micro_batch_tokens)
-        self._backward(lm, self.cartridge, batch)
+        claimed_L2GPD = self.cartridge.cast().detach() if stale else None
+        for num in _WARM_UP_SAMPLES:
+            tokens = num * num_answer
+            self._backward(
+                lm,
+                self.cartridge,
+                Batch([sample] * num, [signal] * num, self.objective, tokens, self._micro_batch_tokens, claimed_L2GPD),
+            )
         self.optimiser.zero_grad(set_to_none=True)
 
     def _clip(self) -> float:

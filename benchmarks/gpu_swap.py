@@ -13,7 +13,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ from tests.tiny import build_tokenizer
 NUM_SEQUENCES, NUM_TOKENS, NUM_LOADS = 32, 2048, 10
 
 
-def build(device: str, dtype: torch.dtype, **shape: Any) -> FrozenLM:
+def build(device: str, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None, **shape: Any) -> FrozenLM:
+    """With random weights, or these. Where it is on a CPU it keeps them in another form: its state is not for others."""
     torch.manual_seed(0)
     wide = {"vocab_size": 128256, "max_position_embeddings": 8192, "eos_token_id": 2, "bos_token_id": None}
     config = LlamaConfig(**(wide | shape))
     with torch.device(device):
         model: Any = LlamaForCausalLM(config)
+    if weights is not None:
+        model.load_state_dict(weights)
     return FrozenLM(model.to(dtype), build_tokenizer(), "blake3:" + "0" * 64)
 
 
@@ -69,8 +72,7 @@ def regret(device: str) -> dict[str, float]:
     while engine.stats().num_running or engine.stats().num_waiting:
         for output in engine.step():
             answers[output.sequence_id].append(output.token_id)
-    exact = build("cpu", torch.float32, **small, num_key_value_heads=4, head_dim=64)
-    exact.model.load_state_dict({name: value.float().cpu() for name, value in lm.model.state_dict().items()})
+    exact = build("cpu", torch.float32, lm.model.state_dict(), **small, num_key_value_heads=4, head_dim=64)
     regrets: list[float] = []
     for seed, answer in answers.items():
         prompt = list(range(10 + seed, 40 + seed))

@@ -150,18 +150,17 @@ def correctness(
 def rate(step: Callable[[], Mapping[str, int] | None], batch: int) -> dict[str, float]:
     """Decode tokens a second from the last sequence's first token to the first one's end. `step` returns how many
     tokens came for whom; it is called until nothing is left."""
-    times: list[tuple[float, int]] = []
-    seen: set[str] = set()
-    start = 0.0
+    times: list[float] = []
+    tokens: list[int] = []
+    counts: Counter[str] = Counter()
     while (found := step()) is not None:
-        now = time.perf_counter()
-        seen |= found.keys()
-        start = start or (now if len(seen) == batch else 0.0)
-        times.append((now, sum(found.values())))
-    full = [(now, num) for now, num in times if start and now >= start and num == batch]
+        counts.update(found)
+        if len(counts) == batch and max(counts.values()) < NEW_TOKENS:
+            times.append(time.perf_counter())
+            tokens.append(sum(found.values()))
     return {
-        "decode_tokens_per_second": batch * (len(full) - 1) / (full[-1][0] - full[0][0]),
-        "median_step_ms": statistics.median(b[0] - a[0] for a, b in pairwise(full)) * 1e3,
+        "decode_tokens_per_second": sum(tokens[1:]) / (times[-1] - times[0]),
+        "median_step_ms": statistics.median(after - before for before, after in pairwise(times)) * 1e3,
     }
 
 

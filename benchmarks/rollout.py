@@ -49,8 +49,8 @@ def check(dtype: torch.dtype, heads: tuple[int, int, int], lengths: Sequence[int
     num_heads, num_kv_heads, head_dim = heads
     shape = SMALL | {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
     torch._dynamo.reset()
-    lm, exact = (build("cuda", each, **shape) for each in (dtype, torch.float32))
-    exact.model.load_state_dict({name: value.float() for name, value in lm.model.state_dict().items()})
+    lm = build("cuda", dtype, **shape)
+    exact = build("cuda", torch.float32, lm.model.state_dict(), **shape)
     exact.packed_plan = PackedAttention
     engine = TorchEngine(lm, max_sequences=8, max_sequence_tokens=192, prefill_tokens_per_step=64)
     regrets, errors = [], []

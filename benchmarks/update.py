@@ -82,11 +82,10 @@ def gate(quick: bool) -> dict[str, float]:
     """
     lengths = [(17, 200), (128, 300), (5, 30), (100, 28), (1, 1)]
     samples = samples_of(lengths)
-    weights = build("cpu", torch.bfloat16, **SMALL).model.state_dict()
+    weights = build("cuda", torch.bfloat16, **SMALL).model.state_dict()
 
     def gradient(device: str, dtype: torch.dtype, plan: Any, micro_batch_tokens: int = 4096) -> Tensor:
-        lm = build(device, dtype, **SMALL)
-        lm.model.load_state_dict(weights)
+        lm = build(device, dtype, weights, **SMALL)
         lm.packed_plan = plan
         cartridge = cartridge_of(lm, 300)
         num_tokens = sum(answer for _, answer in lengths)

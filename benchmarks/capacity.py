@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import LLAMA_3B, TINY
-from benchmarks.step import build_model
+from benchmarks.shapes import LLAMA_3B, TINY, build_model
 from foundry.buffers import allocate
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.model.info import ModelInfo

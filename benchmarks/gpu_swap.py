@@ -34,7 +34,7 @@ NUM_SEQUENCES, NUM_TOKENS, NUM_LOADS = 32, 2048, 10
 
 
 def build(device: str, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None, **shape: Any) -> FrozenLM:
-    """With random weights, or these. Where it is on a CPU it keeps them in another form: its state is not for others."""
+    """With random weights, or these. On a CPU it keeps them in another form: its state is not for others."""
     torch.manual_seed(0)
     wide = {"vocab_size": 128256, "max_position_embeddings": 8192, "eos_token_id": 2, "bos_token_id": None}
     config = LlamaConfig(**(wide | shape))
@@ -60,7 +60,12 @@ def request(digest: str, seed: int, num_new: int) -> SequenceRequest:
 
 def regret(device: str) -> dict[str, float]:
     """Teacher-forced: how far below the float32 forward's best token the engine's greedy ones lie, in nats."""
-    small = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    small: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    }
     lm = build(device, torch.bfloat16, **small, num_key_value_heads=4, head_dim=64)
     cartridge = random_cartridge(lm, 1, 300)
     engine = TorchEngine(lm, max_sequences=4, max_sequence_tokens=256, prefill_tokens_per_step=64)

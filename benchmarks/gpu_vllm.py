@@ -29,8 +29,7 @@ from transformers import LlamaForCausalLM
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
-from benchmarks.shapes import LLAMA_3B
-from benchmarks.step import build_model
+from benchmarks.shapes import LLAMA_3B, build_model
 from foundry.buffers import allocate
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.rollout import ANSWER_TOKENS, BATCHES, CARTRIDGE_TOKENS, CARTRIDGES, LENGTHS, PROMPT_TOKENS
-from benchmarks.shapes import LLAMA_3B
-from benchmarks.step import build_model
+from benchmarks.shapes import LLAMA_3B, build_model
 
 GENERATED_TOKENS = 64
 

@@ -2,7 +2,7 @@
 
 `foundry up`'s own stack (Valkey, rollout, teacher, trainer, gateway: a process each, RPC on loopback) runs on one GPU
 with a model of Llama-3.2-3B's shape with random weights in bfloat16. A run trains a 2048-token cartridge for a document
-of 12k tokens: 32 answers of 1024 tokens to prompts of about 128 in every step, exact forward KL. Every step is proved.
+of 12k tokens: 32 answers of 1024 tokens to prompts of 125 to 128 in every step, exact forward KL. Every step is proved.
 Then another run does the same with the next `max_staleness`.
 
 What is reported comes from the run's own events: seconds of each stage, and between the ends of steps; how far the
@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.shapes import LLAMA_3B, TINY
+from benchmarks.shapes import LLAMA_3B, TINY, build_model
 from foundry.client import FoundryClient
 from foundry.local.stack import LocalStack
 from tests.tiny import build_tokenizer
@@ -38,18 +37,6 @@ from tests.tiny import build_tokenizer
 NUM_SAMPLES, TURN_TOKENS, ANSWER_TOKENS = 32, 128, 1024
 CARTRIDGE_TOKENS, DOCUMENT_TOKENS = 2048, 12_288
 _WORDS = ("treaty", "harbour", "price", "grain", "spring", "union", "message", "congress", "answer", "document")
-
-
-def build_model(directory: Path, device: str, shape: dict[str, Any], num_positions: int) -> None:
-    """With a vocabulary of Llama's size and next to no chance that a drawn token ends the answer."""
-    config = LlamaConfig(
-        **shape, vocab_size=128_256, max_position_embeddings=num_positions, eos_token_id=2, bos_token_id=None
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = LlamaForCausalLM(config)
-    build_tokenizer().save_pretrained(directory)
-    model.to(torch.bfloat16).save_pretrained(directory)
 
 
 def text_of(num_tokens: int, seed: int) -> str:
@@ -79,7 +66,7 @@ def train(client: FoundryClient, arguments: argparse.Namespace, max_staleness: i
     """Events of the steps, each with the second at which it came."""
     document = client.documents.create(text_of(arguments.document_tokens, 0), title="document")
     prompts, heldout = (
-        client.documents.create("\n".join(json.dumps({"prompt": text_of(TURN_TOKENS - 12, seed)}) for seed in seeds))
+        client.documents.create("\n".join(json.dumps({"prompt": text_of(TURN_TOKENS - 15, seed)}) for seed in seeds))
         for seeds in (range(1, 1 + 2 * arguments.samples), range(1000, 1001))
     )
     run = client.runs.create(

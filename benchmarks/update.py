@@ -39,7 +39,7 @@ REFERENCE_MICRO_BATCH, REFERENCE_CHUNK = 32, 1024
 # In bfloat16 layers that are not compiled, on a CPU, are off by 0.04.
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 # Heads as those of the large one: three of queries to one of keys, of 128 dimensions.
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,

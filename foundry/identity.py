@@ -30,6 +30,9 @@ _MAX_DIMENSION = 2**31 - 1
 MAX_PROLOGUE_BYTES = 2**22
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
+# Of what is written, or sent, at one time.
+_PART_BYTES = 2**22
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -148,11 +151,11 @@ class CartridgeBytes:
         digester.verify(digest)
 
     def file_parts(self) -> Iterator[Buffer]:
-        """The safetensors file, in order, without copying the tensor bytes."""
+        """The safetensors file, in order, without copying the tensor bytes; parts are small, for who has to."""
         yield self.header.file_prologue()
         view = memoryview(self.data).cast("B")
-        for begin in range(0, len(view), self.header.layer_bytes):
-            yield view[begin : begin + self.header.layer_bytes]
+        for begin in range(0, len(view), _PART_BYTES):
+            yield view[begin : begin + _PART_BYTES]
 
     @classmethod
     def from_file(cls, content: Buffer) -> CartridgeBytes:

@@ -4,7 +4,6 @@ looked at, and writes its keys and values as one safetensors file; why not, in o
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foundry.confined import bound, failed
+
 TENSOR, NUM_FROZEN = "kv_L2GPD", "num_frozen"
-# Exit status of a reader that has said why; those of Python itself are others.
-UNREADABLE = 3
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What torch takes before it reads anything.
 _TORCH_BYTES = 4 * 2**30
@@ -25,21 +24,14 @@ _TORCH_BYTES = 4 * 2**30
 def main() -> int:
     path, out, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     num_bytes = path.stat().st_size
-    for what, most in (
-        (resource.RLIMIT_AS, _TORCH_BYTES + 4 * num_bytes),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, num_bytes + 2**20),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (most, most))
+    bound(seconds, _TORCH_BYTES + 4 * num_bytes, num_bytes + 2**20)
     try:
         with torch.serialization.safe_globals([nn.ParameterList]):
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         kv_L2GPD, num_frozen = joined(checkpoint, max_bytes=num_bytes)
     except Exception as error:
         # Whatever torch raises of a file that is none.
-        print(" ".join(f"{type(error).__name__}: {error}".split())[:300], file=sys.stderr)
-        return UNREADABLE
+        return failed(f"{type(error).__name__}: {error}")
     save_file({TENSOR: kv_L2GPD}, out, {NUM_FROZEN: str(num_frozen)})
     return 0
 

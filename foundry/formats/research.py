@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickletools
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -22,9 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from foundry import confined
 from foundry.errors import CartridgeUnreadable
 from foundry.formats.loose import LooseCartridge
-from foundry.formats.pickled import NUM_FROZEN, TENSOR, UNREADABLE
+from foundry.formats.pickled import NUM_FROZEN, TENSOR
 from foundry.formats.reading import MAX_BYTES
 from foundry.model.cartridge import Cartridge
 
@@ -70,13 +70,15 @@ def read(path: Path) -> LooseCartridge:
         raise CartridgeUnreadable(f"{path} is no checkpoint: {error}", field="path") from error
     with tempfile.TemporaryDirectory(prefix="foundry-import-") as directory:
         out = Path(directory) / "read.safetensors"
-        command = [sys.executable, "-m", "foundry.formats.pickled", str(path), str(out), str(_SECONDS)]
+        command = confined.command("foundry.formats.pickled", path, out, _SECONDS)
         try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            ended = subprocess.run(
+                command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=confined.environment()
+            )
         except subprocess.TimeoutExpired as error:
             raise CartridgeUnreadable(f"reading {path} takes more than {_SECONDS} s", field="path") from error
         if ended.returncode:
-            said = ended.stderr.strip() if ended.returncode == UNREADABLE else "the process that read it ended"
+            said = ended.stderr.strip() if ended.returncode == confined.UNREADABLE else "the process that read it ended"
             raise CartridgeUnreadable(f"{path}: {said}", field="path")
         with safe_open(out, framework="pt") as file:
             return LooseCartridge(file.get_tensor(TENSOR), int(file.metadata()[NUM_FROZEN]))

@@ -20,7 +20,6 @@ from foundry.errors import CartridgeNotFound, InvalidArgument, StoreRefused, Sto
 from foundry.identity import CartridgeBytes, CartridgeHeader, check_digest
 from foundry.store import metrics
 from foundry.store.batches import BatchStore
-from foundry.store.briefly import holding
 from foundry.store.credentials import RedisAccess, S3Access
 from foundry.store.datasets import DatasetStore
 from foundry.store.delete_document import delete_document
@@ -179,18 +178,6 @@ class CartridgeStore:
         an error nothing has become visible and the call may be repeated.
         """
         return await self._publisher.publish(stored, draft, durable=durable)
-
-    async def import_version(
-        self, stored: CartridgeBytes, name: str, *, origin: str, document: str | None = None
-    ) -> Manifest:
-        """Publish a cartridge that no run of ours made as a durable version, `latest` from then on.
-
-        `origin` says in the manifest where it comes from. Raises Conflict while a run holds the name, InvalidArgument
-        for one that none may have.
-        """
-        async with holding(self, name, "import") as run:
-            draft = ManifestDraft(name=name, run=run, attempt=1, step=0, document=document, init=f"import of {origin}")
-            return await self.publish(stored, draft, durable=True)
 
     # Reading
 

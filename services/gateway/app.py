@@ -90,7 +90,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
             r"/v1/documents": document_bytes,
             r"/v1/runs": document_bytes,
             r"/v1/files": settings.batches.max_file_bytes + 64 * 1024,
-            r"/v1/cartridges/.+/versions": settings.max_upload_bytes,
+            r"/v1/cartridges/.+/versions": settings.transfer_memory_bytes,
         },
     )
     app.add_middleware(RequestLimits)

@@ -247,11 +247,10 @@ class GatewaySettings(ServiceSettings):
     max_concurrent_requests: int = Field(default=1024, ge=1)
     """Completions in flight; more are refused with 429."""
 
-    max_upload_bytes: int = Field(default=2 * 1024**3, ge=1024)
-    """Largest file of a cartridge that is uploaded. It must come within `max_upload_seconds` too."""
-
-    max_concurrent_transfers: int = Field(default=4, ge=1)
-    """Cartridges that are sent or taken as files at one time, each held in memory; more are refused with 429."""
+    transfer_memory_bytes: int = Field(default=384 * 1024**2, ge=1024)
+    """Memory for cartridges that are sent and taken as files: a larger one is refused; one for which others leave no
+    room, with 429 for the moment. The process takes up to twice that, since it keeps the last one's for the next. An
+    upload must come within `max_upload_seconds` too."""
 
     batches: BatchSettings = BatchSettings()
     """Files and batches."""

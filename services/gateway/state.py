@@ -44,7 +44,7 @@ class Gateway:
     # None: everybody may do everything.
     authentication: Authentication | None = None
     num_in_flight: int = 0
-    num_transfers: int = 0
+    transfer_bytes: int = 0
     # Files of batches are held in memory while they are put.
     uploading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     # Set when there is a batch to be answered.
@@ -64,15 +64,21 @@ class Gateway:
             metrics.IN_FLIGHT.set(self.num_in_flight)
 
     @contextmanager
-    def transferring(self) -> Iterator[None]:
-        """One cartridge held in memory while it is sent or taken. Raises ResourceExhausted if there are too many."""
-        if self.num_transfers >= self.settings.max_concurrent_transfers:
-            raise ResourceExhausted(f"{self.num_transfers} cartridges are on their way", retry_after_seconds=1.0)
-        self.num_transfers += 1
+    def transferring(self, num_bytes: int) -> Iterator[None]:
+        """A file held in memory while it is sent or taken. Raises ResourceExhausted if there is no room for it."""
+        most = self.settings.transfer_memory_bytes
+        if num_bytes > most:
+            raise ResourceExhausted(f"the file has {num_bytes} bytes, this gateway moves none of more than {most}")
+        if self.transfer_bytes + num_bytes > most:
+            raise ResourceExhausted(
+                f"files of {self.transfer_bytes} bytes are on their way, {num_bytes} more are beyond {most}",
+                retry_after_seconds=1.0,
+            )
+        self.transfer_bytes += num_bytes
         try:
             yield
         finally:
-            self.num_transfers -= 1
+            self.transfer_bytes -= num_bytes
 
     async def check_rollouts(self) -> None:
         """Raises Unavailable if no rollout server answers now, FingerprintMismatch if they serve different models."""

@@ -25,7 +25,10 @@ FLOORS = (
         *("foundry.telemetry", "foundry.identity", "foundry.buffers", "foundry.seeds", "foundry.validation"),
         "foundry.certificates",
     },
-    {"foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted", "foundry.tenants"},
+    {
+        *("foundry.extras", "foundry.variables", "foundry.tasks", "foundry.roles", "foundry.untrusted"),
+        *("foundry.tenants", "foundry.confined"),
+    },
     {"foundry.tool_formats"},
     {"foundry.errors", "foundry.token_text"},
     {"foundry.v1"},

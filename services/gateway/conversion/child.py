@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import io
 import logging
-import resource
 import sys
 import warnings
 
-# Exit status of a reader that has said why; those of Python itself are others.
-UNREADABLE = 3
+from foundry.confined import bound, failed
 
 
 def main() -> int:
@@ -34,16 +32,6 @@ def main() -> int:
         return failed(f"{type(error).__name__}: {error}")
     sys.stdout.buffer.write(text.encode(errors="replace")[: text_bytes + 1])
     return 0
-
-
-def bound(seconds: int, memory_bytes: int) -> None:
-    for what, most in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (most, most))
 
 
 def convert(kind: str, content: bytes) -> str:
@@ -82,11 +70,6 @@ def _pdf(content: bytes) -> str:
     # A form feed ends each page.
     text: str = extract_text(io.BytesIO(content))
     return text.replace("\f", "\n").strip()
-
-
-def failed(why: str) -> int:
-    print(" ".join(why.split())[:300], file=sys.stderr)
-    return UNREADABLE
 
 
 if __name__ == "__main__":

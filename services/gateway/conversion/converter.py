@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from contextlib import suppress
 
-from foundry import extras
+from foundry import confined, extras
 from foundry.errors import DocumentUnreadable
-from services.gateway.conversion.child import UNREADABLE
 from services.gateway.conversion.formats import Format
 from services.gateway.errors import DocumentTooLarge, UnsupportedMediaType
 from services.gateway.settings import ConversionSettings
@@ -48,12 +45,11 @@ class Converter:
         bounds = self._settings
         arguments = (kind, round(bounds.timeout_seconds), bounds.max_memory_bytes, self._max_text_bytes)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", _CHILD, *map(str, arguments)),
+            *confined.command(_CHILD, *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            # Of the gateway's environment, which has its secrets, nothing.
-            env={"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+            env=confined.environment(),
             start_new_session=True,
         )
         assert process.stdin is not None, "asked for pipes"
@@ -77,7 +73,7 @@ class Converter:
                 await process.wait()
         if status != 0:
             said = f"its reader ended with status {status}, out of its bounds"
-            if status == UNREADABLE:
+            if status == confined.UNREADABLE:
                 said = why.decode(errors="replace").strip()
             raise DocumentUnreadable(f"the {kind} can't be read: {said}", field="file")
         return text

@@ -17,6 +17,7 @@ from foundry.errors import (
     ShapeMismatch,
 )
 from foundry.identity import CartridgeBytes, check_digest
+from foundry.store.importing import import_version
 from services.gateway.access.names import full_name
 from services.gateway.access.permit import Permit
 from services.gateway.access.principal import PrincipalDep
@@ -55,10 +56,12 @@ async def version_file(
     missing = CartridgeNotFound(f"there is no cartridge {name}@{version}", field="version")
     manifest = await gateway.store.manifest(full_name(principal, name, missing=missing), version)
     permit: Permit = request.state.permit
-    permit.held.enter_context(gateway.transferring())
+    header = await gateway.store.header(manifest.digest)
+    num_bytes = len(header.file_prologue()) + header.num_bytes
+    permit.held.enter_context(gateway.transferring(num_bytes))
     stored = await gateway.store.fetch(manifest.digest)
     headers = {
-        "content-length": str(len(stored.header.file_prologue()) + stored.header.num_bytes),
+        "content-length": str(num_bytes),
         "content-disposition": f'attachment; filename="{manifest.name.replace("/", "-")}-{version}.safetensors"',
         "etag": f'"{manifest.digest}"',
         "x-foundry-digest": manifest.digest,
@@ -89,7 +92,8 @@ async def upload_version(
         raise UnsupportedMediaType(f"send the file itself, as {_MEDIA_TYPE}")
     model, name = gateway.rollouts.model(), full_name(principal, name)
     check_free(model.name, name)
-    with gateway.transferring():
+    # What says no length may become as long as any.
+    with gateway.transferring(int(request.headers.get("content-length", gateway.settings.transfer_memory_bytes))):
         # Not collected as a list of pieces first: it is as large as a cartridge.
         content = bytearray()
         async for part in request.stream():
@@ -108,4 +112,5 @@ async def upload_version(
             except DigestMismatch as error:
                 raise CartridgeUnreadable(error.message, field="x-foundry-digest") from error
         with gateway.quotas.storing(principal, stored.header.num_bytes):
-            return version_card(await gateway.store.import_version(stored, name, origin=origin, document=document))
+            manifest = await import_version(gateway.store, stored, name, origin=origin, document=document)
+            return version_card(manifest)

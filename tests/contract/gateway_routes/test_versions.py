@@ -37,10 +37,13 @@ def test_a_version_that_is_not_there_is_no_file(site: Site, name: str, version: 
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, param)
 
 
-def test_only_so_many_cartridges_are_held_to_be_sent(site: Site) -> None:
-    gateway = site.stack.gateway([site.rollout], "--max-concurrent-transfers", "1")
+def test_only_so_many_bytes_are_held_to_be_sent(site: Site) -> None:
+    cartridge = site.stack.cartridge(9, num_tokens=20_000)
+    num_bytes = cartridge.header.num_bytes
+    gateway = site.stack.gateway([site.rollout], "--transfer-memory-bytes", str(num_bytes * 3 // 2))
     wait_ready(gateway)
-    site.stack.publish("held", site.stack.cartridge(9, num_tokens=20_000))
+    site.stack.publish("held", cartridge)
+    site.stack.publish("longer", site.stack.cartridge(9, num_tokens=40_000))
     here = Site(site.stack, site.rollout, gateway, site.client)
     host, _, port = gateway.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=60) as slow:
@@ -48,6 +51,9 @@ def test_only_so_many_cartridges_are_held_to_be_sent(site: Site) -> None:
         assert slow.recv(16).startswith(b"HTTP/1.1 200")
         refused = here.http("GET", FILE.format("held", 1))
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    too_large = here.http("GET", FILE.format("longer", 1))
+    assert (too_large.status_code, too_large.headers.get("retry-after")) == (429, None)
+    assert "moves none of more than" in too_large.json()["error"]["message"]
     gateway.stop()
 
 

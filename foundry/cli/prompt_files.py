@@ -33,7 +33,7 @@ def parquet_lines(file: Path) -> str:
     except (pyarrow.ArrowException, OSError, TypeError, ValueError) as error:
         # Whatever Arrow raises of a file that is none, or of a value that JSON has no form for.
         said = " ".join(str(error).split())[:300]
-        raise DocumentUnreadable(f"{file} is no parquet file of prompts: {said}", field="document") from error
+        raise DocumentUnreadable(f"{file} is no parquet file of prompts: {said}", field=str(file)) from error
 
 
 def _rows(table: Any) -> Iterator[dict[str, Any]]:

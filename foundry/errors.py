@@ -75,6 +75,12 @@ class ModelUnsupported(InvalidArgument):
     reason = "MODEL_UNSUPPORTED"
 
 
+class RopeUnsupported(InvalidArgument):
+    """Keys of cartridges can't be moved behind others: not by this engine, or not for this model."""
+
+    reason = "ROPE_UNSUPPORTED"
+
+
 class NotFound(FoundryError):
     """The named thing does not exist."""
 

@@ -32,6 +32,8 @@ class ChatAnswer:
     model_fingerprint: str
     template_digest: str
     cartridges: tuple[CartridgeVersion, ...]
+    rope: str
+    """Where keys of several cartridges stood: `keep`, as trained, or `shift`, each behind the ones before it."""
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -113,6 +115,8 @@ class AnswerParts:
             model_fingerprint=foundry["model_fingerprint"],
             template_digest=foundry["template_digest"],
             cartridges=tuple(CartridgeVersion(**cartridge) for cartridge in foundry["cartridges"]),
+            # An older gateway keeps them, and does not say so.
+            rope=foundry.get("rope", "keep"),
             prompt_tokens=usage["prompt_tokens"],
             completion_tokens=usage["completion_tokens"],
             cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],

@@ -53,9 +53,7 @@ def compact(
     plan = CompactingAttention(fitting, document_L2GND, compaction)
     ids_T = torch.tensor([token for sequence in fitting for token in sequence], device=lm.device)
     lm.hidden(ids_T, plan.positions_T, plan)
-    key_LGPD, value_LGPD = torch.stack(plan.kept).unbind(1)
-    turned_LGPD = rotation.turn(key_LGPD, compaction.num_tokens - len(context))
-    return torch.stack([turned_LGPD, value_LGPD], dim=1).to(lm.dtype)
+    return rotation.move(torch.stack(plan.kept), compaction.num_tokens - len(context)).to(lm.dtype)
 
 
 @torch.no_grad()
@@ -68,9 +66,7 @@ def random_tokens(lm: FrozenLM, context: Sequence[int], num_closing: int, num_to
     middle = range(1, len(context) - num_closing)
     drawn = random.Random(seed).sample(middle, num_tokens - 1 - num_closing)
     places = torch.tensor([0, *sorted(drawn), *range(len(context) - num_closing, len(context))], device=lm.device)
-    key_LGPD, value_LGPD = lm.prefill(context)[:, :, :, places].unbind(1)
-    turned_LGPD = KeyRotation.of(lm).turn(key_LGPD, num_tokens - len(context))
-    return torch.stack([turned_LGPD, value_LGPD], dim=1)
+    return KeyRotation.of(lm).move(lm.prefill(context)[:, :, :, places], num_tokens - len(context))
 
 
 def from_version(lm: FrozenLM, stored: CartridgeBytes, num_tokens: int) -> Tensor:
@@ -99,7 +95,7 @@ def side_by_side(lm: FrozenLM, parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     rotation, num_tokens = KeyRotation.of(lm), sum(part.shape[3] for part in parts)
-    moved = [torch.stack([rotation.turn(part[:, 0], num_tokens - part.shape[3]), part[:, 1]], dim=1) for part in parts]
+    moved = [rotation.move(part, num_tokens - part.shape[3]) for part in parts]
     return torch.cat(moved, dim=3)
 
 

@@ -45,10 +45,24 @@ class KeyRotation:
         layers = tuple(_pairs(inv_freq, *both, layer) for layer, both in enumerate(zip(here, there, strict=True)))
         return cls(inv_freq, layers)
 
-    def turn(self, k_LGPD: Tensor, shift: int) -> Tensor:
-        """Keys [L, G, P, D] as they would be `shift` positions further on."""
-        turned = [_turn(k_GPD, self.inv_freq, shift, pairs) for k_GPD, pairs in zip(k_LGPD, self.layers, strict=True)]
-        return torch.stack(turned)
+    @classmethod
+    def known(cls, lm: FrozenLM) -> KeyRotation | str:
+        """As `of`, or why there is none."""
+        try:
+            return cls.of(lm)
+        except ModelUnsupported as error:
+            return error.message
+
+    def move(self, kv_L2GPD: Tensor, shift: int) -> Tensor:
+        """KV [L, 2, G, P, D] with its keys `shift` positions further on, in new memory and, but for one layer, no more.
+
+        What a scaled embedding multiplies keys with is in them already: they are turned, and not multiplied again.
+        """
+        inv_freq = self.inv_freq.to(kv_L2GPD.device)
+        moved_L2GPD = kv_L2GPD.clone()
+        for kv_2GPD, pairs in zip(moved_L2GPD, self.layers, strict=True):
+            kv_2GPD[0] = _turn(kv_2GPD[0], inv_freq, shift, pairs)
+        return moved_L2GPD
 
 
 class _Probe:

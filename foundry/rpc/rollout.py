@@ -159,6 +159,8 @@ class RolloutClient:
         self._check_identity("template", identity.template_digest, self._template_digest, peer)
         found = ", ".join(each.digest for each in identity.cartridges)
         self._check_identity("cartridges", found, ", ".join(each.digest for each in cartridges), peer)
+        if identity.rope == common_pb2.ROPE_SHIFT:
+            raise AlignmentError(f"{peer} answered behind cartridges whose keys it moved, when none were to be")
         if not completion.ids or len(completion.ids) != len(completion.logprobs):
             raise AlignmentError(
                 f"{peer} answered with {len(completion.ids)} tokens and {len(completion.logprobs)} logprobs"

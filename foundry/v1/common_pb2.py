@@ -24,27 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66oundry/v1/common.proto\x12\nfoundry.v1\"<\n\x0b\x43\x61rtridgeId\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"k\n\x08Identity\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12+\n\ncartridges\x18\x02 \x03(\x0b\x32\x17.foundry.v1.CartridgeId\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\"(\n\x06\x43\x61ller\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xa2\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.foundry.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\tB\n\n\x08_content\"\xa1\x01\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.foundry.v1.Message\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x16\n\x0evariables_json\x18\x03 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\x1e\n\x16omit_generation_prompt\x18\x05 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66oundry/v1/common.proto\x12\nfoundry.v1\"<\n\x0b\x43\x61rtridgeId\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"\x8b\x01\n\x08Identity\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12+\n\ncartridges\x18\x02 \x03(\x0b\x32\x17.foundry.v1.CartridgeId\x12\x17\n\x0ftemplate_digest\x18\x03 \x01(\t\x12\x1e\n\x04rope\x18\x04 \x01(\x0e\x32\x10.foundry.v1.Rope\"(\n\x06\x43\x61ller\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xa2\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.foundry.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\tB\n\n\x08_content\"\xa1\x01\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.foundry.v1.Message\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x16\n\x0evariables_json\x18\x03 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\x1e\n\x16omit_generation_prompt\x18\x05 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*;\n\x04Rope\x12\x14\n\x10ROPE_UNSPECIFIED\x10\x00\x12\r\n\tROPE_KEEP\x10\x01\x12\x0e\n\nROPE_SHIFT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'foundry.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROPE']._serialized_start=750
+  _globals['_ROPE']._serialized_end=809
   _globals['_CARTRIDGEID']._serialized_start=39
   _globals['_CARTRIDGEID']._serialized_end=99
-  _globals['_IDENTITY']._serialized_start=101
-  _globals['_IDENTITY']._serialized_end=208
-  _globals['_CALLER']._serialized_start=210
-  _globals['_CALLER']._serialized_end=250
-  _globals['_TOOLCALL']._serialized_start=252
-  _globals['_TOOLCALL']._serialized_end=307
-  _globals['_MESSAGE']._serialized_start=310
-  _globals['_MESSAGE']._serialized_end=472
-  _globals['_CONVERSATION']._serialized_start=475
-  _globals['_CONVERSATION']._serialized_end=636
-  _globals['_TOKENIDS']._serialized_start=638
-  _globals['_TOKENIDS']._serialized_end=661
-  _globals['_TENSOR']._serialized_start=663
-  _globals['_TENSOR']._serialized_end=715
+  _globals['_IDENTITY']._serialized_start=102
+  _globals['_IDENTITY']._serialized_end=241
+  _globals['_CALLER']._serialized_start=243
+  _globals['_CALLER']._serialized_end=283
+  _globals['_TOOLCALL']._serialized_start=285
+  _globals['_TOOLCALL']._serialized_end=340
+  _globals['_MESSAGE']._serialized_start=343
+  _globals['_MESSAGE']._serialized_end=505
+  _globals['_CONVERSATION']._serialized_start=508
+  _globals['_CONVERSATION']._serialized_end=669
+  _globals['_TOKENIDS']._serialized_start=671
+  _globals['_TOKENIDS']._serialized_end=694
+  _globals['_TENSOR']._serialized_start=696
+  _globals['_TENSOR']._serialized_end=748
 # @@protoc_insertion_point(module_scope)

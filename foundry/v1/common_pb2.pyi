@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Rope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROPE_UNSPECIFIED: _Rope.ValueType  # 0
+    """Keep."""
+    ROPE_KEEP: _Rope.ValueType  # 1
+    """Where they were trained: each cartridge's at 0..p-1."""
+    ROPE_SHIFT: _Rope.ValueType  # 2
+    """One cartridge behind the other: each one's keys rotated by the lengths of those before it."""
+
+class Rope(_Rope, metaclass=_RopeEnumTypeWrapper):
+    """How the keys of several cartridges stand before a conversation, which begins behind all of them in either case."""
+
+ROPE_UNSPECIFIED: Rope.ValueType  # 0
+"""Keep."""
+ROPE_KEEP: Rope.ValueType  # 1
+"""Where they were trained: each cartridge's at 0..p-1."""
+ROPE_SHIFT: Rope.ValueType  # 2
+"""One cartridge behind the other: each one's keys rotated by the lengths of those before it."""
+Global___Rope: _TypeAlias = Rope  # noqa: Y015
 
 @_typing.final
 class CartridgeId(_message.Message):
@@ -57,8 +82,11 @@ class Identity(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     CARTRIDGES_FIELD_NUMBER: _builtins.int
     TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     template_digest: _builtins.str
+    rope: Global___Rope.ValueType
+    """Never unspecified; of a single cartridge, whose keys stand alike in both, as it was asked for."""
     @_builtins.property
     def cartridges(self) -> _containers.RepeatedCompositeFieldContainer[Global___CartridgeId]:
         """In the order in which they stand before the conversation."""
@@ -69,10 +97,11 @@ class Identity(_message.Message):
         model_fingerprint: _builtins.str = ...,
         cartridges: _abc.Iterable[Global___CartridgeId] | None = ...,
         template_digest: _builtins.str = ...,
+        rope: Global___Rope.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridges", b"cartridges", "model_fingerprint", b"model_fingerprint", "template_digest", b"template_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridges", b"cartridges", "model_fingerprint", b"model_fingerprint", "rope", b"rope", "template_digest", b"template_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

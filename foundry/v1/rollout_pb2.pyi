@@ -271,6 +271,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     SKIP_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model_fingerprint: _builtins.str
     """Required: the fingerprint of the model that the caller means."""
@@ -278,6 +279,8 @@ class GenerateRequest(_message.Message):
     """Tokenised without a template: whoever writes it writes the control tokens too."""
     skip_prefix_cache: _builtins.bool
     """Compute every prompt token anew, so that equal requests give equal bits."""
+    rope: _common_pb2.Rope.ValueType
+    """Of cartridges."""
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds:
         """Used as they are."""
@@ -308,10 +311,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___Sampling | None = ...,
         skip_prefix_cache: _builtins.bool = ...,
         caller: _common_pb2.Caller | None = ...,
+        rope: _common_pb2.Rope.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "conversation", b"conversation", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "cartridges", b"cartridges", "conversation", b"conversation", "model_fingerprint", b"model_fingerprint", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_prefix_cache", b"skip_prefix_cache", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "cartridges", b"cartridges", "conversation", b"conversation", "model_fingerprint", b"model_fingerprint", "prompt", b"prompt", "request_id", b"request_id", "rope", b"rope", "sampling", b"sampling", "skip_prefix_cache", b"skip_prefix_cache", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["token_ids", "conversation", "text"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -748,11 +752,14 @@ class ResidentCartridge(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     references: _builtins.int
     """Sequences decoding with it now."""
     tier: Global___Tier.ValueType
     """The nearest of those that hold it."""
+    shift: _builtins.int
+    """Positions by which its keys were moved, for ROPE_SHIFT."""
     @_builtins.property
     def cartridge(self) -> _common_pb2.CartridgeId: ...
     def __init__(
@@ -762,10 +769,11 @@ class ResidentCartridge(_message.Message):
         num_bytes: _builtins.int = ...,
         references: _builtins.int = ...,
         tier: Global___Tier.ValueType = ...,
+        shift: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "references", b"references", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cartridge", b"cartridge", "num_bytes", b"num_bytes", "references", b"references", "shift", b"shift", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

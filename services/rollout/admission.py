@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from foundry.errors import ContextLengthExceeded, FingerprintMismatch, InvalidArgument
+from foundry.errors import ContextLengthExceeded, FingerprintMismatch, InvalidArgument, RopeUnsupported
 from foundry.identity import check_digest
 from foundry.model.info import ModelInfo
 from foundry.model.template import ChatTemplate
@@ -13,6 +14,7 @@ from foundry.rpc.callers import check_caller
 from foundry.rpc.limits import MAX_MESSAGE_BYTES
 from foundry.v1 import common_pb2, rollout_pb2
 from services.rollout.conversation import template_input
+from services.rollout.copies import key_of
 from services.rollout.engine import Grammar, SamplingParams, SequenceRequest
 from services.rollout.sampling import check, check_plain, check_scored, read_sampling
 
@@ -37,6 +39,8 @@ class Admission:
     prompt_field: str
     # The token that is sampled is not shown: only the prompt's logprobs were asked for.
     only_scored: bool = False
+    # Each cartridge's keys stand behind the ones before it.
+    shift: bool = False
 
     def clamped(self, room: int) -> Admission:
         """With at most `room` new tokens, if the request allows that and there is room for one."""
@@ -57,14 +61,16 @@ class Admissions:
         max_context_tokens: int,
         max_sequence_tokens: int,
         max_sequences: int,
+        immovable: str = "",
     ) -> None:
         """`max_context_tokens` is of cartridges, prompt and answer, `max_sequence_tokens` of the last two,
-        `max_sequences` of one call."""
+        `max_sequences` of one call; `immovable` says why keys of cartridges can't be moved, if they can't be."""
         self._spec, self._tokenizer = info.spec, info.tokenizer
         self._template = template
         self._max_context_tokens = max_context_tokens
         self.max_sequence_tokens = max_sequence_tokens
         self._max_sequences = max_sequences
+        self._immovable = immovable
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raises InvalidArgument, FingerprintMismatch."""
@@ -101,9 +107,10 @@ class Admissions:
     def check(self, request: rollout_pb2.GenerateRequest, grammar: Grammar | None = None) -> Admission:
         """All that can be checked before the cartridges are known; `grammar` is the request's, compiled.
 
-        Raises InvalidArgument, ContextLengthExceeded, FingerprintMismatch.
+        Raises InvalidArgument, ContextLengthExceeded, FingerprintMismatch, RopeUnsupported.
         """
         self.check_fingerprint(request.model_fingerprint)
+        shift = self._checked_shift(request)
         caller = check_caller(request.caller)
         digests = _checked_digests(request.cartridges)
         num_completions = request.sampling.n or 1
@@ -124,6 +131,7 @@ class Admissions:
             request.sampling.clamp_max_new_tokens,
             prompt_field,
             only_scored=not request.sampling.max_new_tokens,
+            shift=shift,
         )
         return _fit(admission, self.max_sequence_tokens)
 
@@ -155,7 +163,24 @@ class Admissions:
     def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:
         """The request as the engine gets it. Raises ContextLengthExceeded."""
         digests = admission.sequences[0].digests
-        return _fit(admission, self._max_context_tokens, sum(cartridge_tokens[digest] for digest in digests))
+        lengths = [cartridge_tokens[digest] for digest in digests]
+        fitting = _fit(admission, self._max_context_tokens, sum(lengths))
+        if not fitting.shift:
+            return fitting
+        keys = tuple(map(key_of, digests, accumulate(lengths, initial=0)))
+        return replace(fitting, sequences=[replace(each, digests=keys) for each in fitting.sequences])
+
+    def _checked_shift(self, request: rollout_pb2.GenerateRequest) -> bool:
+        """Whether keys are to be moved, which those of a single cartridge need not be."""
+        if request.rope not in common_pb2.Rope.values():
+            raise InvalidArgument(f"rope is {request.rope}, which this server does not know", field="rope")
+        shift = request.rope == common_pb2.ROPE_SHIFT
+        if shift and self._immovable and len(request.cartridges) > 1:
+            raise RopeUnsupported(
+                f"keys of cartridges can't be moved here: {self._immovable}; ask for them as they are, with rope keep",
+                field="rope",
+            )
+        return shift
 
     def _prompt_ids(self, request: rollout_pb2.GenerateRequest) -> tuple[str, tuple[int, ...]]:
         """With the name of the field that they are from."""
@@ -202,6 +227,8 @@ def _fit(admission: Admission, max_tokens: int, num_prefix: int = 0) -> Admissio
     if num_prefix + num_prompt + num_new <= max_tokens:
         return admission
     prompt = f"a prompt of {num_prompt} tokens"
+    if num_prefix >= max_tokens:
+        raise _too_long(f"cartridges of {num_prefix} tokens leave", max_tokens, "cartridges")
     if num_prefix:
         prompt = f"cartridges of {num_prefix} tokens and {prompt}"
     if num_prefix + num_prompt >= max_tokens:

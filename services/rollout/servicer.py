@@ -19,6 +19,7 @@ from foundry.errors import InvalidArgument, Unavailable
 from foundry.identity import answer_checksum
 from foundry.v1 import common_pb2, rollout_pb2, rollout_pb2_grpc
 from services.rollout.admission import Admission
+from services.rollout.copies import read_key
 from services.rollout.driver import Submission
 from services.rollout.engine import FinishReason, PromptLogprobs, TokenOutput
 from services.rollout.grammar import FIELD
@@ -164,13 +165,14 @@ async def _in_thread(pool: ThreadPoolExecutor, check: Callable[[A], T], message:
 
 
 def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
-    """Each cartridge once, with the nearest tier that holds it."""
+    """Each cartridge once, with the nearest tier that holds it, and copies whose keys were moved."""
     on_device = [
         rollout_pb2.ResidentCartridge(
             cartridge=resident.named,
             num_bytes=resident.num_bytes,
             references=resident.references,
             tier=rollout_pb2.TIER_DEVICE,
+            shift=resident.shift,
         )
         for resident in residency.device.residents()
     ]
@@ -185,10 +187,7 @@ def _residents(residency: Residency) -> list[rollout_pb2.ResidentCartridge]:
 @asynccontextmanager
 async def _submitted(serving: Serving, admissions: Sequence[Admission], arrived_at: float) -> AsyncIterator[Submission]:
     """The submission of these requests, with their cartridges held until the engine has let go of it."""
-    sequences = [sequence for admission in admissions for sequence in admission.sequences]
-    cartridges = {named.digest: named for admission in admissions for named in admission.cartridges}
-    references = Counter(digest for sequence in sequences for digest in sequence.digests)
-    hold = await serving.residency.hold([(named, references[digest]) for digest, named in cartridges.items()])
+    hold = await serving.residency.hold(*_wanted(admissions))
     try:
         fitting = [serving.admissions.fit(admission, hold.num_tokens) for admission in admissions]
         submission = serving.driver.submit(
@@ -205,24 +204,51 @@ async def _submitted(serving: Serving, admissions: Sequence[Admission], arrived_
         serving.driver.cancel(submission)
 
 
+def _wanted(
+    admissions: Sequence[Admission],
+) -> tuple[list[tuple[common_pb2.CartridgeId, int]], list[tuple[Sequence[common_pb2.CartridgeId], int]]]:
+    """Cartridges that stay where they were trained, and stacks of those that stand one behind the other; each once,
+    with the number of sequences behind it."""
+    cartridges: dict[str, common_pb2.CartridgeId] = {}
+    stacks: dict[tuple[str, ...], Sequence[common_pb2.CartridgeId]] = {}
+    behind_one: Counter[str] = Counter()
+    behind_all: Counter[tuple[str, ...]] = Counter()
+    for admission in admissions:
+        digests = admission.sequences[0].digests
+        if admission.shift:
+            stacks[digests] = admission.cartridges
+            behind_all[digests] += len(admission.sequences)
+        else:
+            cartridges |= {named.digest: named for named in admission.cartridges}
+            behind_one.update({digest: len(admission.sequences) for digest in digests})
+    kept = [(named, behind_one[digest]) for digest, named in cartridges.items()]
+    return kept, [(stack, behind_all[digests]) for digests, stack in stacks.items()]
+
+
 class _Answer:
     """One completion as it grows."""
 
     def __init__(self, serving: Serving, admission: Admission) -> None:
         self._serving = serving
         self._cartridges = admission.cartridges
+        self._shift = admission.shift
         self._prompt_ids = admission.sequences[0].prompt_ids
         self._only_scored = admission.only_scored
         self._begun = False
         self.num_tokens = 0
 
     def identity(self, output: TokenOutput) -> common_pb2.Identity:
-        """The digests are those that the engine decoded with; names and versions are the caller's."""
+        """Digests, and where their keys stood, are those that the engine decoded with; names and versions are the
+        caller's."""
+        copies = [read_key(key) for key in output.digests]
+        # Of a single one both are the same.
+        shifted = self._shift if len(copies) < 2 else any(shift for _, shift in copies)
         return common_pb2.Identity(
+            rope=common_pb2.ROPE_SHIFT if shifted else common_pb2.ROPE_KEEP,
             model_fingerprint=self._serving.spec.fingerprint,
             cartridges=[
                 common_pb2.CartridgeId(name=named.name, version=named.version, digest=digest)
-                for named, digest in zip(self._cartridges, output.digests, strict=True)
+                for named, (digest, _) in zip(self._cartridges, copies, strict=True)
             ],
             template_digest=self._serving.template_digest,
         )

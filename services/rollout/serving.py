@@ -55,6 +55,7 @@ class Serving:
                 max_context_tokens=_max_context_tokens(settings, info.spec),
                 max_sequence_tokens=_max_sequence_tokens(settings, info.spec),
                 max_sequences=max_sequences,
+                immovable=engine.rotation if isinstance(engine.rotation, str) else "",
             ),
             grammars=Grammars(info),
             residency=Residency(

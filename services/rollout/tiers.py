@@ -16,6 +16,7 @@ from foundry.errors import InvalidArgument, ResourceExhausted
 from foundry.identity import CartridgeBytes
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout import metrics
+from services.rollout.copies import key_of
 from services.rollout.engine import Engine
 
 _RETRY_AFTER_SECONDS = 1.0
@@ -31,10 +32,17 @@ class Resident:
     num_tokens: int
     num_bytes: int
     references: int = 0
+    # Positions by which the engine's keys are further on than the digest's.
+    shift: int = 0
+
+    @property
+    def key(self) -> str:
+        return key_of(self.digest, self.shift)
 
 
 class DeviceTier:
-    """The engine's cartridges. Those in use stay; of the others the least recently used make room."""
+    """The engine's cartridges by its keys, moved copies among them. Those in use stay; of the others the least recently
+    used make room."""
 
     def __init__(self, engine: Engine, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -45,25 +53,25 @@ class DeviceTier:
         self._loading_bytes = 0
         self._observe()
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._residents
+    def __contains__(self, key: str) -> bool:
+        return key in self._residents
 
     def residents(self) -> Sequence[Resident]:
         return list(self._residents.values())
 
-    def use(self, digest: str) -> Resident:
+    def use(self, key: str) -> Resident:
         """The resident, which is now the most recently used."""
-        self._residents.move_to_end(digest)
-        return self._residents[digest]
+        self._residents.move_to_end(key)
+        return self._residents[key]
 
     @contextmanager
-    def loading(self, digest: str, num_bytes: int) -> Iterator[None]:
+    def loading(self, key: str, num_bytes: int) -> Iterator[None]:
         """Within it `num_bytes` are set aside for a cartridge on its way; what is idle makes room for it.
 
         Raises InvalidArgument if the budget can never hold it, ResourceExhausted if it can't now; then nothing was
         evicted.
         """
-        self._make_room(digest, num_bytes)
+        self._make_room(key, num_bytes)
         self._loading_bytes += num_bytes
         try:
             yield
@@ -72,31 +80,31 @@ class DeviceTier:
 
     def add(self, resident: Resident) -> None:
         """The engine has loaded it, within `loading`."""
-        self._residents[resident.digest] = resident
+        self._residents[resident.key] = resident
         self._observe()
 
-    def remove(self, digest: str) -> None:
-        del self._residents[digest]
-        self._engine.unload(digest)
+    def remove(self, key: str) -> None:
+        del self._residents[key]
+        self._engine.unload(key)
         self._observe()
 
-    def _make_room(self, digest: str, num_bytes: int) -> None:
+    def _make_room(self, key: str, num_bytes: int) -> None:
         if num_bytes > self.budget_bytes:
             raise InvalidArgument(
-                f"cartridge {digest} takes {num_bytes} bytes, the budget for all is {self.budget_bytes}",
+                f"cartridge {key} takes {num_bytes} bytes, the budget for all is {self.budget_bytes}",
                 field="cartridges",
             )
         residents = self.residents()
         in_use = sum(resident.num_bytes for resident in residents if resident.references)
         if in_use + self._loading_bytes + num_bytes > self.budget_bytes:
             raise ResourceExhausted(
-                f"no room for cartridge {digest} of {num_bytes} bytes: of {self.budget_bytes} bytes {in_use} are in "
+                f"no room for cartridge {key} of {num_bytes} bytes: of {self.budget_bytes} bytes {in_use} are in "
                 f"use and {self._loading_bytes} are of cartridges being loaded; wait, or raise cartridge_budget_bytes",
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
             )
         idle = (resident for resident in residents if not resident.references)
         while self._used_bytes() + num_bytes > self.budget_bytes:
-            self.remove(next(idle).digest)
+            self.remove(next(idle).key)
             metrics.CARTRIDGE_EVICTIONS.labels("device").inc()
 
     def _used_bytes(self) -> int:

@@ -100,6 +100,10 @@ def other_template(completion: rollout_pb2.Completion) -> None:
     completion.identity.template_digest = "blake3:other"
 
 
+def moved_keys(completion: rollout_pb2.Completion) -> None:
+    completion.identity.rope = common_pb2.ROPE_SHIFT
+
+
 def cut_off(completion: rollout_pb2.Completion) -> None:
     completion.finish_reason = rollout_pb2.FINISH_REASON_UNSPECIFIED
 
@@ -120,7 +124,7 @@ def another_prompts(completion: rollout_pb2.Completion) -> None:
     completion.checksum = answer_checksum([9], completion.ids, completion.logprobs)
 
 
-LIES = [other_bytes, bare_model, no_logprobs, empty, other_model, other_template, cut_off]
+LIES = [other_bytes, bare_model, no_logprobs, empty, other_model, other_template, moved_keys, cut_off]
 DAMAGES = [flipped_last_id, flipped_logprob, unknown_finish_reason, another_prompts]
 
 

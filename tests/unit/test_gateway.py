@@ -50,9 +50,15 @@ MODEL = ServedModel("tiny", "blake3:" + "f" * 64, "blake3:" + "e" * 64, 512)
 FIRST, SECOND = (CartridgeId("a", version, f"blake3:{version}" + "0" * 63) for version in (1, 2))
 
 
-def identity(*cartridges: CartridgeId, fingerprint: str = MODEL.fingerprint) -> common_pb2.Identity:
+def identity(
+    *cartridges: CartridgeId,
+    fingerprint: str = MODEL.fingerprint,
+    rope: common_pb2.Rope.ValueType = common_pb2.ROPE_UNSPECIFIED,
+) -> common_pb2.Identity:
     named = [common_pb2.CartridgeId(name=each.name, version=each.version, digest=each.digest) for each in cartridges]
-    return common_pb2.Identity(model_fingerprint=fingerprint, cartridges=named, template_digest=MODEL.template_digest)
+    return common_pb2.Identity(
+        model_fingerprint=fingerprint, cartridges=named, template_digest=MODEL.template_digest, rope=rope
+    )
 
 
 Deliver = Callable[[rollout_pb2.GenerateChunk], Awaitable[None]]
@@ -104,6 +110,7 @@ END = rollout_pb2.GenerateChunk(
         pytest.param(identity(SECOND, FIRST), id="another order"),
         pytest.param(identity(FIRST, SECOND, fingerprint="blake3:" + "0" * 64), id="another model"),
         pytest.param(common_pb2.Identity(), id="nothing said"),
+        pytest.param(identity(FIRST, SECOND, rope=common_pb2.ROPE_SHIFT), id="keys moved"),
     ],
 )
 async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Identity) -> None:
@@ -113,6 +120,19 @@ async def test_an_answer_made_with_anything_else_is_withheld(said: common_pb2.Id
     truth = rollout_pb2.GenerateChunk(text="tokens", identity=identity(FIRST, SECOND))
     chunks = generation_of(Server(truth), Target(MODEL, (FIRST, SECOND))).chunks()
     assert (await anext(chunks))[1].text == "tokens"
+    await chunks.aclose()
+
+
+@pytest.mark.parametrize("said", [common_pb2.ROPE_UNSPECIFIED, common_pb2.ROPE_KEEP, 7])
+async def test_keys_that_were_to_be_moved_and_were_not_are_no_answer(said: Any) -> None:
+    """Unspecified is what an older server says, which can't move them."""
+    target = Target(MODEL, (FIRST, SECOND), "shift")
+    lie = rollout_pb2.GenerateChunk(text="tokens", identity=identity(FIRST, SECOND, rope=said))
+    with pytest.raises(IdentityMismatch, match="'shift'"):
+        await anext(generation_of(Server(lie), target).chunks())
+    truth = rollout_pb2.GenerateChunk(identity=identity(FIRST, SECOND, rope=common_pb2.ROPE_SHIFT))
+    chunks = generation_of(Server(truth), target).chunks()
+    assert (await anext(chunks))[1] == truth
     await chunks.aclose()
 
 

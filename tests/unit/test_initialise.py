@@ -71,7 +71,7 @@ OTHERS = [ids(seed, 20) for seed in range(20, 26)]
 def test_a_turn_behind_moved_keys_is_the_same_turn(family: Family, rope: str) -> None:
     lm = load(family, rope)
     kv_L2GPD = lm.prefill(DOCUMENT)
-    moved_L2GPD = torch.stack([KeyRotation.of(lm).turn(kv_L2GPD[:, 0], 41), kv_L2GPD[:, 1]], dim=1)
+    moved_L2GPD = KeyRotation.of(lm).move(kv_L2GPD, 41)
     turn = torch.tensor(REFERENCES[0])
     plan = PackedAttention([REFERENCES[0]], [kv_L2GPD], 512, lm.device)
     expected = lm.hidden(turn, plan.positions_T, plan)
@@ -88,8 +88,10 @@ def test_neighbouring_pairs_and_layers_without_positions_are_turned_as_such() ->
     rotation = KeyRotation.of(lm)
     assert rotation.layers == ("halves", "halves")
     neighbours = KeyRotation(rotation.inv_freq, ("neighbours", None))
-    keys = torch.randn(2, 2, 5, 16)
-    turned = neighbours.turn(keys, 3)
+    kv_L2GPD = torch.randn(2, 2, 2, 5, 16)
+    moved_L2GPD = neighbours.move(kv_L2GPD, 3)
+    keys, turned = kv_L2GPD[:, 0], moved_L2GPD[:, 0]
+    assert moved_L2GPD[:, 1].equal(kv_L2GPD[:, 1])
     angle = 3 * rotation.inv_freq
     assert torch.allclose(turned[0, ..., 0], keys[0, ..., 0] * angle[0].cos() - keys[0, ..., 1] * angle[0].sin())
     assert turned[1].equal(keys[1])
@@ -327,7 +329,7 @@ def test_random_tokens_are_as_they_stand_in_the_document(lm: FrozenLM) -> None:
     whole = lm.prefill(DOCUMENT)
     found = random_tokens(lm, DOCUMENT, 3, P, seed=4)
     assert found.shape == lm.spec.kv_shape(P)
-    moved = torch.stack([KeyRotation.of(lm).turn(whole[:, 0], P - N), whole[:, 1]], dim=1)
+    moved = KeyRotation.of(lm).move(whole, P - N)
     # Each is one of the document's, moved; the first and the closing ones are among them, in the document's order.
     places = [int((moved - found[:, :, :, [place]]).abs().amax((0, 1, 2, 4)).argmin()) for place in range(P)]
     assert places == sorted(set(places))

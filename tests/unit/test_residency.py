@@ -81,6 +81,8 @@ class DictSource:
 class RecordingEngine:
     """Only what residency touches."""
 
+    rotation = "it only records"
+
     def __init__(self) -> None:
         self.loaded: dict[str, Cartridge] = {}
 

@@ -22,6 +22,8 @@ class FoundryInfo(BaseModel):
     model_fingerprint: str
     template_digest: str
     cartridges: list[CartridgeInfo]
+    rope: Literal["keep", "shift"]
+    """Where keys of several cartridges stood: as trained, or each behind the ones before it."""
     cartridge_tokens: int | None = _OMITTED_IF_NONE
     ignored: list[str] | None = _OMITTED_IF_NONE
     """Parameters that the model's chat template has no use for."""

@@ -19,7 +19,7 @@ from services.gateway.access.principal import Principal
 from services.gateway.openai.answers import CartridgeInfo, FoundryInfo, PromptTokensDetails, UsageInfo
 from services.gateway.openai.fan_in import Deliver, FanIn
 from services.gateway.openai.requests.sampling import SamplingRequest
-from services.gateway.openai.target import Target
+from services.gateway.openai.target import ROPES, Target
 from services.gateway.state import Gateway
 
 Chunk = rollout_pb2.GenerateChunk
@@ -164,6 +164,7 @@ class Generation:
             model_fingerprint=self.target.model.fingerprint,
             template_digest=self._template_digest,
             cartridges=[CartridgeInfo(**asdict(cartridge)) for cartridge in self.target.cartridges],
+            rope=self.target.rope,
             cartridge_tokens=self._cartridge_tokens,
             ignored=self.ignored or None,
         )
@@ -265,6 +266,7 @@ class Generation:
                 prompt_logprobs=asked.num_prompt_logprobs,
             ),
             caller=self._caller,
+            rope=ROPES[self.target.rope],
         )
         message.MergeFrom(self._prompts[index])
         return message
@@ -273,6 +275,8 @@ class Generation:
         name = parameter(field)
         if name == "grammar" and self._grammar is not None:
             return self._grammar[0]
+        if name == "cartridges" and self.asked.cartridges is None:
+            return "model"
         return self.asked.max_tokens_name if name == "max_new_tokens" else name
 
 

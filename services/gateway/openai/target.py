@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound
 from foundry.store import CartridgeId
@@ -16,6 +16,11 @@ from services.gateway.balancer import ServedModel
 from services.gateway.errors import naming
 from services.gateway.state import Gateway
 
+Rope = Literal["keep", "shift"]
+ROPES: dict[Rope, common_pb2.Rope.ValueType] = {"keep": common_pb2.ROPE_KEEP, "shift": common_pb2.ROPE_SHIFT}
+# A server that knows no rope keeps keys where they are, and says nothing of it.
+_ANSWERED = {common_pb2.ROPE_UNSPECIFIED: "keep"} | {value: name for name, value in ROPES.items()}
+
 
 class Naming(Protocol):
     """A request that names what it asks."""
@@ -26,13 +31,17 @@ class Naming(Protocol):
     @property
     def cartridges(self) -> Sequence[str] | None: ...
 
+    @property
+    def rope(self) -> Rope | None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What `model` and `cartridges` of a request stand for, fixed once."""
+    """What `model` and `cartridges` of a request stand for, fixed once, and where the cartridges' keys stand."""
 
     model: ServedModel
     cartridges: tuple[CartridgeId, ...]
+    rope: Rope = "keep"
 
     @classmethod
     async def resolve(cls, gateway: Gateway, principal: Principal, asked: Naming) -> Target:
@@ -49,15 +58,18 @@ class Target:
             cartridges = [] if asked.model == model.name else [await _resolve(gateway, principal, asked.model, "model")]
             if not cartridges:
                 gateway.base_name.check_unambiguous(model.name, principal)
-        return cls(model, tuple(cartridges))
+        return cls(model, tuple(cartridges), asked.rope or "keep")
 
     def check(self, identity: common_pb2.Identity) -> None:
         """Raises IdentityMismatch unless an answer was made with exactly this."""
-        wanted = (self.model.fingerprint, [cartridge.digest for cartridge in self.cartridges])
-        found = (identity.model_fingerprint, [cartridge.digest for cartridge in identity.cartridges])
+        rope = _ANSWERED.get(identity.rope, str(identity.rope))
+        wanted = (self.model.fingerprint, [cartridge.digest for cartridge in self.cartridges], str(self.rope))
+        found = (identity.model_fingerprint, [cartridge.digest for cartridge in identity.cartridges], rope)
         if wanted != found:
             metrics.IDENTITY_MISMATCHES.inc()
-            raise IdentityMismatch(f"the rollout server answered with (model, cartridges) {found}, asked were {wanted}")
+            raise IdentityMismatch(
+                f"the rollout server answered with (model, cartridges, rope) {found}, asked were {wanted}"
+            )
 
 
 async def _resolve(gateway: Gateway, principal: Principal, reference: str, param: str) -> CartridgeId:

@@ -37,6 +37,10 @@ class _Counting(Parameters):
     def cartridges(self) -> None:
         return None
 
+    @property
+    def rope(self) -> None:
+        return None
+
 
 class TokenizeTextRequest(_Counting):
     prompt: Text

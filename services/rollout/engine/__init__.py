@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from foundry.model.cartridge import Cartridge
+from foundry.model.rotation import KeyRotation
 
 
 class FinishReason(StrEnum):
@@ -97,7 +98,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """One completion of one prompt. `digests` are the cartridges before it, in order: distinct ones, all loaded."""
+    """One completion of one prompt. `digests` are the cartridges before it, in order: distinct ones, all loaded.
+
+    Of a copy whose keys were moved it is what the copy was loaded under (`services.rollout.copies`).
+    """
 
     prompt_ids: tuple[int, ...]
     digests: tuple[str, ...]
@@ -159,6 +163,11 @@ class EngineStats:
 
 class Engine(Protocol):
     """Continuous batching behind cartridges."""
+
+    @property
+    def rotation(self) -> KeyRotation | str:
+        """How their keys are moved, or in words why they can't be."""
+        ...
 
     def admit(self, requests: Mapping[int, SequenceRequest]) -> None:
         """Queue sequences under the caller's ids, together and in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -97,6 +97,10 @@ class SamplingRequest(Parameters):
 
     cartridges: Annotated[list[ModelReference], FirstError(), Field(min_length=1, max_length=16)] | None = None
     """Extension: cartridge references that stand before the conversation in this order; `model` is the base model."""
+
+    rope: Literal["keep", "shift"] | None = None
+    """Extension: where the keys of several cartridges stand. `keep`, or unset: each where it was trained; `shift`: each
+    rotated behind the ones before it. The conversation begins behind all of them in either case."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy; unset: 1."""

@@ -9,6 +9,7 @@ import torch
 
 from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
+from foundry.model.rotation import KeyRotation
 from services.rollout.engine import EngineStats, PromptLogprobs, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.torch.kv import SlotKV
@@ -31,6 +32,8 @@ class TorchEngine:
         self, lm: FrozenLM, *, max_sequences: int, max_sequence_tokens: int, prefill_tokens_per_step: int
     ) -> None:
         self._lm = lm
+        # Now, because it takes a forward: later ones are the thread's that decodes.
+        self.rotation = KeyRotation.known(lm)
         self._kv = SlotKV(lm, max_sequences, max_sequence_tokens)
         self._scheduler = Scheduler(Slots(self._kv), prefill_tokens_per_step)
         self._cartridges: dict[str, LoadedCartridge] = {}

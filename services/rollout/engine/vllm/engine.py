@@ -61,6 +61,9 @@ class VllmEngine:
     """See `Engine`. Cartridges are kept in (pinned) host memory of vLLM's process; those in use also in its KV memory,
     as long as its prefix cache keeps them."""
 
+    # How keys turn is seen from forwards of the model, which is in vLLM's process.
+    rotation = "the engine vllm does not know how this model turns keys; the built-in one does"
+
     def __init__(
         self,
         directory: Path,

@@ -10,14 +10,17 @@ import torch
 
 from foundry.errors import (
     CartridgeNotFound,
+    ContextLengthExceeded,
     DigestMismatch,
     InvalidArgument,
     ResourceExhausted,
+    RopeUnsupported,
     ShapeMismatch,
 )
 from foundry.identity import CartridgeBytes, CartridgeHeader
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelSpec
+from foundry.model.rotation import KeyRotation
 from foundry.v1.common_pb2 import CartridgeId
 from services.rollout.engine import EngineStats, TokenOutput
 from services.rollout.residency import Residency
@@ -81,7 +84,7 @@ class DictSource:
 class RecordingEngine:
     """Only what residency touches."""
 
-    rotation = "it only records"
+    rotation: KeyRotation | str = KeyRotation(torch.tensor([1.0, 0.01]), ("halves", "halves"))
 
     def __init__(self) -> None:
         self.loaded: dict[str, Cartridge] = {}
@@ -272,6 +275,47 @@ async def test_a_hold_that_fails_lets_go_of_what_it_had() -> None:
     with pytest.raises(CartridgeNotFound):
         await residency.hold([(named(a), 1), (named(b), 1)])
     assert [each.references for each in residency.device.residents()] == [0]
+
+
+async def test_copies_are_made_of_the_verified_bytes_and_each_is_a_resident() -> None:
+    a, b = stored(0), stored(1)
+    source = DictSource(a, b)
+    residency, engine = make(source, budget_bytes=4 * ONE, host_budget_bytes=2 * ONE)
+    stack = [named(a), named(b)]
+    holds = await asyncio.gather(*(residency.hold([], [(stack, 2)]) for _ in range(3)))
+    other = await residency.hold([(named(a), 1), (named(b), 1)], [(stack[::-1], 1)])
+    copies = {(each.digest, each.shift): each.references for each in residency.device.residents()}
+    assert copies == {(a.digest(), 0): 7, (b.digest(), P): 6, (b.digest(), 0): 2, (a.digest(), P): 1}
+    assert {each.num_bytes for each in residency.device.residents()} == {ONE}
+    # Once each from the store: a copy is made of what is in host memory.
+    assert source.fetched == [a.digest(), b.digest()]
+    assert isinstance(engine.rotation, KeyRotation)
+    for each in (a, b):
+        moved = engine.loaded[f"{each.digest()}+{P}"].kv_L2GPD
+        assert moved.equal(engine.rotation.move(Cartridge.from_bytes(each).kv_L2GPD, P))
+        assert engine.loaded[each.digest()].to_bytes().digest() == each.digest()
+        assert not moved.equal(engine.loaded[each.digest()].kv_L2GPD)
+    # All are in use: one more copy finds no room until some are let go.
+    with pytest.raises(ResourceExhausted):
+        await residency.load(named(a), 2 * P)
+    for hold in (*holds, other):
+        hold.release()
+    await residency.load(named(a), 2 * P)
+    assert len(engine.loaded) == 4
+
+
+async def test_keys_are_moved_where_that_is_known_and_within_the_context() -> None:
+    a = stored(0)
+    residency, engine = make(DictSource(a))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        await residency.load(named(a), SPEC.max_tokens - P + 1)
+    assert caught.value.field == "cartridges"
+    await residency.load(named(a), SPEC.max_tokens - P)
+    engine.rotation = "it only records"
+    with pytest.raises(RopeUnsupported, match="it only records") as refused:
+        await residency.load(named(a), P)
+    assert refused.value.field == "rope"
+    assert await residency.load(named(a)) is False
 
 
 async def test_concurrent_loads_share_one_fetch() -> None:

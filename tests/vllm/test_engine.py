@@ -97,6 +97,11 @@ def test_cartridges_versions_lists_and_none_in_one_batch(family: Family, tmp_pat
     assert (chosen - torch.tensor(logprobs_of(outputs[1]))).abs().max() > 0.1
 
 
+def test_it_says_that_it_moves_no_keys(bench: Bench) -> None:
+    """Then a server refuses to, and never keeps them in silence: tests/contract/rollout/test_rope.py."""
+    assert "vllm" in str(bench.engine.rotation)
+
+
 def test_what_is_staged_in_pieces_is_written_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     # Keys and values of two layers, two heads, 32 numbers of 4 bytes: 70 tokens at a time, and a little.
     monkeypatch.setattr(connector, "_STAGING_BYTES", 70 * 2 * 2 * 2 * 32 * 4 + 5)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from services.gateway.openai.requests.parameters import Rope
+
 # Fields marked so are left out while None; the others are sent as null, as OpenAI does.
 _OMITTED_IF_NONE: Any = Field(default=None, exclude_if=lambda value: value is None)
 
@@ -22,7 +24,7 @@ class FoundryInfo(BaseModel):
     model_fingerprint: str
     template_digest: str
     cartridges: list[CartridgeInfo]
-    rope: Literal["keep", "shift"]
+    rope: Rope
     """Where keys of several cartridges stood: as trained, or each behind the ones before it."""
     cartridge_tokens: int | None = _OMITTED_IF_NONE
     ignored: list[str] | None = _OMITTED_IF_NONE

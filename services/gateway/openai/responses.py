@@ -21,7 +21,7 @@ from services.gateway.openai.answers import FoundryInfo
 from services.gateway.openai.delivery import Chunks, EventStream, unless_disconnected
 from services.gateway.openai.generation import Choice, Generation
 from services.gateway.openai.requests.chat import ChatRequest
-from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text
+from services.gateway.openai.requests.parameters import Cartridges, ModelReference, Parameters, Rope, Text
 from services.gateway.openai.requests.sampling import IGNORED
 from services.gateway.openapi import EVENTS, failures
 from services.gateway.state import Gateway, GatewayDep
@@ -78,6 +78,12 @@ class ResponseRequest(Parameters):
     model: ModelReference
     """As in chat."""
 
+    cartridges: Cartridges | None = None
+    """Extension, as in chat: several, in this order; `model` is the base model."""
+
+    rope: Rope | None = None
+    """Extension, as in chat: where the keys of several stand, `keep` or `shift`."""
+
     input: Annotated[list[dict[str, Any]], PlainValidator(_messages, json_schema_input_type=str | list[dict[str, Any]])]
     """A text, or messages of text."""
 
@@ -101,6 +107,8 @@ class ResponseRequest(Parameters):
         return ChatRequest.model_validate(
             {
                 "model": self.model,
+                "cartridges": self.cartridges,
+                "rope": self.rope,
                 "messages": instructions + self.input,
                 "max_completion_tokens": self.max_output_tokens,
                 "temperature": self.temperature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from foundry.errors import IdentityMismatch, InvalidArgument, ModelNotFound
 from foundry.store import CartridgeId
@@ -14,9 +14,9 @@ from services.gateway.access.names import full_reference
 from services.gateway.access.principal import Principal
 from services.gateway.balancer import ServedModel
 from services.gateway.errors import naming
+from services.gateway.openai.requests.parameters import Rope
 from services.gateway.state import Gateway
 
-Rope = Literal["keep", "shift"]
 ROPES: dict[Rope, common_pb2.Rope.ValueType] = {"keep": common_pb2.ROPE_KEEP, "shift": common_pb2.ROPE_SHIFT}
 # A server that knows no rope keeps keys where they are, and says nothing of it.
 _ANSWERED = {common_pb2.ROPE_UNSPECIFIED: "keep"} | {value: name for name, value in ROPES.items()}

@@ -79,6 +79,16 @@ def test_other_routes_take_it_too(site: Site) -> None:
     assert kept != shifted
 
 
+def test_responses_take_it_too(site: Site) -> None:
+    asked = {"model": "tiny", "input": QUESTION[0]["content"], "cartridges": [*NAMES[:2]], "max_output_tokens": 8}
+    for rope in ("keep", "shift"):
+        answer = site.http("POST", "/v1/responses", json=asked | {"rope": rope, "temperature": 0}).json()
+        chat = ask(site, rope=rope)
+        assert answer["foundry"]["rope"] == rope
+        assert answer["foundry"]["cartridges"] == chat["foundry"]["cartridges"]
+        assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
 def test_a_stream_says_it_with_its_first_chunk(site: Site) -> None:
     body = {"model": "tiny", "messages": QUESTION, "cartridges": list(NAMES[:2]), "rope": "shift", "stream": True}
     lines = site.http("POST", CHAT, json=body | {"max_tokens": 4}).text.splitlines()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from foundry.validation import Strict, of_field
+from foundry.validation import FirstError, Strict, of_field
 
 MAX_REFERENCE_CHARACTERS = 512
 
@@ -44,3 +44,5 @@ def is_ids(value: Any) -> bool:
 Text = Annotated[str, AfterValidator(check_text)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 ModelReference = Annotated[Text, Field(max_length=MAX_REFERENCE_CHARACTERS)]
+Cartridges = Annotated[list[ModelReference], FirstError(), Field(min_length=1, max_length=16)]
+Rope = Literal["keep", "shift"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -11,7 +11,7 @@ from foundry.errors import InvalidArgument
 from foundry.v1 import rollout_pb2
 from foundry.validation import FirstError
 from services.gateway.openai.grammar import GUIDED, asked_grammar
-from services.gateway.openai.requests.parameters import ModelReference, Parameters, Text, TokenId
+from services.gateway.openai.requests.parameters import Cartridges, ModelReference, Parameters, Rope, Text, TokenId
 
 # Neither these nor their values change an answer: labels, hints and bookkeeping of OpenAI's own platform.
 IGNORED = frozenset(
@@ -95,10 +95,10 @@ class SamplingRequest(Parameters):
     model: ModelReference
     """The base model or a cartridge: `name`, `name@17`, `name@latest`, `name@tag`, `name@blake3:HEX`."""
 
-    cartridges: Annotated[list[ModelReference], FirstError(), Field(min_length=1, max_length=16)] | None = None
+    cartridges: Cartridges | None = None
     """Extension: cartridge references that stand before the conversation in this order; `model` is the base model."""
 
-    rope: Literal["keep", "shift"] | None = None
+    rope: Rope | None = None
     """Extension: where the keys of several cartridges stand. `keep`, or unset: each where it was trained; `shift`: each
     rotated behind the ones before it. The conversation begins behind all of them in either case."""
 

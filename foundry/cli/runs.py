@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ from foundry.cli.terminal import (
     printable,
     quiet,
 )
-from foundry.errors import FoundryError
+from foundry.errors import FoundryError, InvalidArgument
 
 if TYPE_CHECKING:
     from foundry.client import Foundry, RunJson
@@ -126,6 +127,45 @@ def logs(run_id: RunId, as_json: JsonEvents = False) -> None:
         print_event({"type": "log", "line": line}) if as_json else print(line)
     if run["job"]:
         note(f"Its worker's log is in Kubernetes:  kubectl logs job/{run['job']} --all-containers")
+
+
+@app.command()
+def export(
+    run_id: RunId,
+    path: Annotated[Path, typer.Argument(help="The parquet file to be written.")],
+    part: Annotated[
+        str,
+        typer.Option(
+            help="train: the written answers that it trains on; prompts: what the cartridge was asked; heldout: what "
+            "it was measured with."
+        ),
+    ] = "train",
+    as_json: Json = False,
+) -> None:
+    """Write a run's data set to a parquet file: prompt and completion as messages, and their token ids."""
+    from foundry import extras
+    from foundry.formats import conversations
+
+    extras.require("data", extras.DATA)
+    if part not in conversations.PARTS:
+        raise InvalidArgument(f"{part!r:.100} is no part: expected {', '.join(conversations.PARTS)}", field="part")
+    with connect(start=False) as client:
+        mode = client.runs.get(run_id)["spec"].get("mode")
+        if part == "train" and mode == "on":
+            raise InvalidArgument(
+                f"{run_id} has mode on: the cartridge answered itself at every step, and such answers are not kept. "
+                "--part prompts has what it was asked",
+                field="run_id",
+            )
+        found = client.runs.dataset(run_id)
+        about = {"run": run_id, **{key: found[key] for key in ("dataset", "digest", "model_fingerprint")}, "part": part}
+        if part != "prompts" and not found["model_fingerprint"]:
+            note("Its trainer did not say of which model the tokens are: completions are empty but for their ids.")
+        rows = client.runs.dataset_rows(run_id)
+        num_rows = conversations.write(rows, path, part, digest=found["digest"], about=about)  # type: ignore[arg-type]
+    if as_json:
+        print_json({**about, "path": str(path), "rows": num_rows})
+    note(f"{num_rows} conversations of {run_id} are in {path}.")
 
 
 def _worker_log(run_id: str) -> Iterator[str]:

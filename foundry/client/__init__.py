@@ -9,6 +9,8 @@ from foundry.client.sync import ChatStream, Foundry, Training
 from foundry.client.types import (
     AncestorJson,
     CartridgeJson,
+    DatasetJson,
+    DatasetRowJson,
     DocumentJson,
     EventJson,
     GrantJson,
@@ -31,6 +33,8 @@ __all__ = [
     "CartridgeVersion",
     "ChatAnswer",
     "ChatStream",
+    "DatasetJson",
+    "DatasetRowJson",
     "DocumentJson",
     "EventJson",
     "Foundry",

@@ -15,6 +15,8 @@ from foundry.client import paths, wire
 from foundry.client.answer import AnswerParts, ChatAnswer, chat_body
 from foundry.client.types import (
     CartridgeJson,
+    DatasetJson,
+    DatasetRowJson,
     DocumentJson,
     EventJson,
     GrantJson,
@@ -295,6 +297,22 @@ class AsyncRuns:
                 if reconnects > wire.EVENTS_RECONNECTS:
                     raise
                 await sleep(min(0.1 * 2**reconnects, 2.0))
+
+    async def dataset(self, run_id: str) -> DatasetJson:
+        """What the run trains on. Raises NotFound until it is written, and once it is not kept any more."""
+        return cast("DatasetJson", await self._http.json("GET", f"{paths.run(run_id)}/dataset"))
+
+    async def dataset_rows(self, run_id: str) -> AsyncIterator[DatasetRowJson]:
+        """Its conversations, as they are read, in the order that its digest has them. Raises FingerprintMismatch where
+        another model is served: the text of answers is that model's to write."""
+        asked: Json = {}
+        while True:
+            page = await self._http.json("GET", f"{paths.run(run_id)}/dataset/rows", params=asked)
+            for row in page["data"]:
+                yield cast("DatasetRowJson", row)
+            if not page["has_more"]:
+                return
+            asked = {"after": page["last_id"]}
 
     async def wait(self, run_id: str) -> RunJson:
         """The run, once it has ended, however that was."""

@@ -119,6 +119,35 @@ class RunJson(TypedDict, total=False):
     chosen: Required[list[str] | None]
 
 
+class DatasetJson(TypedDict):
+    """A run's data set. `families` counts conversations, `parts` are what its shards are of, in their order."""
+
+    object: str
+    dataset: str
+    digest: str
+    model_fingerprint: str
+    families: dict[str, dict[str, float]]
+    parts: list[str]
+
+
+class DatasetRowJson(TypedDict):
+    """A conversation of a data set. `answer` is None where nobody answered, or whose tokens they are is not known."""
+
+    part: str
+    family: str
+    kind: str
+    prompt: str
+    answer: str | None
+    author: str
+    turn_ids: list[int]
+    answer_ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+    context: str
+    passage: int
+    passage_tokens: int
+
+
 class EventJson(TypedDict, total=False):
     """What happens in a run. `type` says which fields there are: `state`, `progress`, `dataset`, `heldout`, `step`,
     `finished`, and others of newer gateways."""

@@ -57,6 +57,23 @@ class DatasetStore:
         except NotFound:
             return None
 
+    async def following(
+        self, dataset: str, parts: Sequence[str], after: tuple[str, int] | None = None
+    ) -> tuple[str, int, list[Json]] | None:
+        """The shard behind `after`, or the first one, going through `parts` in their order, with what it is of and its
+        number; None behind the last. Raises InvalidArgument for an `after` of no such part, DigestMismatch."""
+        if after is not None:
+            family, number = after
+            if family not in parts:
+                raise InvalidArgument(f"{family[:100]!r} is no part of the data set", field="after")
+            if (rows := await self.shard(dataset, family, number + 1)) is not None:
+                return family, number + 1, rows
+            parts = parts[parts.index(family) + 1 :]
+        for family in parts:
+            if (rows := await self.shard(dataset, family, 0)) is not None:
+                return family, 0, rows
+        return None
+
     async def append(self, dataset: str, family: str, number: int, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
         """Write a shard, unless another has written it; returns what stands then."""
         content = seal({"family": family, "number": number, "rows": list(rows)}).encode()

@@ -659,7 +659,10 @@ class DetokenizeRequest(_message.Message):
 
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    OMIT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
+    omit_special_tokens: _builtins.bool
+    """Leave out control tokens, as the text of an answer does."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -667,10 +670,11 @@ class DetokenizeRequest(_message.Message):
         *,
         model_fingerprint: _builtins.str = ...,
         ids: _abc.Iterable[_builtins.int] | None = ...,
+        omit_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "model_fingerprint", b"model_fingerprint", "omit_special_tokens", b"omit_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

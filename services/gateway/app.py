@@ -44,7 +44,7 @@ from services.gateway.middleware.request_metrics import RequestMetrics
 from services.gateway.middleware.web_pages import WebPages, hosts_of
 from services.gateway.openai import chat, completions, models, responses, tokenize
 from services.gateway.openai.tokens import TokenSpelling
-from services.gateway.resources import cartridge_files, cartridges, documents, grants, health, runs
+from services.gateway.resources import cartridge_files, cartridges, datasets, documents, grants, health, runs
 from services.gateway.settings import GatewaySettings
 from services.gateway.state import Gateway
 from services.gateway.tokasaurus import routes as tokasaurus
@@ -64,6 +64,7 @@ _ROUTERS = (
     cartridges.router,
     documents.router,
     runs.router,
+    datasets.router,
 )
 # What browsers would keep from a page's scripts.
 _EXPOSED = ("etag", "retry-after", "x-foundry-cartridge", "x-foundry-digest", "x-request-id")

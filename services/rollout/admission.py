@@ -158,6 +158,9 @@ class Admissions:
         """Raises InvalidArgument, FingerprintMismatch."""
         self.check_fingerprint(request.model_fingerprint)
         self._check_vocabulary(request.ids, "tokens")
+        if request.omit_special_tokens:
+            ids = list(request.ids)
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         return str(self._tokenizer.decode(list(request.ids)))
 
     def fit(self, admission: Admission, cartridge_tokens: Mapping[str, int]) -> Admission:

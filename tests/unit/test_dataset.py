@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,7 @@ from foundry.selfstudy.passages import num_tokens, pieces
 from foundry.selfstudy.questions import EVIDENCE_TOKENS
 from foundry.selfstudy.wording import normalised
 from foundry.store import DatasetStore, DatasetSummary, DocumentPrompts, Objects, RunSpec, SelfStudyPrompts
+from foundry.store.conversations import KEYS, ContentDigest, ConversationRow, parts_of
 from services.trainer.attempt import Attempt
 from services.trainer.contexts import Context
 from services.trainer.data.conversation import Conversation
@@ -220,6 +222,7 @@ async def test_counts_and_coverage_are_said(place: Place) -> None:
         "dataset": place.dataset,
         "digest": written.digest,
         "families": summary.families,
+        "model_fingerprint": place.lm.spec.fingerprint,
     }
     total = num_tokens(DOCUMENT, place.lm.tokenizer)
     for family in ("recite", "cloze", "evidence", "summary"):
@@ -260,6 +263,22 @@ async def test_what_stands_is_not_asked_again(place: Place) -> None:
     assert await place.write(learning_rate=0.5) == first
     assert not place.asked
     assert (await place.write(seed=1)).digest != first.digest
+
+
+async def test_it_is_read_again_in_the_order_of_its_digest(place: Place) -> None:
+    written = await place.write()
+    families = run_spec(**EVERYTHING).families
+    content, after, found = ContentDigest(), None, list[dict[str, Any]]()
+    while (shard := await place.store.following(place.dataset, parts_of(families), after)) is not None:
+        family, number, rows = shard
+        after = (family, number)
+        content.add(ConversationRow.model_validate(row).model_dump() for row in rows)
+        found += rows
+    assert content.value == written.digest
+    assert len(found) == len(everything(written))
+    assert tuple(field.name for field in fields(Conversation)) == KEYS
+    (event,) = (event for event in place.events if event["type"] == "dataset")
+    assert (event["dataset"], event["model_fingerprint"]) == (place.dataset, place.lm.spec.fingerprint)
 
 
 async def test_of_two_writers_one_is_believed(lm: FrozenLM, place: Place) -> None:

@@ -61,6 +61,8 @@ NEEDED: Mapping[str, Scope] = {
     "GET /v1/runs/{run_id}": "train",
     "DELETE /v1/runs/{run_id}": "admin",
     "GET /v1/runs/{run_id}/events": "train",
+    "GET /v1/runs/{run_id}/dataset": "train",
+    "GET /v1/runs/{run_id}/dataset/rows": "train",
     "POST /v1/runs/{run_id}/cancel": "train",
     "POST /v1/runs/{run_id}/pause": "train",
     "POST /v1/runs/{run_id}/resume": "train",

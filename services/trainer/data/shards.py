@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
-from foundry.identity import content_digest
 from foundry.store import DatasetSummary
+from foundry.store.conversations import ContentDigest
 from services.trainer.attempt import Attempt
 from services.trainer.data.asked import Asked
 from services.trainer.data.conversation import Conversation
@@ -20,8 +19,8 @@ Make = Callable[[Sequence[Asked]], Awaitable[list[Conversation]]]
 
 
 class Shards:
-    def __init__(self, attempt: Attempt, dataset: str) -> None:
-        self._attempt, self._dataset = attempt, dataset
+    def __init__(self, attempt: Attempt, dataset: str, model_fingerprint: str) -> None:
+        self._attempt, self._dataset, self._model_fingerprint = attempt, dataset, model_fingerprint
         self._rows: list[Conversation] = []
 
     async def family(self, family: str, asked: Sequence[Asked], make: Make) -> list[Conversation]:
@@ -53,11 +52,19 @@ class Shards:
             counts["conversations"] += 1
             counts["answer_tokens"] += len(row.answer_ids)
             counts["coverage"] += row.passage_tokens / document_tokens
-        content = json.dumps([asdict(row) for row in self._rows]).encode()
-        summary = DatasetSummary(digest=content_digest(content), families=families)
+        content = ContentDigest()
+        content.add(map(asdict, self._rows))
+        summary = DatasetSummary(digest=content.value, families=families)
         summary = await self._attempt.finish_dataset(self._dataset, summary)
         await self._attempt.tell(
-            {"type": "dataset", "dataset": self._dataset, "digest": summary.digest, "families": summary.families}
+            {
+                "type": "dataset",
+                "dataset": self._dataset,
+                "digest": summary.digest,
+                "families": summary.families,
+                # Whose tokens they are.
+                "model_fingerprint": self._model_fingerprint,
+            }
         )
         return summary
 

@@ -57,7 +57,8 @@ class DatasetWriter:
         made_by = [_FORMAT, digests, lm.spec.fingerprint, template.digest, passage_tokens]
         self.dataset = content_digest(json.dumps([decisive, made_by], sort_keys=True).encode())
         self._prompts = Prompts(self._spec, template, lm.tokenizer, contexts, bare, passage_tokens, lm.spec.max_tokens)
-        self._answers, self._shards = Answers(attempt, rollouts), Shards(attempt, self.dataset)
+        self._answers = Answers(attempt, rollouts)
+        self._shards = Shards(attempt, self.dataset, lm.spec.fingerprint)
         self._self_study = SelfStudy(
             *(template, lm.tokenizer, contexts, passage_tokens), self._prompts, self._answers, self._shards
         )

@@ -149,6 +149,8 @@ ABOUT_IT: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/runs", {"json": specification(text=DOCUMENT, init="text", init_text="DIGEST")}),
     ("GET", "/v1/runs/RUN", {}),
     ("GET", "/v1/runs/RUN/events", {}),
+    ("GET", "/v1/runs/RUN/dataset", {}),
+    ("GET", "/v1/runs/RUN/dataset/rows", {}),
     ("POST", "/v1/runs/RUN/cancel", {}),
     ("POST", "/v1/runs/RUN/pause", {}),
     ("POST", "/v1/runs/RUN/resume", {}),

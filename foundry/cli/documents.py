@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,8 +11,29 @@ import typer
 from foundry.cli.gateway import connect
 from foundry.cli.terminal import App, Json, Limit, Yes, confirm, note, print_json, print_table, printable
 
-app = App("List, show and remove stored documents.")
+app = App("Add, list, show and remove stored documents.")
 Digest = Annotated[str, typer.Argument(help="The document's digest, blake3:HEX.")]
+
+
+@app.command()
+def add(
+    path: Annotated[
+        Path, typer.Argument(help="A text file, a PDF, HTML or DOCX file, or a directory; - is standard input.")
+    ],
+    title: Annotated[str | None, typer.Option(help="Default: the name of the file or directory.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the text; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep a document. A directory is one: its notes, papers and sources, each file under its path."""
+    from foundry.cli.run_request import read_document, title_of
+
+    text = read_document(path)
+    if dry_run:
+        print_json({"text": text}) if as_json else sys.stdout.write(text)
+        return
+    with connect(start=False) as client:
+        made = client.documents.create(text, title=title_of(path) if title is None else title)
+    print_json(made) if as_json else print(made["digest"])
 
 
 @app.command()

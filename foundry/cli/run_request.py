@@ -14,6 +14,10 @@ from typing import Any
 import yaml
 
 from foundry.cli.prompt_files import parquet_lines
+from foundry.cli.terminal import note, printable
+from foundry.corpus import convert
+from foundry.corpus.directory import MAX_BYTES, MAX_CONVERTED_BYTES, read_directory, told
+from foundry.corpus.walk import read_file
 from foundry.errors import CartridgeTooLong, DocumentUnreadable, InvalidArgument
 from foundry.identity import content_digest
 from foundry.local.demo_model import demo_model_directory
@@ -62,11 +66,14 @@ def resolve(
             file = config.parent / named
         if file is None:
             continue
-        text = parquet_lines(file) if role != "document" and file.suffix == ".parquet" else read_text(file)
+        if role == "document":
+            text = read_document(file)
+        else:
+            text = parquet_lines(file) if file.suffix == ".parquet" else read_text(file)
         if role == "document":
             # What the file brings is not beside what options have taken the place of.
             dropped = ("document",) if files[role] is None else ("document", "text", "title")
-            title = "standard input" if file == STANDARD_INPUT else file.name
+            title = title_of(file)
             values = {"title": title} | {key: value for key, value in values.items() if key not in dropped}
             if "text" in values:
                 raise InvalidArgument(f"{config}: give either document or text", field="text")
@@ -76,12 +83,39 @@ def resolve(
             values[role] = {"kind": "document", "digest": content_digest(text.encode())}
             uploads[f"{role} of {values.get('name')}"] = text
     if more_documents:
-        texts = {file.name: read_text(file) for file in more_documents}
+        texts = {title_of(file): read_document(file) for file in more_documents}
         values["more_documents"] = [content_digest(text.encode()) for text in texts.values()]
         uploads |= texts
     request = RunRequest.model_validate(values)
     _check_length(request)
     return request, uploads
+
+
+def read_document(path: Path) -> str:
+    """A text file, a PDF, HTML or DOCX file, or all the files of a directory; what of that is left out is said.
+
+    Raises DocumentUnreadable, ExtraMissing, and InvalidArgument as `read_directory` does.
+    """
+    if path.is_dir():
+        corpus = read_directory(path)
+        for line in told(corpus.left_out):
+            note(printable(line))
+        note(f"{path}: {len(corpus.paths)} files are one document of {len(corpus.text.encode())} bytes")
+        return readable(corpus.text).decode()
+    if (kind := convert.KINDS.get(path.suffix.lower())) is None:
+        return read_text(path)
+    content = read_file(path.resolve(), MAX_CONVERTED_BYTES)
+    if content is None:
+        raise DocumentUnreadable(f"{path} has more than {MAX_CONVERTED_BYTES} bytes", field="document")
+    text = convert.markdown(str(path), kind, content, max_bytes=MAX_BYTES)
+    try:
+        return readable(text).decode()
+    except DocumentUnreadable as error:
+        raise DocumentUnreadable(f"{path}: {error.message}", field="document") from error
+
+
+def title_of(path: Path) -> str:
+    return "standard input" if path == STANDARD_INPUT else path.resolve().name
 
 
 def _read_config(config: Path) -> dict[str, Any]:

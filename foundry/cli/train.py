@@ -42,7 +42,10 @@ def train() -> None:
 def _train(
     file: Annotated[
         list[Path] | None,
-        typer.Argument(help="The document: a text file in UTF-8; - is standard input. Or several, for one."),
+        typer.Argument(
+            help="The document: a text file in UTF-8, a PDF, HTML or DOCX file, or a directory; - is standard input. "
+            "Or several, for one."
+        ),
     ] = None,
     config: Annotated[
         Path | None,

@@ -18,7 +18,15 @@ FLOORS = (
     {"foundry.__main__"},
     {"foundry.cli"},
     {"foundry.local", "foundry.evaluation"},
-    {"foundry.client", "foundry.formats", "foundry.recipes", "foundry.selfstudy", "foundry.sizing", "foundry.settings"},
+    {
+        "foundry.client",
+        "foundry.corpus",
+        "foundry.formats",
+        "foundry.recipes",
+        "foundry.selfstudy",
+        "foundry.sizing",
+        "foundry.settings",
+    },
     {"foundry.rpc"},
     {"foundry.store", "foundry.model"},
     {

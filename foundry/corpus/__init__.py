@@ -1,0 +1,1 @@
+"""Directories as one document: notes, papers, sources, each file under its path."""

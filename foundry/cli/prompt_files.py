@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from foundry import extras
 from foundry.errors import DocumentUnreadable, InvalidArgument
 from foundry.selfstudy.prompts import MAX_PROMPTS
 
-# What of a row is read; data sets have many more columns, some of them large.
-_COLUMNS = ("prompt", "messages", "document", "extra_info")
+# What of a row is read, by its place in the file: data sets have much more, such as the ids and logprobs of every token
+# of a message in those of the research library. Between a list and its parts Parquet has names that writers choose.
+_READ = re.compile(
+    r"(prompt|messages)(\.[^.]+\.[^.]+\.(role|content))?|document|extra_info\.document",
+)
+_PICKLES = frozenset({".pkl", ".pickle"})
 _BATCH_ROWS = 1024
 
 
@@ -36,8 +41,19 @@ def parquet_lines(file: Path) -> str:
         raise DocumentUnreadable(f"{file} is no parquet file of prompts: {said}", field=str(file)) from error
 
 
+def refuse_pickle(file: Path) -> None:
+    """Raises InvalidArgument: whoever loads a pickle runs what its writer wants."""
+    if file.suffix.lower() in _PICKLES:
+        raise InvalidArgument(
+            f"{file} is a pickle, which is not read here: write its conversations as parquet with messages, where you "
+            "trust the file",
+            field=str(file),
+        )
+
+
 def _rows(table: Any) -> Iterator[dict[str, Any]]:
-    columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+    places = [table.schema.column(number).path for number in range(len(table.schema))]
+    columns = [place for place in places if _READ.fullmatch(place)]
     for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
         for row in batch.to_pylist():
             extra = row.pop("extra_info", None)

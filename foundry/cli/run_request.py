@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from foundry.cli.prompt_files import parquet_lines
+from foundry.cli.prompt_files import parquet_lines, refuse_pickle
 from foundry.cli.terminal import note, printable
 from foundry.corpus import convert
 from foundry.corpus.directory import MAX_BYTES, MAX_CONVERTED_BYTES, read_directory, told
@@ -69,6 +69,7 @@ def resolve(
         if role == "document":
             text = read_document(file)
         else:
+            refuse_pickle(file)
             text = parquet_lines(file) if file.suffix == ".parquet" else read_text(file)
         if role == "document":
             # What the file brings is not beside what options have taken the place of.

@@ -15,6 +15,7 @@ from foundry.cli import prompt_files
 from foundry.cli.prompt_files import parquet_lines
 from foundry.errors import DocumentUnreadable, InvalidArgument
 from foundry.selfstudy.prompts import read_lines
+from tests.unit.cli.command import refused
 
 ASKED = [{"role": "user", "content": "Was ist offen?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "Der Hafen."}]
@@ -51,6 +52,63 @@ def test_chats_and_texts_are_prompts(rows: list[dict[str, Any]], tmp_path: Path)
     text = parquet_lines(written(tmp_path / "rows.parquet", rows))
     assert [line.messages for line in read_lines(text, field="prompts")] == [ASKED] * 2
     assert "ä" in parquet_lines(written(tmp_path / "a.parquet", [{"prompt": "ä"}]))
+
+
+def research_rows() -> pyarrow.Table:
+    """Self-study as the research library keeps it: each message with its tokens and their likeliest successors."""
+    likeliest = pyarrow.struct(
+        [
+            ("token_idx", pyarrow.list_(pyarrow.int32())),
+            ("token_id", pyarrow.list_(pyarrow.int32())),
+            ("logprobs", pyarrow.list_(pyarrow.float32())),
+            ("shape", pyarrow.list_(pyarrow.int32())),
+        ]
+    )
+    message = pyarrow.struct(
+        [
+            ("content", pyarrow.string()),
+            ("role", pyarrow.string()),
+            ("token_ids", pyarrow.list_(pyarrow.int32())),
+            ("top_logprobs", likeliest),
+        ]
+    )
+    schema = pyarrow.schema(
+        [
+            ("messages", pyarrow.list_(message)),
+            ("system_prompt", pyarrow.string()),
+            ("metadata", pyarrow.string()),
+            ("type", pyarrow.string()),
+        ]
+    )
+    # With counts that don't fit each other, and numbers that JSON has no word for.
+    scored = {"token_idx": [0, 0, 7], "token_id": [5], "logprobs": [float("-inf"), float("nan")], "shape": [2**31 - 1]}
+    answer = {**ANSWERED[1], "token_ids": list(range(50_000)), "top_logprobs": scored}
+    row = {
+        "messages": [{**ASKED[0], "token_ids": [3]}, answer],
+        "system_prompt": "A chunk of the document.",
+        "type": "x",
+    }
+    return pyarrow.Table.from_pylist([row] * 3, schema=schema)
+
+
+@pytest.mark.parametrize("nested_names", [True, False])
+def test_self_study_of_the_research_library_is_prompts(tmp_path: Path, nested_names: bool) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(research_rows(), path, use_compliant_nested_type=nested_names)
+    text = parquet_lines(path)
+    assert [line.messages for line in read_lines(text, field="prompts")] == [ASKED] * 3
+    # Nothing of what the file has of each token.
+    assert len(text) < 1000
+
+
+def test_pickles_are_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("The harbour is open. " * 20)
+    for name in ("dataset.pkl", "dataset.PICKLE"):
+        (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+        for role in ("--prompts", "--heldout"):
+            said = refused("train", str(tmp_path / "a.md"), "--name", "x", role, str(tmp_path / name))
+            assert "is a pickle, which is not read here" in said
+    assert not (tmp_path / "ran").exists()
 
 
 def test_rows_come_in_order_however_many(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from foundry.cli.gateway import connect
 from foundry.cli.terminal import App, Json, Limit, Yes, confirm, note, print_json, print_table, printable
+from foundry.errors import DocumentUnreadable, InvalidArgument
 
 app = App("Add, list, show and remove stored documents.")
 Digest = Annotated[str, typer.Argument(help="The document's digest, blake3:HEX.")]
@@ -34,6 +35,37 @@ def add(
     with connect(start=False) as client:
         made = client.documents.create(text, title=title_of(path) if title is None else title)
     print_json(made) if as_json else print(made["digest"])
+
+
+@app.command()
+def longhealth(
+    file: Annotated[Path, typer.Argument(help="LongHealth's JSON file of patients.")],
+    directory: Annotated[Path, typer.Argument(help="Where document.md and questions.jsonl are written.")],
+    patient: Annotated[
+        list[str] | None, typer.Option("--patient", help="Only this one; may be given again. Default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn LongHealth's patients into a document to train on and a file of questions for 'foundry eval'."""
+    from foundry.corpus.longhealth import MAX_BYTES, read_longhealth
+    from foundry.corpus.walk import read_file
+
+    content = read_file(file.resolve(), MAX_BYTES)
+    if content is None:
+        raise DocumentUnreadable(f"{file} has more than {MAX_BYTES} bytes", field="file")
+    found = read_longhealth(content, patient or ())
+    written = {directory / "document.md": found.document, directory / "questions.jsonl": found.questions}
+    for path in written:
+        if path.exists():
+            raise InvalidArgument(f"{path} is there already", field="directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"patients": found.patients, "directory": str(directory), "left_out": found.left_out})
+    if found.left_out:
+        note(printable(f"left out, without one right answer: {', '.join(found.left_out)}"))
+    note(f"{len(found.patients)} patients and {found.questions.count(chr(10))} questions are in {directory}.")
 
 
 @app.command()

@@ -130,6 +130,37 @@ def test_another_model_does_not_write_their_text(site: Site) -> None:
         list(site.client.runs.dataset_rows(run.run_id))
 
 
+def test_of_an_older_trainer_there_are_ids_without_text(site: Site, foundry: Foundry, tmp_path: Path) -> None:
+    run = written(site, fingerprint="")
+    assert {each["answer"] for each in site.client.runs.dataset_rows(run.run_id)} == {None}
+    said = foundry("runs", "export", run.run_id, str(tmp_path / "a"))
+    assert "did not say of which model" in said.stderr
+    table = parquet.read_table(tmp_path / "a")
+    assert table.column("completion").to_pylist() == [None] * 7
+    assert all(table.column("completion_ids").to_pylist())
+
+
+def test_control_tokens_are_no_text_of_an_answer(site: Site) -> None:
+    end = build_tokenizer().eos_token_id
+    said = site.stack.cartridge(1).header.model_fingerprint
+    rows = [row("recite", 1, answer_ids=[*build_tokenizer()(SAID)["input_ids"], end], logprobs=[])]
+    dataset = "blake3:" + "d7" * 32
+
+    async def write(store: CartridgeStore) -> str:
+        await store.datasets.append(dataset, "recite", 0, rows)
+        await store.datasets.finish(dataset, DatasetSummary(digest=dataset, families={}))
+        run_id = await store.runs.create(run_spec("ended", families=("recite",), mode="off"))
+        claimed = await store.runs.claim_run(run_id, "worker-0", 60, timeout_seconds=10)
+        assert claimed is not None
+        event = {"type": "dataset", "dataset": dataset, "digest": dataset, "families": {}, "model_fingerprint": said}
+        await store.runs.report(run_id, claimed.attempt, event)
+        await store.runs.finish(run_id, claimed.attempt, RunState.SUCCEEDED)
+        return run_id
+
+    (found,) = site.client.runs.dataset_rows(site.stack.with_store(write))
+    assert (found["answer"], found["answer_ids"][-1]) == (SAID, end)
+
+
 def test_it_is_exported_as_trl_takes_it(site: Site, foundry: Foundry, tmp_path: Path) -> None:
     run = written(site)
     path = tmp_path / "train.parquet"

@@ -82,8 +82,16 @@ def _texts(root: Path, paths: list[str], left_out: LeftOut) -> dict[str, str]:
 
 
 def _has_latex(root: Path, paths: list[str]) -> bool:
-    contents = (read_file(root / path, MAX_FILE_BYTES) for path in paths if path.lower().endswith(".tex"))
-    return any(is_main(_decoded(content) or "") for content in contents if content is not None)
+    num_bytes = 0
+    for path in paths:
+        if path.lower().endswith(".tex") and (content := read_file(root / path, MAX_FILE_BYTES)) is not None:
+            num_bytes += len(content)
+            if is_main(_decoded(content) or ""):
+                return True
+            if num_bytes > MAX_BYTES:
+                # As much as a document may have: what follows will not be one.
+                return False
+    return False
 
 
 def _decoded(content: bytes) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from foundry.store import CartridgeStore
+from foundry.store.conversations import ContentDigest, parts_of
 from tests.e2e.training import create_run, follow, numbers, start_trainer, step_events
 from tests.process import Process
 from tests.services import Stack
@@ -70,6 +71,26 @@ def test_every_mode_comes_nearer_to_the_document(stack: Stack, trainer: Process,
     kls = [event["kl"] for event in events if event["type"] == "heldout"]
     # By how much, and for which document, is in test_learning.
     assert min(kls) < 0.97 * kls[0]
+
+
+def test_what_a_trainer_says_of_its_data_set_is_what_stands(stack: Stack, trainer: Process) -> None:
+    families = ("recite", "cloze", "question")
+
+    async def read(store: CartridgeStore) -> tuple[dict[str, Any], str, list[str]]:
+        events = await events_of(store, "kept", mode="off", num_steps=2, families=families)
+        (said,) = (event for event in events if event["type"] == "dataset")
+        content, after, parts = ContentDigest(), None, list[str]()
+        while shard := await store.datasets.following(said["dataset"], parts_of(families), after):
+            after = shard[:2]
+            content.add(shard[2])
+            parts += [shard[0]] * len(shard[2])
+        return said, content.value, parts
+
+    said, digest, parts = stack.with_store(read)
+    assert said["digest"] == digest
+    assert set(families) <= set(parts)
+    assert len(parts) == sum(counts["conversations"] for counts in said["families"].values())
+    assert said["model_fingerprint"] == stack.cartridge(1).header.model_fingerprint
 
 
 @pytest.mark.parametrize("kill_at", [2, 6])

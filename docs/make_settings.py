@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from foundry.store import StoreSettings
 from services.gateway.settings import ConversionSettings, DefaultLimits, GatewaySettings, JobSettings, OidcSettings
-from services.rollout.settings import RolloutSettings, VllmSettings
+from services.rollout.settings import RolloutSettings, TokasaurusSettings, VllmSettings
 from services.teacher.settings import TeacherSettings
 from services.trainer.settings import TrainerSettings
 
@@ -29,13 +29,15 @@ GROUPS: dict[str, type[BaseModel]] = {
     "limits": DefaultLimits,
     "oidc": OidcSettings,
     "store": StoreSettings,
+    "tokasaurus": TokasaurusSettings,
     "vllm": VllmSettings,
 }
 INTRODUCTION = """# Settings
 
 Made from the code by `make docs`. Every setting is an option of `python -m services.NAME.main` (`--max-sequences 8`)
-and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of conversions, jobs, limits, oidc, store and vllm
-are nested: `--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without secrets.
+and a variable (`FOUNDRY_MAX_SEQUENCES=8`); the option wins. Those of conversions, jobs, limits, oidc, store,
+tokasaurus and vllm are nested: `--store.redis-url`, `FOUNDRY_STORE__REDIS_URL`. `--dry-run` prints what holds, without
+secrets.
 
 Unknown options are refused, unknown names in a group (`FOUNDRY_STORE__REDIS_PASWORD`), and variables that are almost
 a setting's name (`FOUNDRY_MAX_SEQUENCS`, `FOUNDRY_STORE_KEEP_HOT`). Other `FOUNDRY_` variables are left alone: they may

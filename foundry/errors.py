@@ -63,6 +63,12 @@ class CartridgeTooLong(InvalidArgument):
     reason = "CARTRIDGE_TOO_LONG"
 
 
+class PartialPage(InvalidArgument):
+    """A cartridge's length is no multiple of the pages of the server that would decode with it."""
+
+    reason = "PARTIAL_PAGE"
+
+
 class TemplateUnsupported(InvalidArgument):
     """The chat template cannot be split into context and turn."""
 
@@ -179,6 +185,12 @@ class ShapeMismatch(IdentityMismatch):
     """A cartridge does not have the shape, dtype or rope that the model needs."""
 
     reason = "SHAPE_MISMATCH"
+
+
+class PolicyUnproven(IdentityMismatch):
+    """The server can't prove what it decodes with: it serves, and nobody may train on its answers."""
+
+    reason = "POLICY_UNPROVEN"
 
 
 class DigestMismatch(FoundryError):

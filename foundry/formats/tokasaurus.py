@@ -18,7 +18,8 @@ CONFIG, WEIGHTS = "config.yaml", "cartridge.pt"
 def write(cartridge: Cartridge, directory: Path, *, base_model: str = "") -> None:
     """Write both files. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    research.write(cartridge, directory / WEIGHTS)
+    # Its servers look into each layer's frozen tokens, also where there are none.
+    research.write(cartridge, directory / WEIGHTS, spelling="fixed")
     header = cartridge.header
     config = {
         "kv_cache_initializer": {"max_tokens": header.num_tokens, "num_frozen_tokens": header.num_frozen},

@@ -16,6 +16,7 @@ from foundry.v1 import common_pb2, rollout_pb2
 from services.rollout.conversation import template_input
 from services.rollout.copies import key_of
 from services.rollout.engine import Grammar, SamplingParams, SequenceRequest
+from services.rollout.external import check_external, refuse_batch
 from services.rollout.sampling import check, check_plain, check_scored, read_sampling
 
 MAX_CARTRIDGES = 16
@@ -62,15 +63,18 @@ class Admissions:
         max_sequence_tokens: int,
         max_sequences: int,
         immovable: str = "",
+        external: bool = False,
     ) -> None:
         """`max_context_tokens` is of cartridges, prompt and answer, `max_sequence_tokens` of the last two,
-        `max_sequences` of one call; `immovable` says why keys of cartridges can't be moved, if they can't be."""
+        `max_sequences` of one call; `immovable` says why keys of cartridges can't be moved, if they can't be.
+        `external` is an engine that is a server of somebody else's."""
         self._spec, self._tokenizer = info.spec, info.tokenizer
         self._template = template
         self._max_context_tokens = max_context_tokens
         self.max_sequence_tokens = max_sequence_tokens
         self._max_sequences = max_sequences
         self._immovable = immovable
+        self._external = external
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Raises InvalidArgument, FingerprintMismatch."""
@@ -83,7 +87,9 @@ class Admissions:
             )
 
     def check_batch(self, request: rollout_pb2.GenerateBatchRequest) -> list[Admission]:
-        """Raises what `check` raises, with the request's place in the field."""
+        """Raises what `check` raises, with the request's place in the field, and PolicyUnproven."""
+        if self._external:
+            refuse_batch()
         if not request.requests:
             raise InvalidArgument("requests is empty", field="requests")
         num_sequences = sum(each.sampling.n or 1 for each in request.requests)
@@ -112,6 +118,8 @@ class Admissions:
         self.check_fingerprint(request.model_fingerprint)
         shift = self._checked_shift(request)
         caller = check_caller(request.caller)
+        if self._external:
+            check_external(request)
         digests = _checked_digests(request.cartridges)
         num_completions = request.sampling.n or 1
         check(num_completions <= self._max_sequences, "n", num_completions, f"at most {self._max_sequences}")

@@ -304,7 +304,7 @@ class Driver:
     def _observe(self, stats: EngineStats) -> None:
         self._metrics.num_requests_running.set(stats.num_running)
         self._metrics.num_requests_waiting.set(stats.num_waiting + self._queue.num_waiting)
-        self._metrics.kv_cache_usage.set(stats.kv_used_bytes / stats.kv_bytes)
+        self._metrics.kv_cache_usage.set(stats.kv_used_bytes / stats.kv_bytes if stats.kv_bytes else 0)
         metrics.KV_SLOTS_USED.set(stats.num_running)
         metrics.KV_USED_BYTES.set(stats.kv_used_bytes)
 

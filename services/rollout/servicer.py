@@ -267,8 +267,11 @@ class _Answer:
         return () if self._only_scored else outputs
 
     def add(self, outputs: Sequence[TokenOutput]) -> dict[str, Any]:
-        """The fields that a chunk and a completion share. Raises InvalidArgument if the grammar was too much."""
+        """The fields that a chunk and a completion share. Raises InvalidArgument if the grammar was too much, and
+        the sequence's error if it has one."""
         last = outputs[-1]
+        if last.error is not None:
+            raise last.error
         if last.finish_reason is FinishReason.ERROR:
             raise InvalidArgument("the grammar can't be followed further: it is too complex", field=FIELD)
         outputs = self.shown(outputs)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 
+import structlog
+
 from foundry import extras
+from foundry.errors import InvalidArgument
 from foundry.model.info import ModelInfo, ModelSpec, resolve_dtype
 from foundry.model.lm import FrozenLM
 from foundry.model.template import ChatTemplate
@@ -13,11 +17,16 @@ from foundry.model.template_features import Features
 from services.rollout.admission import Admissions
 from services.rollout.driver import Driver
 from services.rollout.engine import Engine
+from services.rollout.engine.tokasaurus.directory import SharedDirectory
+from services.rollout.engine.tokasaurus.engine import TokasaurusEngine
+from services.rollout.engine.tokasaurus.server import ExternalServer
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.engine_metrics import EngineMetrics
 from services.rollout.grammar import Grammars
 from services.rollout.residency import CartridgeSource, Residency
 from services.rollout.settings import RolloutSettings
+
+log = structlog.get_logger(__name__)
 
 _HOST_BUDGET_BYTES = 8 * 1024**3
 
@@ -56,6 +65,7 @@ class Serving:
                 max_sequence_tokens=_max_sequence_tokens(settings, info.spec),
                 max_sequences=max_sequences,
                 immovable=engine.rotation if isinstance(engine.rotation, str) else "",
+                external=settings.engine == "tokasaurus",
             ),
             grammars=Grammars(info),
             residency=Residency(
@@ -80,6 +90,12 @@ def load_engine(settings: RolloutSettings) -> tuple[ModelInfo, Engine]:
 
     Raises ModelNotFound, ModelUnsupported, InvalidArgument, and ExtraMissing where vLLM is not installed.
     """
+    if settings.engine == "tokasaurus":
+        info = ModelInfo.read(settings.model)
+        engine = tokasaurus_engine(settings, info)
+        # Cartridges that were handed over are nobody's when this process has ended.
+        atexit.register(engine.close)
+        return info, engine
     if settings.engine != "vllm":
         lm = FrozenLM.load(settings.model, device=settings.device, dtype=settings.dtype)
         return lm.info, torch_engine(settings, lm)
@@ -97,6 +113,27 @@ def torch_engine(settings: RolloutSettings, lm: FrozenLM) -> TorchEngine:
         max_sequence_tokens=_max_sequence_tokens(settings, lm.spec),
         prefill_tokens_per_step=settings.prefill_tokens_per_step,
     )
+
+
+def tokasaurus_engine(settings: RolloutSettings, info: ModelInfo) -> TokasaurusEngine:
+    """Raises InvalidArgument if the directory that is shared with the server is not there."""
+    external = settings.tokasaurus
+    if external.cartridge_dir is None or not external.cartridge_dir.is_dir():
+        raise InvalidArgument(
+            f"{external.cartridge_dir or 'unset'} is no directory: the engine tokasaurus hands cartridges over in the "
+            "server's own cartridge_dir",
+            field="tokasaurus.cartridge_dir",
+        )
+    server = ExternalServer(
+        external.url,
+        external.route,
+        vocab_size=info.spec.vocab_size,
+        timeout_seconds=external.answer_timeout_seconds,
+        connect_seconds=external.connect_timeout_seconds,
+    )
+    directory = SharedDirectory(external.cartridge_dir, external.page_tokens)
+    log.warning("policy identity is claimed, not proved", engine="tokasaurus", url=external.url)
+    return TokasaurusEngine(info, server, directory, max_sequences=settings.max_sequences)
 
 
 def _vllm_engine(settings: RolloutSettings, info: ModelInfo) -> Engine:
@@ -141,5 +178,5 @@ def _host_budget_bytes(settings: RolloutSettings) -> int:
     if settings.host_cartridge_budget_bytes is not None:
         return settings.host_cartridge_budget_bytes
     # Where the engine's own are in host memory there is no second tier.
-    on_host = settings.device == "cpu" or settings.engine == "vllm"
+    on_host = settings.device == "cpu" or settings.engine in ("vllm", "tokasaurus")
     return 0 if on_host else _HOST_BUDGET_BYTES

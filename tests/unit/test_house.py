@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"foundry.__main__"},
     {"foundry.cli"},
-    {"foundry.local", "foundry.evaluation"},
+    {"foundry.local", "foundry.evaluation", "foundry.adapters"},
     {
         "foundry.client",
         "foundry.corpus",

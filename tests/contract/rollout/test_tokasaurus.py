@@ -31,7 +31,6 @@ from tests.contract.rollout.server import STORE, DictSource, Rollout, joined, se
 from tests.contract.rollout.tokasaurus_server import TokasaurusServer, listening
 
 GREEDY = {"temperature": 0.0}
-WITHOUT_SEED = {"max_new_tokens": 6, "ignore_eos": True}
 
 
 class External(Rollout):
@@ -65,7 +64,7 @@ def server(lm: FrozenLM, directory: Path, tmp_path: Path) -> TokasaurusServer:
 
 
 @pytest.fixture
-async def rollout(lm: FrozenLM, server: TokasaurusServer) -> AsyncIterator[External]:  # type: ignore[override]
+async def rollout(lm: FrozenLM, server: TokasaurusServer) -> AsyncIterator[External]:
     async with listening(server), external(lm, server) as running:
         yield running
 
@@ -176,7 +175,9 @@ async def test_an_order_that_it_would_not_keep_is_refused(rollout: External) -> 
 
 
 async def test_neutral_values_are_taken_and_the_seed_is_the_servers(rollout: External) -> None:
-    sampling = rollout_pb2.Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0, n=2, **WITHOUT_SEED)
+    sampling = rollout_pb2.Sampling(
+        temperature=1.0, top_p=1.0, repetition_penalty=1.0, n=2, max_new_tokens=6, ignore_eos=True
+    )
     request = rollout.request()
     request.sampling.CopyFrom(sampling)
     chunks = await rollout.generate(request)
@@ -204,7 +205,7 @@ async def test_a_server_that_is_gone_is_said_and_comes_back(lm: FrozenLM, server
             await rollout.generate(rollout.request())
         # The service goes on.
         async with listening(server):
-            rollout.engine._server._client.base_url = server.url  # type: ignore[assignment]
+            rollout.engine._server._client.base_url = server.url
             assert len(joined(await rollout.generate(rollout.request()))[0]) == 6
 
 

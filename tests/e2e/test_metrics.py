@@ -30,7 +30,7 @@ SERVICES = ("gateway", "rollout", "teacher", "trainer")
 OTHERS = re.compile(r"(process|python)_\w+")
 WORDS = {
     "service": set(SERVICES),
-    "engine": {"0", "torch", "vllm"},
+    "engine": {"0", "torch", "vllm", "tokasaurus"},
     "model_name": {"tiny"},
     "finished_reason": {"stop", "length", "error", "abort"},
     "tier": {"device", "host", "disk", "store", "hot", "durable"},

@@ -84,7 +84,8 @@ async def test_what_it_tells_every_replica_is_taken(replica: Any) -> None:
 async def test_a_replica_without_a_server_is_refused(started: None, rollout: Rollout) -> None:
     from foundry.adapters.verl import FoundryReplica
 
-    for foundry in ({"addresses": []}, {"adresses": ["a:1"]}):
+    wrong: list[dict[str, Any]] = [{"addresses": []}, {"adresses": ["a:1"]}]
+    for foundry in wrong:
         replica = FoundryReplica(0, config(rollout, **foundry), None, gpus_per_node=1)
         with pytest.raises(InvalidArgument, match="addresses"):
             await asyncio.wait_for(replica.init_standalone(), 10)

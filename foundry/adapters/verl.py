@@ -82,7 +82,7 @@ def register() -> None:
 
 def _settings(custom: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = dict((custom or {}).get("foundry") or {})
-    known = {"addresses", "cartridge", "model_fingerprint", "timeout_seconds"}
+    known = {"addresses", "cartridge", "model_fingerprint", "retry_seconds", "timeout_seconds"}
     if unknown := sorted(set(settings) - known):
         raise InvalidArgument(
             f"rollout.custom.foundry has no {', '.join(unknown)}; it has {', '.join(sorted(known))}",

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from blake3 import blake3
 
 from foundry.errors import FingerprintMismatch, InvalidArgument
 from foundry.identity import check_digest
-from foundry.rpc.answers import Prompt
+from foundry.rpc.answers import Answer, Prompt
 from foundry.rpc.channel import decoded
 from foundry.rpc.pods import Pods
+from foundry.rpc.retry import Retry
 from foundry.rpc.rollout import RolloutClient
 from foundry.store.names import CartridgeId
 from foundry.v1 import rollout_pb2, rollout_pb2_grpc
@@ -60,12 +62,15 @@ class VerlServer:
         response_tokens: int,
         model_fingerprint: str = "",
         timeout_seconds: float = 600.0,
+        retry_seconds: float = 60.0,
     ) -> None:
         """`cartridge` is {"name", "version", "digest"}; without one the plain model answers. `max_context_tokens` is of
-        prompt and answer, `response_tokens` the most of an answer where a call does not say. Raises InvalidArgument."""
+        prompt and answer, `response_tokens` the most of an answer where a call does not say. What passes is asked again
+        for `retry_seconds`. Raises InvalidArgument."""
         self._address, self._timeout_seconds = address, timeout_seconds
         self._max_context_tokens, self._response_tokens = max_context_tokens, response_tokens
         self._model_fingerprint = model_fingerprint
+        self._retry_seconds = retry_seconds
         self._policy = _policy(cartridge)
         self._global_steps: int | None = None
         self._connection: _Connection | None = None
@@ -97,7 +102,10 @@ class VerlServer:
         prompt = Prompt(ids, _seed(request_id) if seed is None else int(seed), request_id)
         # What is sampled is of the version at the call's beginning, whichever comes meanwhile.
         policy, global_steps = self._policy, self._global_steps
-        call = asyncio.create_task(self._sample(prompt, policy, temperature, max_new_tokens))
+        # Seeded, so that what is asked again is the same answer.
+        retry = Retry(self._retry_seconds)
+        asking = retry.call("sample", partial(self._sample, prompt, policy, temperature, max_new_tokens))
+        call = asyncio.create_task(asking)
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         extra = {"global_steps": global_steps, **_echo(policy)}
@@ -131,7 +139,7 @@ class VerlServer:
 
     async def _sample(
         self, prompt: Prompt, policy: CartridgeId | None, temperature: float, max_new_tokens: int
-    ) -> tuple[Any, str]:
+    ) -> tuple[Answer, str]:
         connection = await self._connected()
         async with connection.places:
             if policy is None:

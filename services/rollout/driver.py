@@ -263,17 +263,22 @@ class Driver:
         self._observe(stats)
 
     def _deliver(self, outputs: Sequence[TokenOutput], stats: EngineStats) -> None:
-        now, num_prompt_tokens = time.perf_counter(), 0
+        now, num_prompt_tokens, num_tokens = time.perf_counter(), 0, 0
         for output in outputs:
             each = self._open[output.sequence_id]
-            num_prompt_tokens += each.timeline.token(output, now)
             each.submission.put((each.index, output))
+            if output.error is not None:
+                # Of no token, and by no fault of its own: it says nothing about how long answers take.
+                self._close_sequence(output.sequence_id, "abort")
+                continue
+            num_tokens += 1
+            num_prompt_tokens += each.timeline.token(output, now)
             if output.finish_reason is not None:
                 self._close_sequence(output.sequence_id, output.finish_reason)
-        if outputs:
+        if num_tokens:
             self._metrics.prompt_tokens.inc(num_prompt_tokens)
-            self._metrics.generation_tokens.inc(len(outputs))
-            self._metrics.iteration_tokens.observe(num_prompt_tokens + len(outputs))
+            self._metrics.generation_tokens.inc(num_tokens)
+            self._metrics.iteration_tokens.observe(num_prompt_tokens + num_tokens)
         self._observe(stats)
 
     def _close_sequence(self, sequence_id: int, finished_reason: str) -> None:

@@ -27,8 +27,9 @@ from services.rollout import main
 from services.rollout.engine import EngineStats, TokenOutput
 from services.rollout.engine.torch.engine import TorchEngine
 from services.rollout.serving import load_engine
-from services.rollout.settings import RolloutSettings
+from services.rollout.settings import RolloutSettings, TokasaurusSettings
 from tests.contract.rollout.server import STORE, TIMEOUT_SECONDS, Gate, joined, status
+from tests.contract.rollout.tokasaurus_server import TokasaurusServer, listening
 
 
 def settings(directory: Path, **values: Any) -> RolloutSettings:
@@ -195,3 +196,23 @@ async def test_an_engine_that_ends_without_work_ends_the_process(
 def test_an_engine_that_is_not_installed_says_how_to_get_it(directory: Path, device: str, extra: str) -> None:
     with pytest.raises(ExtraMissing, match=rf"vllm not installed: pip install 'cartridge-foundry\[{extra}\]'"):
         load_engine(settings(directory, engine="vllm", device=device))
+
+
+async def test_an_external_server_is_an_engine_of_the_process(
+    lm: FrozenLM, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = TokasaurusServer(directory, tmp_path, lm.info.eos_ids)
+    async with listening(server):
+        tokasaurus = TokasaurusSettings(url=server.url, cartridge_dir=tmp_path)
+        async with process(directory, monkeypatch, engine="tokasaurus", tokasaurus=tokasaurus) as (task, channel):
+            await wait_until_serving(channel, "rollout", timeout_seconds=TIMEOUT_SECONDS)
+            stub: rollout_pb2_grpc.RolloutAsyncStub = rollout_pb2_grpc.RolloutStub(channel)
+            request = rollout_pb2.GenerateRequest(
+                model_fingerprint=lm.spec.fingerprint,
+                token_ids=common_pb2.TokenIds(ids=[5, 6, 7]),
+                sampling=rollout_pb2.Sampling(temperature=0, max_new_tokens=4, ignore_eos=True),
+            )
+            chunks = [chunk async for chunk in stub.Generate(request, timeout=TIMEOUT_SECONDS)]
+            assert len(joined(chunks)[0]) == 4
+            await stub.Drain(rollout_pb2.DrainRequest(), timeout=TIMEOUT_SECONDS)
+            assert await task == 0

@@ -209,6 +209,16 @@ async def test_a_server_that_is_gone_is_said_and_comes_back(lm: FrozenLM, server
             assert len(joined(await rollout.generate(rollout.request()))[0]) == 6
 
 
+async def test_an_error_is_no_token(rollout: External) -> None:
+    metrics = rollout.parts.driver._metrics
+    before = metrics.generation_tokens._value.get(), metrics.request_success["abort"]._value.get()
+    rollout.server.answer = lambda _: Response(status_code=500)
+    with pytest.raises(Unavailable):
+        await rollout.generate(rollout.request())
+    after = metrics.generation_tokens._value.get(), metrics.request_success["abort"]._value.get()
+    assert after == (before[0], before[1] + 1)
+
+
 async def test_an_answer_has_a_deadline(lm: FrozenLM, server: TokasaurusServer) -> None:
     never = asyncio.Event()
     server.before_answer = never.wait  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from foundry.errors import (
     FingerprintMismatch,
     InvalidArgument,
     PolicyUnproven,
+    ResourceExhausted,
     Unavailable,
 )
 from foundry.model.lm import FrozenLM
@@ -36,7 +37,9 @@ def named(cartridge: CartridgeId) -> dict[str, Any]:
 @asynccontextmanager
 async def verl_server(address: str, cartridge: Any = None, **settings: Any) -> AsyncIterator[VerlServer]:
     server = VerlServer(
-        address, cartridge, **{"max_context_tokens": 128, "response_tokens": 6, "timeout_seconds": 20.0, **settings}
+        address,
+        cartridge,
+        **{"max_context_tokens": 128, "response_tokens": 6, "timeout_seconds": 20.0, "retry_seconds": 0.1, **settings},
     )
     try:
         yield server
@@ -138,6 +141,20 @@ async def test_a_server_that_is_gone_is_said() -> None:
     async with verl_server("127.0.0.1:1") as server:
         with pytest.raises(Unavailable):
             await server.generate(IDS, {}, "a")
+
+
+async def test_a_server_that_comes_back_is_asked_again(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with verl_server(rollout.address, retry_seconds=20.0) as server:
+        connect, away = server._connect, [Unavailable("away"), ResourceExhausted("full", retry_after_seconds=0.01)]
+
+        async def flaky() -> Any:
+            if away:
+                raise away.pop()
+            return await connect()
+
+        monkeypatch.setattr(server, "_connect", flaky)
+        assert (await server.generate(IDS, {}, "a")).stop_reason == "completed"
+    assert away == []
 
 
 async def test_calls_have_deadlines_and_end_when_all_are_aborted(lm: FrozenLM, directory: Path) -> None:

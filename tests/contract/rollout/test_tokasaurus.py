@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from starlette.responses import JSONResponse, Response
 
 from foundry.errors import (
@@ -21,6 +22,7 @@ from foundry.errors import (
     PolicyUnproven,
     Unavailable,
 )
+from foundry.model.cartridge import Cartridge
 from foundry.model.lm import FrozenLM
 from foundry.rpc.channel import open_channel
 from foundry.v1 import common_pb2, rollout_pb2
@@ -113,6 +115,16 @@ async def test_versions_have_ids_of_their_own_that_hold_the_digest(rollout: Exte
     again = joined(await rollout.generate(rollout.request(cartridges=[first])))[0]
     assert again == answers[0]
     assert rollout.server.bodies[-1]["cartridges"][0]["id"] != asked[0][0]["id"]
+
+
+async def test_a_cartridge_without_frozen_tokens_is_one_that_the_server_reads(rollout: External) -> None:
+    spec = rollout.lm.spec
+    kv = torch.randn(spec.kv_shape(16), generator=torch.Generator().manual_seed(3))
+    stored = Cartridge(spec.header(16, 0, torch.float32), kv).to_bytes()
+    rollout.source.cartridges[stored.digest()] = stored
+    cartridge = common_pb2.CartridgeId(name="report", version=1, digest=stored.digest())
+    ids = joined(await rollout.generate(rollout.request(cartridges=[cartridge])))[0]
+    assert ids != joined(await rollout.generate(rollout.request()))[0]
 
 
 async def test_a_length_that_fills_no_page_is_refused(rollout: External) -> None:

@@ -41,6 +41,8 @@ class _Open:
 class TokasaurusEngine:
     """See `Engine`. A sequence's tokens come all in one step, since the server sends an answer when it has ended."""
 
+    rotation = "the engine tokasaurus has one cartridge at a time"
+
     def __init__(
         self, info: ModelInfo, server: ExternalServer, directory: SharedDirectory, *, max_sequences: int
     ) -> None:

@@ -7,19 +7,24 @@ Shape suffixes: `foundry.model.lm`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from foundry.errors import ModelUnsupported
 from foundry.model.attention import attend_masked, causal_mask
+from foundry.model.info import ModelInfo
 from foundry.model.lm import FrozenLM
 
 # Which two numbers of a key turn together: i and i + half, or neighbours; None in a layer without positions.
 Pairs = Literal["halves", "neighbours"] | None
 
 _PROBE_TOKENS, _PROBE_SHIFT = 8, 37
+# Of a model that is made to be probed.
+_PROBE_SIZE = 64
 # Rounding adds up from layer to layer, in bf16 to a few hundredths; another rotation is off by about one.
 _MAX_ERROR = 0.1
 
@@ -52,6 +57,24 @@ class KeyRotation:
             return cls.of(lm)
         except ModelUnsupported as error:
             return error.message
+
+    @classmethod
+    def of_directory(cls, directory: Path, info: ModelInfo) -> KeyRotation | str:
+        """As `known`, for a model that another process has: of one with its configuration, but few and random weights.
+
+        How keys turn follows from the configuration alone.
+        """
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        text = config.get_text_config()
+        narrow = {"hidden_size": _PROBE_SIZE, "intermediate_size": _PROBE_SIZE, "vocab_size": _PROBE_SIZE}
+        alone = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": info.spec.head_dim}
+        ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        for name, value in (narrow | alone | ids).items():
+            setattr(text, name, value)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        return cls.known(FrozenLM(model, info.tokenizer, info.spec.fingerprint))
 
     def move(self, kv_L2GPD: Tensor, shift: int) -> Tensor:
         """KV [L, 2, G, P, D] with its keys `shift` positions further on, in new memory and, but for one layer, no more.

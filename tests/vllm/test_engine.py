@@ -16,6 +16,7 @@ from vllm.envs import disable_envs_cache
 from foundry.errors import InvalidArgument
 from foundry.model.info import ModelInfo
 from foundry.model.lm import FrozenLM
+from foundry.model.rotation import KeyRotation
 from foundry.v1 import rollout_pb2
 from services.rollout.engine import FinishReason, SequenceRequest, TokenOutput
 from services.rollout.engine.vllm import connector
@@ -97,9 +98,18 @@ def test_cartridges_versions_lists_and_none_in_one_batch(family: Family, tmp_pat
     assert (chosen - torch.tensor(logprobs_of(outputs[1]))).abs().max() > 0.1
 
 
-def test_it_says_that_it_moves_no_keys(bench: Bench) -> None:
-    """Then a server refuses to, and never keeps them in silence: tests/contract/rollout/test_rope.py."""
-    assert "vllm" in str(bench.engine.rotation)
+def test_cartridges_stand_behind_each_other(bench: Bench) -> None:
+    rotation = bench.engine.rotation
+    assert isinstance(rotation, KeyRotation)
+    kept = make_kv(bench.lm, 100)
+    bench.load("first", make_kv(bench.lm, 37))
+    bench.load("second", kept)
+    bench.load("second+37", rotation.move(kept, 37))
+    requests = {index: request(12, "first", name, seed=1) for index, name in enumerate(("second", "second+37"))}
+    outputs = bench.run(requests)
+    for index, each in requests.items():
+        bench.check(each, outputs[index])
+    assert logprobs_of(outputs[0]) != logprobs_of(outputs[1])
 
 
 def test_what_is_staged_in_pieces_is_written_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +157,16 @@ def test_keys_are_read_as_they_were_made() -> None:
 def test_a_model_whose_keys_do_not_turn_is_served_and_says_so(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm.model.base_model, "rotary_emb", None)
     assert "rotary_emb" in str(KeyRotation.known(lm))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_model_of_another_process_turns_keys_as_it_would_here(family: Family, rope: str, tmp_path: Path) -> None:
+    lm = load(family, rope)
+    lm.model.config.save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    found, expected = KeyRotation.of_directory(tmp_path, lm.info), KeyRotation.of(lm)
+    assert isinstance(found, KeyRotation)
+    assert found.layers == expected.layers
+    assert torch.equal(found.inv_freq, expected.inv_freq)
+    assert torch.equal(torch.random.get_rng_state(), before)

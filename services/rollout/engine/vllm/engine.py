@@ -24,6 +24,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from foundry.errors import InvalidArgument, Unavailable
 from foundry.model.cartridge import Cartridge
 from foundry.model.info import ModelInfo
+from foundry.model.rotation import KeyRotation
 from services.rollout.engine import EngineStats, PromptLogprobs, SequenceRequest, TokenOutput
 from services.rollout.engine.answer import AnswerProgress
 from services.rollout.engine.vllm.connector import ADDRESS, DIGESTS, NUM_TOKENS, SEQUENCE, CartridgeConnector
@@ -61,9 +62,6 @@ class VllmEngine:
     """See `Engine`. Cartridges are kept in (pinned) host memory of vLLM's process; those in use also in its KV memory,
     as long as its prefix cache keeps them."""
 
-    # How keys turn is seen from forwards of the model, which is in vLLM's process.
-    rotation = "the engine vllm does not know how this model turns keys; the built-in one does"
-
     def __init__(
         self,
         directory: Path,
@@ -91,6 +89,7 @@ class VllmEngine:
                 field="device",
             )
         self._info = info
+        self.rotation = KeyRotation.of_directory(directory, info)
         self._dtype = dtype
         self._num_tokens: dict[str, int] = {}
         self._open: dict[int, _Open] = {}

@@ -15,14 +15,14 @@ from foundry.selfstudy.prompts import MAX_PROMPTS
 # What of a row is read, by its place in the file: data sets have much more, such as the ids and logprobs of every token
 # of a message in those of the research library. Between a list and its parts Parquet has names that writers choose.
 _READ = re.compile(
-    r"(prompt|messages)(\.[^.]+\.[^.]+\.(role|content))?|document|extra_info\.document",
+    r"(prompt|messages|completion)(\.[^.]+\.[^.]+\.(role|content))?|document|extra_info\.document",
 )
 _PICKLES = frozenset({".pkl", ".pickle"})
 _BATCH_ROWS = 1024
 
 
 def parquet_lines(file: Path) -> str:
-    """The rows of a parquet file as JSON lines: `prompt` or `messages`, and which document a row is about.
+    """The rows of a parquet file as JSON lines: `prompt` or `messages`, `completion`, and what document a row is about.
 
     Raises ExtraMissing, DocumentUnreadable, InvalidArgument for more rows than a file of prompts may have.
     """

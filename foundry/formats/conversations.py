@@ -48,8 +48,9 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path, part: Part, *, digest: 
             raise DigestMismatch(f"the rows hash to {content.value}, the data set's record says {digest}")
         if not num_rows:
             raise InvalidArgument(f"the data set has no conversations to {part}", field="part")
-        # Unlike a renaming it takes no other file's place.
-        os.link(beside, path)
+        # A renaming alone would take another file's place.
+        path.touch(exist_ok=False)
+        os.replace(beside, path)
     except FileExistsError as error:
         raise InvalidArgument(f"{path} is there already", field="path") from error
     finally:

@@ -28,6 +28,16 @@ class Line:
         return self.row.get("document", extra.get("document") if isinstance(extra, Mapping) else None)
 
     @property
+    def answer(self) -> str:
+        """The answer that it has: of `messages` the last one, or its `completion`; "" without one."""
+        said = self.row.get("completion") or (() if "prompt" in self.row else self.row.get("messages", ()))
+        if isinstance(said, str):
+            return said
+        last = said[-1] if isinstance(said, list) and said else None
+        content = last.get("content") if isinstance(last, Mapping) and _is_answer(last) else None
+        return content if isinstance(content, str) else ""
+
+    @property
     def prompt(self) -> str:
         """The words of all its messages."""
         return "\n".join(message["content"] for message in self.messages)

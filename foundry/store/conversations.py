@@ -25,7 +25,7 @@ class ConversationRow(Checked):
     passage_tokens: int
     turn_ids: list[int]
     context: str
-    author: Literal["document", "model", ""]
+    author: Literal["document", "model", "file", ""]
     answer_ids: list[int]
     logprobs: list[Number]
     truncated: bool

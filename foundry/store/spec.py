@@ -64,7 +64,7 @@ def _unicode(value: str) -> str:
 Digest = Annotated[str, checked(check_digest)]
 Init = Literal["compact", "first_tokens", "text", "random", "version"]
 Mode = Literal["on", "off", "hybrid"]
-Family = Literal["recite", "quote", "blank", "evidence", "cloze", "question", "summary"]
+Family = Literal["recite", "quote", "blank", "evidence", "cloze", "question", "summary", "given"]
 Schedule = Literal["constant", "cosine"]
 Recipe = Literal["quick", "standard", "thorough"]
 Families = Annotated[
@@ -178,8 +178,8 @@ class RunSpec(Checked):
     families: Families = ("recite", "quote", "cloze")
     """What is written for the off-policy steps, in equal parts: the document's passages word for word (`recite`), its
     sentences by words of theirs (`quote`), with a blank to be filled (`blank`), as answers to what the model asks about
-    them (`evidence`), or completed (`cloze`), the answers to `prompts` (`question`), and summaries of its parts
-    (`summary`)."""
+    them (`evidence`), or completed (`cloze`), the answers to `prompts` (`question`), summaries of its parts
+    (`summary`), and the answers that a file of prompts has (`given`)."""
 
     general_share: Number = Field(default=0.0, ge=0, le=0.5)
     """Share of each step's prompts that have nothing to do with the document and whose teacher has none: behind the
@@ -278,6 +278,12 @@ class RunSpec(Checked):
         for init, field in (("text", "init_text"), ("version", "init_version")):
             if (self.init == init) != bool(getattr(self, field)):
                 raise InvalidArgument(f"init {init} and {field} go together", field=field)
+        return self
+
+    @model_validator(mode="after")
+    def _have_what_is_given(self) -> Self:
+        if "given" in self.families and not isinstance(self.prompts, DocumentPrompts):
+            raise InvalidArgument("family given takes the answers of a file of prompts: bring one", field="families")
         return self
 
     @model_validator(mode="after")

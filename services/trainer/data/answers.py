@@ -1,4 +1,4 @@
-"""Who answers: nobody yet, the document in its own words, or the model with the context before it."""
+"""Who answers: nobody yet, the document in its own words, a file, or the model with the context before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foundry.rpc.rollout import RolloutClient
 from foundry.seeds import derive_seed
 from services.trainer.attempt import Attempt
 from services.trainer.data.asked import Asked
-from services.trainer.data.conversation import Conversation
+from services.trainer.data.conversation import Author, Conversation
 
 
 class Answers:
@@ -21,11 +21,10 @@ class Answers:
         return [_conversation(each) for each in asked]
 
     async def of_the_document(self, asked: Sequence[Asked]) -> list[Conversation]:
-        most = self._spec.max_new_tokens
-        return [
-            _conversation(each, author="document", answer_ids=each.answer_ids, truncated=len(each.answer_ids) == most)
-            for each in asked
-        ]
+        return self._as_they_are(asked, "document")
+
+    async def of_the_file(self, asked: Sequence[Asked]) -> list[Conversation]:
+        return self._as_they_are(asked, "file")
 
     async def of_the_model(self, asked: Sequence[Asked]) -> list[Conversation]:
         return await self._of_the_model(asked, self._spec.temperature)
@@ -41,6 +40,13 @@ class Answers:
             "rollout",
             lambda: self._rollouts.ask_base(prompts, temperature=temperature, max_new_tokens=max_new_tokens, stop=stop),
         )
+
+    def _as_they_are(self, asked: Sequence[Asked], author: Author) -> list[Conversation]:
+        most = self._spec.max_new_tokens
+        return [
+            _conversation(each, author=author, answer_ids=each.answer_ids, truncated=len(each.answer_ids) == most)
+            for each in asked
+        ]
 
     async def _of_the_model(self, asked: Sequence[Asked], temperature: float) -> list[Conversation]:
         # By its words: a draw does not depend on what else is asked.

@@ -27,7 +27,7 @@ _NUM_GENERAL_HELDOUT = 8
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A conversation before it is answered, and the document's own answer if that is the one to learn."""
+    """A conversation before it is answered, and the document's own answer, or a file's, if that is the one to learn."""
 
     context: Context
     family: str
@@ -67,8 +67,15 @@ class Prompts:
         if field == "prompts":
             # No more than the steps can use: to render a turn takes long.
             lines = evenly(lines, self._spec.num_steps * self._spec.batch_size + MAX_HELDOUT)
+        given = field == "prompts" and "given" in self._spec.families
         return [
-            Asked(self._context_of(line, field), "prompts", line.prompt, self._template.turn(line.messages))
+            Asked(
+                self._context_of(line, field),
+                "prompts",
+                line.prompt,
+                self._template.turn(line.messages),
+                answer_ids=self.answer_ids(line.answer) if given else (),
+            )
             for line in lines
         ]
 
@@ -125,7 +132,7 @@ class Prompts:
         return [exercise for exercise in made if normalised(exercise.prompt) not in self.held]
 
     def answer_ids(self, text: str) -> list[int]:
-        """The document's own words as an answer, as long as a run's may be."""
+        """Words that are there as an answer, as long as a run's may be."""
         return self._template.text(text)[: self._spec.max_new_tokens]
 
     def _context_of(self, line: Line, field: str) -> Context:

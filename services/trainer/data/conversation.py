@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# The document's own words, the model with the context before it, or nobody: then the policy is to answer.
-Author = Literal["document", "model", ""]
+# The document's own words, the model with the context before it, a file of prompts, or nobody: then the policy is to
+# answer.
+Author = Literal["document", "model", "file", ""]
 
 
 @dataclass(frozen=True, slots=True)

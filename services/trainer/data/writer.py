@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from foundry.errors import InvalidArgument
 from foundry.identity import content_digest
@@ -71,7 +72,7 @@ class DatasetWriter:
         answered = await self._shards.family("heldout", heldout, self._answers.of_the_model_greedily)
         asked = [each for each in asked if normalised(each.prompt) not in self._prompts.held]
         to_ask = await self._to_ask(asked) if spec.num_off_policy_steps < spec.num_steps or self._asks_written else []
-        written = await self._written(to_ask) if spec.num_off_policy_steps else []
+        written = await self._written(to_ask, asked) if spec.num_off_policy_steps else []
         general, general_heldout = await self._general() if spec.general_share else ([], [])
         document_tokens = sum(num_tokens(context.text, self._tokenizer) for context in self._contexts)
         summary = await self._shards.finish(document_tokens)
@@ -109,7 +110,7 @@ class DatasetWriter:
         enough = evenly(filed, spec.num_steps * spec.batch_size)
         return await self._shards.family("asked", enough, self._answers.of_nobody)
 
-    async def _written(self, to_ask: Sequence[Conversation]) -> list[Conversation]:
+    async def _written(self, to_ask: Sequence[Conversation], filed: Sequence[Asked]) -> list[Conversation]:
         """Of each family what the off-policy steps can use, about every part of the documents."""
         spec = self._spec
         enough = -(-spec.num_off_policy_steps * spec.batch_size * spec.samples_per_prompt // len(spec.families))
@@ -117,12 +118,13 @@ class DatasetWriter:
         for family in spec.families:
             if family == "question":
                 asked = evenly([self._prompts.again(each, family) for each in to_ask], enough)
+            elif family == "given":
+                asked = evenly(self._given(filed), enough)
             elif family == "evidence":
                 asked = await self._self_study.evidence(enough, spec.seed)
             else:
                 asked = await asyncio.to_thread(self._prompts.exercises, family, enough)
-            answer = self._answers.of_the_document if family in VERBATIM else self._answers.of_the_model
-            written += await self._shards.family(family, asked, answer)
+            written += await self._shards.family(family, asked, self._who_answers(family))
         if not written:
             raise InvalidArgument(
                 "the document is too short for exercises, or leaves the model no room for them: use mode on, with a "
@@ -130,6 +132,26 @@ class DatasetWriter:
                 field="mode",
             )
         return written
+
+    def _given(self, filed: Sequence[Asked]) -> list[Asked]:
+        """What has an answer that the model has room for. Raises InvalidArgument if nothing has."""
+        found = [
+            replace(each, family="given")
+            for each in filed
+            if each.answer_ids and self._prompts.fits(each.context, each.turn_ids)
+        ]
+        if not found:
+            raise InvalidArgument(
+                "no line of the prompts that are not held out has an answer: `messages` that end with the assistant's, "
+                "or a `completion`",
+                field="prompts",
+            )
+        return found
+
+    def _who_answers(self, family: str) -> Callable[[Sequence[Asked]], Awaitable[list[Conversation]]]:
+        if family in VERBATIM:
+            return self._answers.of_the_document
+        return self._answers.of_the_file if family == "given" else self._answers.of_the_model
 
     async def _general(self) -> tuple[list[Conversation], list[Conversation]]:
         """Prompts about nothing in particular, answered by the model as it is; some of them held out."""

@@ -54,6 +54,27 @@ def test_chats_and_texts_are_prompts(rows: list[dict[str, Any]], tmp_path: Path)
     assert "ä" in parquet_lines(written(tmp_path / "a.parquet", [{"prompt": "ä"}]))
 
 
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"messages": ANSWERED}, ANSWERED[-1]["content"]),
+        ({"prompt": ASKED, "completion": ANSWERED[-1:]}, ANSWERED[-1]["content"]),
+        ({"prompt": "What?", "completion": "That."}, "That."),
+        ({"prompt": ANSWERED}, ""),
+        ({"messages": ASKED}, ""),
+    ],
+)
+def test_what_was_answered_is_known(row: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    (line,) = read_lines(parquet_lines(written(tmp_path / "rows.parquet", [row])), field="prompts")
+    assert line.answer == answer
+
+
+@pytest.mark.parametrize("completion", [7, [], [7], {"role": "assistant"}, [{"role": "assistant", "content": 7}], None])
+def test_what_is_no_answer_is_none(completion: Any) -> None:
+    (line,) = read_lines(json.dumps({"prompt": "What?", "completion": completion}), field="prompts")
+    assert line.answer == ""
+
+
 def research_rows() -> pyarrow.Table:
     """Self-study as the research library keeps it: each message with its tokens and their likeliest successors."""
     likeliest = pyarrow.struct(

@@ -45,6 +45,8 @@ from services.trainer.update.heldout import HeldOutSet
 from services.trainer.update.step import TrainingStep
 
 log = structlog.get_logger(__name__)
+# Of most turns less: they are not known yet.
+_TURN_TOKENS = 256
 
 
 class Preparation:
@@ -118,8 +120,9 @@ class Preparation:
         )
 
     async def _compile(self, training: TrainingStep) -> None:
-        began = time.perf_counter()
-        await asyncio.to_thread(training.warm_up, stale=self._spec.max_staleness > 0)
+        spec, began = self._spec, time.perf_counter()
+        num_tokens = spec.batch_size * spec.samples_per_prompt * (_TURN_TOKENS + spec.max_new_tokens)
+        await asyncio.to_thread(training.warm_up, num_tokens, stale=spec.max_staleness > 0)
         log.info("compiled", seconds=round(time.perf_counter() - began, 1))
 
     async def close(self) -> None:

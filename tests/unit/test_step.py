@@ -50,12 +50,22 @@ def test_a_warm_up_leaves_nothing_behind(lm: FrozenLM) -> None:
     warmed, cold = make_step(lm), make_step(lm)
     for objective, stale in ((Objective("topk", k=5), False), (warmed.objective, True), (warmed.objective, False)):
         warmed.objective = objective
-        warmed.warm_up(stale=stale)
+        warmed.warm_up(10_000, stale=stale)
     assert warmed.cartridge.master_L2GRD.grad is None
     samples = make_samples(LENGTHS)
     signals = make_signals(lm, samples)
     assert warmed.run(samples, signals, prove_policy=False) == cold.run(samples, signals, prove_policy=False)
     assert torch.equal(warmed.cartridge.master_L2GRD, cold.cartridge.master_L2GRD)
+
+
+@pytest.mark.parametrize(("num_tokens", "samples"), [(100, [2]), (3000, [3, 2]), (36_864, [4, 3, 2])])
+def test_what_no_micro_batch_of_the_run_needs_is_not_compiled(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch, num_tokens: int, samples: list[int]
+) -> None:
+    step, warmed = make_step(lm), []
+    monkeypatch.setattr(step, "_backward", lambda lm, cartridge, batch: warmed.append(len(batch.samples)))
+    step.warm_up(num_tokens)
+    assert warmed == samples
 
 
 def test_answers_of_another_version_are_refused_and_change_nothing(lm: FrozenLM) -> None:

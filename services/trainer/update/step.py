@@ -105,9 +105,9 @@ class TrainingStep:
             importance=importance,
         )
 
-    def warm_up(self, *, stale: bool = False) -> None:
-        """Compute what full steps compute and throw it away: on CUDA all of it is compiled at its first use. `stale`:
-        what older versions have answered too."""
+    def warm_up(self, num_tokens: int, *, stale: bool = False) -> None:
+        """Compute what steps of about so many tokens compute and throw it away: on CUDA all of it is compiled at its
+        first use. `stale`: what older versions have answered too."""
         lm = self.lm
         room = lm.spec.max_tokens - self.cartridge.header.num_tokens - 1
         num_answer = max(1, min(_WARM_UP_TOKENS - 1, room))
@@ -118,6 +118,9 @@ class TrainingStep:
             signal = TopK(torch.zeros(num_top).long(), torch.zeros(num_top), torch.zeros(num_answer))
         claimed_L2GPD = self.cartridge.cast().detach() if stale else None
         for num in _WARM_UP_SAMPLES:
+            if num > _WARM_UP_SAMPLES[-1] and num_tokens <= (num - 1) * _WARM_UP_TOKENS:
+                # No micro-batch is so long.
+                continue
             tokens = num * num_answer
             self._backward(
                 lm,

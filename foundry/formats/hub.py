@@ -61,7 +61,12 @@ def pull(repository: Repository, file: str = "") -> tuple[Path, Repository]:
             chosen = _chosen(repository, [each.name for each in snapshot.iterdir()], file)
         else:
             info = hub.model_info(repository.id, revision=repository.revision, files_metadata=True)
-            sizes = {each.rfilename: each.size or 0 for each in (info.siblings or [])[:_MAX_FILES]}
+            siblings = info.siblings or []
+            if len(siblings) > _MAX_FILES:
+                raise CartridgeUnreadable(
+                    f"{repository} has {len(siblings)} files, at most {_MAX_FILES} are looked at", field="path"
+                )
+            sizes = {each.rfilename: each.size or 0 for each in siblings}
             chosen = _chosen(repository, list(sizes), file)
             if (num_bytes := sum(sizes[name] for name in chosen)) > MAX_BYTES:
                 raise CartridgeUnreadable(

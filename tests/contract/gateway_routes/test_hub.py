@@ -105,6 +105,12 @@ def test_what_can_not_be_pulled_is_said(
         pull(Repository.parse(place))
 
 
+def test_of_a_repository_with_too_many_files_none_is_read(hub: FakeHub) -> None:
+    hub.commit("acme/crowded", {f"{number}.md": b"" for number in range(10_000)} | {"z.safetensors": b"z"})
+    with pytest.raises(CartridgeUnreadable, match="10001 files"):
+        pull(Repository.parse("hf:acme/crowded"))
+
+
 @pytest.mark.parametrize("place", ["hf:acme", "hf:../../etc", "hf:a/b@", "hf:a/b c", "hf:a/b/c"])
 def test_what_is_no_repository_is_refused(place: str) -> None:
     with pytest.raises(InvalidArgument):
